@@ -1,0 +1,1 @@
+"""Turn a checkpoint into an engine that was measured against PyTorch. See `export.export`."""

@@ -1,0 +1,132 @@
+"""The images an engine is measured on: real ones, from the checkpoint or from a folder.
+
+Letters: N images, S pixels per side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qfae_export.errors import ExportError
+from qfae_runtime.arrays import UInt8
+from qfae_runtime.errors import InputError
+from qfae_runtime.layout import scan
+from qfae_runtime.preprocess import PreprocessSpec, preprocess
+from qfae_runtime.readers.image import read_image
+
+MIN_IMAGES = 3
+"""Fewer cannot fill a single image, an odd batch and a largest batch."""
+
+FOLDER_LIMIT = 32
+"""Images taken from a folder (or as many as the largest batch, if that is more): enough to measure on in minutes."""
+
+_SHOWN = 8
+_CURE = "pass --parity-images DIR with a folder of real images, normal and anomalous"
+
+
+@dataclass(frozen=True)
+class ParityImages:
+    """`pixels` uint8 (N, S, S, 3), all different; `names` say which is which, `origin` where they come from."""
+
+    pixels: UInt8
+    names: tuple[str, ...]
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def from_checkpoint(stored: UInt8, image_size: int, file: str) -> ParityImages:
+    """Return the held-out images uint8 (N, S, S, 3) that the trainer stored in the checkpoint `file`.
+
+    Raises:
+        ExportError: there are none, too few, or they are not images of this size.
+
+    """
+    if (
+        stored.dtype != np.uint8
+        or stored.ndim != 4
+        or (len(stored) and stored.shape[1:] != (image_size, image_size, 3))
+    ):
+        raise ExportError(
+            f"{file}: parity images: expected uint8 (N, {image_size}, {image_size}, 3), got {stored.dtype} "
+            f"{stored.shape}; {_CURE}"
+        )
+    if not len(stored):
+        raise ExportError(f"{file}: holds no parity images, and an engine is certified on real ones; {_CURE}")
+    names = [f"image {number} stored in {file}" for number in range(len(stored))]
+    return _distinct(stored, names, f"validation images stored in {file}")
+
+
+def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
+    """Return at most `limit` images of a folder, evenly spread over its files, preprocessed as for scoring.
+
+    Raises:
+        ExportError: the folder is missing or holds too few images, or images cannot be read (all are named).
+
+    """
+    try:
+        found = scan([folder])
+    except FileNotFoundError:
+        raise ExportError(f"--parity-images: {folder}: no such folder; name one that holds real images") from None
+    if not found.images:
+        raise ExportError(f"--parity-images: {folder}: holds no images; name a folder of real images")
+    files = [found.images[index] for index in spread(len(found.images), limit)]
+    prepared, names, faults = [], [], []
+    for file in files:
+        name = found.source_of(file)
+        try:
+            prepared.append(preprocess(read_image(file, source=name).pixels, spec).image)
+            names.append(name)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ExportError(
+            f"--parity-images: {len(faults)} of {len(files)} images cannot be read: "
+            f"{'; '.join(faults[:_SHOWN])}{more}; remove them: a measurement leaves no image out"
+        )
+    origin = f"{len(files)} of the {len(found.images)} images in {folder.absolute().name}/"
+    return _distinct(np.stack(prepared), names, origin)
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """Return at most `limit` of the numbers 0..count-1, evenly spread, first and last among them."""
+    if count <= limit:
+        return list(range(count))
+    return sorted({round(number * (count - 1) / max(limit - 1, 1)) for number in range(limit)})
+
+
+def largest_batch(asked: int | None, default: int, images: ParityImages) -> int:
+    """Return the engine's largest batch, which must be measured with that many images and so cannot exceed them.
+
+    Raises:
+        ExportError: a batch was asked for that these images cannot fill.
+
+    """
+    if asked is None:
+        return min(default, len(images))
+    if asked > len(images):
+        raise ExportError(
+            f"--max-batch {asked}: the largest batch is measured with {asked} different images, but there are "
+            f"{len(images)} ({images.origin}); pass --parity-images DIR with {asked} or more, "
+            f"or --max-batch {len(images)}"
+        )
+    return asked
+
+
+def _distinct(pixels: UInt8, names: Sequence[str], origin: str) -> ParityImages:
+    """Keep the first of equal images: a copy measures nothing."""
+    first: dict[bytes, int] = {}
+    for number, image in enumerate(pixels):
+        first.setdefault(image.tobytes(), number)
+    kept = list(first.values())
+    if len(kept) < MIN_IMAGES:
+        raise ExportError(
+            f"{origin}: {len(kept)} different images, but a measurement needs {MIN_IMAGES} at least; {_CURE}"
+        )
+    return ParityImages(np.ascontiguousarray(pixels[kept]), tuple(names[number] for number in kept), origin)

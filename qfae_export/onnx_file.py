@@ -1,0 +1,150 @@
+"""NAME.onnx: the inference graph as an ONNX file, the same bytes for the same weights and versions.
+
+Opset 18, attention decomposed into MatMul and Softmax: every ONNX Runtime and OpenVINO of recent years runs that, and
+ONNX Runtime's CUDA provider keeps opset 18's Resize on the GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from qfae_export.errors import ExportError
+from qfae_export.graph import InferenceGraph
+from qfae_runtime import __version__
+from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES
+from qfae_runtime.manifest import MAX_BATCH
+
+OPSET = 18
+
+EXTERNAL_ABOVE_BYTES = 2**31 - 2**26
+"""Weights larger than this go to NAME.onnx.data: one protobuf file holds 2 GiB at most, the nodes included."""
+
+_EXAMPLE_BATCH = 3  # 0 and 1 would be taken for constants; 3 differs from its double and from the colours' dimension
+_NOISY = ("torch.onnx", "torch.export", "torch._guards", "onnxscript", "onnx_ir")
+
+
+def write_onnx(graph: InferenceGraph, path: Path) -> list[Path]:
+    """Write the graph to `path`, checked by onnx, and return the files written: the engine, then its weights if apart.
+
+    Input `images` uint8 (batch, S, S, 3); outputs as `Scores` names them. Nothing of the machine that exported is in
+    the file: no paths, no source lines.
+
+    Raises:
+        ExportError: torch cannot express the graph in ONNX, or onnx refuses the file.
+        OSError: the file cannot be written.
+
+    """
+    written = save(trace(graph), path)
+    _check(path)
+    return written
+
+
+def trace(graph: InferenceGraph) -> ir.Model:
+    """Return the graph as an ONNX model with a free batch, stripped of what only describes the export.
+
+    Raises:
+        ExportError: torch cannot express the graph in ONNX.
+
+    """
+    size = graph.image_size
+    example = torch.zeros(_EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
+    shapes = {"images": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}}
+    try:
+        with _quiet(), torch.no_grad():
+            # Captured here and not inside torch.onnx.export, which falls back to a fixed batch without a word.
+            # strict: len(tensor) stays symbolic.
+            program = torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=True)
+            exported: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT_NAME],
+                output_names=list(OUTPUT_NAMES),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as error:  # tracer, decompositions and translation raise a dozen kinds
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ExportError(
+            f"torch {torch.__version__} cannot express the model in ONNX: {type(error).__name__}: {reason}; "
+            "export with the versions of torch and onnxscript this project is tested with, or report the configuration"
+        ) from error
+    model: ir.Model = exported.model
+    _strip(model)
+    return model
+
+
+def save(model: ir.Model, path: Path, external_above_bytes: int = EXTERNAL_ABOVE_BYTES) -> list[Path]:
+    """Write the model, its weights apart in NAME.onnx.data if they are too many bytes; return the files written."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    if sum(tensor.nbytes for tensor in tensors if tensor is not None) <= external_above_bytes:
+        ir.save(model, path)
+        return [path]
+    weights = path.with_name(path.name + ".data")
+    ir.save(model, path, external_data=weights.name)
+    return [path, weights]
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove what only describes the export: source lines, paths of this machine, names of Python objects."""
+    model.producer_name, model.producer_version = "qfae-export", __version__
+    model.metadata_props.clear()
+    model.doc_string = None
+    graph = model.graph
+    holders: list[Any] = [graph, *graph.inputs, *graph.initializers.values()]
+    holders += [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+    for node in graph.all_nodes():
+        holders += [node, *node.outputs]
+    for holder in holders:
+        holder.metadata_props.clear()
+        holder.doc_string = None
+
+
+def _check(path: Path) -> None:
+    """Hold the file against what every engine of this project looks like.
+
+    Raises:
+        ExportError: onnx refuses the file, or it is not what was asked for.
+
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"{path.name}: onnx {onnx.__version__} refuses the exported file: {reason}") from None
+    model = onnx.load(str(path), load_external_data=False)
+    opsets = {one.domain: one.version for one in model.opset_import}
+    tensors = [*model.graph.input, *model.graph.output]
+    names = [tensor.name for tensor in tensors]
+    fixed = [one.name for one in tensors if one.type.tensor_type.shape.dim[0].dim_param != "batch"]
+    wanted = [INPUT_NAME, *OUTPUT_NAMES]
+    if opsets != {"": OPSET} or names != wanted or fixed:
+        raise ExportError(
+            f"{path.name}: expected opset {OPSET}, {wanted} and a free batch, got {opsets}, {names} and a fixed batch "
+            f"in {fixed or 'none'}; torch {torch.__version__} exports this model in another way than expected"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's chatter off the terminal; what matters about it is measured afterwards."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,38 @@
+"""Score images with a certified QFAE engine. Needs no torch.
+
+>>> from qfae_runtime import Scorer, open_engine, preprocess, read_image   # doctest: +SKIP
+>>> with open_engine("demo.onnx") as opened:                               # doctest: +SKIP
+...     prepared = preprocess(read_image("x.png").pixels, opened.manifest.preprocess)
+...     [scored] = Scorer(opened.engine, opened.manifest).score([prepared])
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("qfae")
+except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
+    __version__ = "0+unknown"
+
+from qfae_runtime.engines import Engine, OpenedEngine, Scores, open_engine
+from qfae_runtime.errors import QfaeError
+from qfae_runtime.manifest import Manifest
+from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
+from qfae_runtime.readers import Slice, read_image
+from qfae_runtime.scorer import Scored, Scorer
+
+__all__ = [
+    "Engine",
+    "Manifest",
+    "OpenedEngine",
+    "Prepared",
+    "PreprocessSpec",
+    "QfaeError",
+    "Scored",
+    "Scorer",
+    "Scores",
+    "Slice",
+    "__version__",
+    "open_engine",
+    "preprocess",
+    "read_image",
+]

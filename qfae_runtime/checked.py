@@ -1,0 +1,143 @@
+"""Taking values out of untrusted JSON: every fault names the key, what was got and what was expected."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qfae_runtime.errors import ManifestError
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Parse strict JSON: NaN, Infinity, duplicate keys and numbers that overflow are refused.
+
+    Raises:
+        ManifestError: naming `where` and the fault.
+
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: not valid JSON: {error}; export the engine again") from None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a finite number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is not a finite number")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+class Fields:
+    """One JSON object being taken apart. `finish` refuses keys that nobody asked for."""
+
+    def __init__(self, value: Any, where: str, key: str = "") -> None:
+        self._where = where
+        self._key = key
+        self._taken: set[str] = set()
+        if not isinstance(value, dict):
+            raise self._fault(key or "the whole file", value, "an object")
+        self._values: Mapping[str, Any] = value
+
+    def text(self, key: str) -> str:
+        """Take a non-empty string."""
+        value = self._take(key)
+        if not isinstance(value, str) or not value:
+            raise self._fault(self._path(key), value, "a non-empty string")
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        """Take a non-empty string or null."""
+        return None if self._values.get(key, "") is None and self._take(key) is None else self.text(key)
+
+    def digest(self, key: str) -> str:
+        """Take a SHA-256 in lower-case hex."""
+        value = self.text(key)
+        if len(value) != 64 or set(value) - set("0123456789abcdef"):
+            raise self._fault(self._path(key), value, "a SHA-256 (64 lower-case hex digits)")
+        return value
+
+    def whole(self, key: str, low: int, high: int) -> int:
+        """Take a whole number in low..high."""
+        value = self._take(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self._fault(self._path(key), value, f"a whole number in {low}..{high}")
+        return value
+
+    def number(self, key: str) -> float:
+        """Take a finite number."""
+        value = self._take(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise self._fault(self._path(key), value, "a finite number")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        """Take a finite number or null."""
+        return None if self._values.get(key, 0) is None and self._take(key) is None else self.number(key)
+
+    def flag(self, key: str) -> bool:
+        """Take true or false."""
+        value = self._take(key)
+        if not isinstance(value, bool):
+            raise self._fault(self._path(key), value, "true or false")
+        return value
+
+    def array(self, key: str) -> list[Any]:
+        """Take a list."""
+        value = self._take(key)
+        if not isinstance(value, list):
+            raise self._fault(self._path(key), value, "a list")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """Take an object as it is."""
+        value = self._take(key)
+        if not isinstance(value, dict):
+            raise self._fault(self._path(key), value, "an object")
+        return value
+
+    def inner(self, key: str) -> Fields:
+        """Take an object to be taken apart in turn."""
+        return Fields(self._take(key), self._where, self._path(key))
+
+    def is_null(self, key: str) -> bool:
+        """Say whether a key holds null, and count it as taken if so."""
+        return self._take(key) is None
+
+    def fault(self, key: str, expected: str) -> ManifestError:
+        """Build the error for a key whose value is wrong for a reason only the caller knows."""
+        return self._fault(self._path(key), self._values.get(key), expected)
+
+    def finish(self) -> None:
+        """Refuse keys that were not asked for."""
+        extra = sorted(set(self._values) - self._taken)
+        if extra:
+            known = ", ".join(sorted(self._taken))
+            raise ManifestError(f"{self._where}: unknown key {self._path(extra[0])!r}; known here are {known}")
+
+    def _take(self, key: str) -> Any:
+        if key not in self._values:
+            raise ManifestError(f"{self._where}: key {self._path(key)!r} is missing; export the engine again")
+        self._taken.add(key)
+        return self._values[key]
+
+    def _path(self, key: str) -> str:
+        return f"{self._key}.{key}" if self._key else key
+
+    def _fault(self, path: str, got: Any, expected: str) -> ManifestError:
+        shown = repr(got)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        return ManifestError(f"{self._where}: key {path!r}: expected {expected}, got {shown}")

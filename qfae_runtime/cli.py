@@ -1,0 +1,207 @@
+"""qfae-run: the command line. Options in, one call of run.execute, a summary out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from qfae_runtime import __version__
+from qfae_runtime.engines import BACKENDS, DEVICES
+from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
+from qfae_runtime.progress import Reporter
+from qfae_runtime.run import Options, Summary, execute
+
+PROGRAM = "qfae-run"
+SOME_INPUTS_FAILED = 3
+_MAX_WHOLE = 4096
+
+_EPILOG = """\b
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some files could not be scored (each has its row).
+
+\b
+Example:
+  qfae-run scans/ --engine demo.onnx --out results/
+"""
+
+
+# Values arrive as text and unknown options as arguments, so that every fault can be told at once.
+@click.command(
+    PROGRAM,
+    epilog=_EPILOG,
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+)
+@click.argument("images", nargs=-1, metavar="IMAGES...", type=click.UNPROCESSED)
+@click.option("--engine", metavar="FILE", help="Engine file, e.g. demo.onnx; its manifest lies beside it.  [required]")
+@click.option("--out", metavar="DIR", help=f"Folder for the results.  [default: {Options.out}]")
+@click.option("--batch-size", metavar="N", help="Images per run of the engine.  [default: 16, or what it takes]")
+@click.option("--backend", metavar="|".join(BACKENDS), help=f"What runs it.  [default: {Options.backend}]")
+@click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]")
+@click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]")
+@click.option("--no-maps", is_flag=True, help="Scores only: no heat maps, no pixel AUROC.")
+@click.option("--labels", metavar="FILE.csv", help="Labels (source,label) in place of the folder names good/Ungood.")
+@click.option("--overwrite", is_flag=True, help="Replace the results in --out; removes only what qfae-run wrote.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
+@click.option("--selftest", is_flag=True, help="Run the self-test even if it passed here before.")
+@click.option("--allow-uncertified", is_flag=True, help="Run an engine that was never compared with PyTorch.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary; errors still go to stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.version_option(__version__, prog_name=PROGRAM)
+def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: Any) -> None:
+    """Score images with an exported engine.
+
+    IMAGES are files or folders (walked recursively). Writes scores.csv, scores.jsonl, heatmaps/, report.html and
+    run.json, and metrics.json where labels are known from folders named good and Ungood. For research use; not a
+    medical device.
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # what matters about a file stands in its row
+    try:
+        options = parse_options(images, given)
+        with Reporter(sys.stderr, quiet=quiet) as reporter:
+            summary = execute(options, reporter.update)
+    except QfaeError as error:
+        fail(error)
+    except KeyboardInterrupt:  # while the engine was opened or the report written
+        fail(RunInterruptedError("stopped; rows already written are whole: the same command with --resume goes on"))
+    if as_json:
+        click.echo(json.dumps(_summary_values(summary), indent=2))
+    elif not quiet:
+        click.echo(_summary_text(summary))
+    if summary.counts.errors:
+        raise click.exceptions.Exit(SOME_INPUTS_FAILED)
+
+
+# Every further command of qfae-run has its entry here; anything else is an image to score.
+COMMANDS: dict[str, click.Command] = {}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; leaves through SystemExit with the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = COMMANDS.get(given[0]) if given else None
+    if command is None:
+        run_command.main(given, prog_name=PROGRAM)
+    else:
+        command.main(given[1:], prog_name=f"{PROGRAM} {given[0]}")
+
+
+def fail(error: QfaeError) -> NoReturn:
+    """Say what stopped the command in plain words on stderr and leave with its exit code."""
+    if isinstance(error, UsageError):
+        lines = [f"{PROGRAM}: {fault}" for fault in error.faults]
+        click.echo("\n".join([*lines, f"Try '{PROGRAM} --help'."]), err=True)
+    else:
+        click.echo(f"{PROGRAM}: {error}", err=True)
+    raise click.exceptions.Exit(error.exit_code)
+
+
+def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
+    """Turn the texts of the command line into Options.
+
+    Raises:
+        UsageError: every fault at once: unknown options, missing ones, impossible values, contradictions.
+
+    """
+    faults = [_unknown_option(text) for text in images if text.startswith("-") and text != "-"]
+    paths = [text for text in images if not text.startswith("-")]
+    if "-" in images:
+        faults.append("IMAGES: '-' (a list on stdin) is not supported; name files or folders")
+    if not images:
+        faults.append("IMAGES: missing; name the files or folders to score")
+    if not given["engine"]:
+        faults.append("--engine: missing; name the engine file that qfae-export wrote")
+    if given["overwrite"] and given["resume"]:
+        faults.append("--overwrite and --resume exclude each other; choose one")
+    batch_size = _whole("--batch-size", given["batch_size"], faults)
+    threads = _whole("--threads", given["threads"], faults)
+    backend = _choice("--backend", given["backend"] or Options.backend, BACKENDS, faults)
+    device = _choice("--device", given["device"] or Options.device, DEVICES, faults)
+    out = Path(given["out"]) if given["out"] else Options.out
+    if out.exists() and not out.is_dir():
+        faults.append(f"--out: {out} is a file; name a folder")
+    if faults:
+        raise UsageError(faults)
+    return Options(
+        images=tuple(Path(text) for text in paths),
+        engine=Path(given["engine"]),
+        out=out,
+        batch_size=batch_size,
+        backend=backend,
+        device=device,
+        threads=threads,
+        maps=not given["no_maps"],
+        overwrite=given["overwrite"],
+        resume=given["resume"],
+        selftest=given["selftest"],
+        allow_uncertified=given["allow_uncertified"],
+        labels=Path(given["labels"]) if given["labels"] else None,
+    )
+
+
+def _unknown_option(text: str) -> str:
+    name = text.partition("=")[0]
+    known = [option for parameter in run_command.params for option in parameter.opts if option.startswith("--")]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else f"; a file of that name is ./{text}"
+    return f"{name}: no such option{hint}"
+
+
+def _whole(option: str, text: str | None, faults: list[str]) -> int | None:
+    if text is None:
+        return None
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_WHOLE:
+        return int(text)
+    faults.append(f"{option}: got {text!r}, expected a whole number in 1..{_MAX_WHOLE}")
+    return None
+
+
+def _choice(option: str, text: str, accepted: Sequence[str], faults: list[str]) -> str:
+    if text not in accepted:
+        faults.append(f"{option}: got {text!r}, accepted are {', '.join(accepted)}")
+    return text
+
+
+def _summary_values(summary: Summary) -> dict[str, Any]:
+    counts = summary.counts
+    return {
+        "out": str(summary.folder.root),
+        "files": counts.total,
+        "scored": counts.done - counts.errors,
+        "errors": counts.errors,
+        "resumed": counts.resumed,
+        "seconds": round(summary.seconds, 3),
+        "self_test": summary.verdict.to_dict(),
+        "metrics": summary.metrics,
+        "exit_code": SOME_INPUTS_FAILED if counts.errors else 0,
+    }
+
+
+def _summary_text(summary: Summary) -> str:
+    counts, folder = summary.counts, summary.folder
+    new = counts.done - counts.resumed
+    lines = [f"{new} images in {summary.seconds:.1f} s ({new / summary.seconds:.1f} a second)"]
+    if counts.resumed:
+        lines[0] += f"; {counts.resumed} had been done before"
+    lines.append(f"self-test {summary.verdict.status}: {summary.verdict.summary}")
+    shown: list[tuple[str, Callable[[float], str]]] = [
+        ("image_auroc", "image AUROC {:.4f}".format),
+        ("pixel_auroc", "pixel AUROC {:.4f}".format),
+    ]
+    metrics = summary.metrics or {}
+    found = [text(metrics[key]) for key, text in shown if metrics.get(key) is not None]
+    if found:
+        lines.append(", ".join(found))
+    if counts.errors:
+        lines.append(f"{counts.errors} files could not be scored; see status and error in {folder.csv}")
+    lines += [f"scores   {folder.csv}", f"report   {folder.report}   (open it in a browser)"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Everything this package raises on purpose.
+
+    QfaeError            exit 1   anything that stops a command
+    ├── UsageError       exit 2   the command line or a setting is wrong; holds every fault found
+    ├── InputError       exit 1   one input file cannot be read; in a run it becomes a row
+    ├── ManifestError    exit 1   a manifest is missing, damaged, or does not describe the files beside it
+    ├── EngineError      exit 1   an engine cannot be opened or was handed what it does not take
+    ├── SelfTestError    exit 1   an engine does not reproduce its golden outputs on this machine
+    ├── OutputError      exit 1   the output folder cannot be used as asked
+    └── RunInterruptedError  exit 130  the user stopped the run; what was written is whole
+
+Each message says what, what was got, what was expected, and the cure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class QfaeError(Exception):
+    """Anything that stops a command with one clear sentence and no traceback."""
+
+    exit_code = 1
+
+
+class UsageError(QfaeError):
+    """Wrong usage. `faults` holds every fault found, so that they can be cured in one go."""
+
+    exit_code = 2
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults: list[str] = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class InputError(QfaeError):
+    """One input file cannot be read. `reason` is the sentence without the file's name."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source = source
+        self.reason = reason
+        super().__init__(f"{source}: {reason}")
+
+
+class ManifestError(QfaeError):
+    """A manifest is missing, damaged, or does not describe the files beside it."""
+
+
+class EngineError(QfaeError):
+    """An engine cannot be opened, or was handed what it does not take."""
+
+
+class SelfTestError(QfaeError):
+    """An engine does not reproduce its golden outputs on this machine."""
+
+
+class OutputError(QfaeError):
+    """The output folder cannot be used as asked."""
+
+
+class RunInterruptedError(QfaeError):
+    """The user stopped the run. What was written until then is whole."""
+
+    exit_code = 130

@@ -1,0 +1,176 @@
+"""The BMAD folder layout, shared with training: where images lie, what their folders say, where masks are.
+
+train/good[/img]/x.png
+valid|val|test/{good,Ungood}[/img]/x.png      masks under the same names in label/ or anomaly_mask/
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GOOD = "good"
+UNGOOD = "Ungood"
+MASK_FOLDERS = ("label", "anomaly_mask")
+IMAGE_FOLDER = "img"
+
+# What lies beside images in real archives and is surely none. Inside a folder these are counted, not
+# attempted; all else is opened and judged by its content. A file that is named itself is always attempted.
+NON_IMAGE_SUFFIXES = frozenset(
+    {
+        ".txt",
+        ".csv",
+        ".tsv",
+        ".json",
+        ".jsonl",
+        ".md",
+        ".rst",
+        ".log",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+    }
+    | {
+        ".html",
+        ".css",
+        ".js",
+        ".py",
+        ".ipynb",
+        ".sh",
+        ".cfg",
+        ".npy",
+        ".npz",
+        ".pt",
+        ".pth",
+        ".onnx",
+        ".plan",
+    }
+    | {".pdf", ".doc", ".docx", ".xls", ".xlsx", ".db", ".zip", ".gz", ".tar", ".7z", ".sha256", ".md5"}
+)
+
+_LABELS = {GOOD.lower(): GOOD, UNGOOD.lower(): UNGOOD}
+
+
+def label_of(path: Path, root: Path | None = None) -> str | None:
+    """Read "good" or "Ungood" off the folders above a file; None when no folder says so.
+
+    The nearest folder wins. With `root`, only `root` itself and folders below it count, so that a home folder
+    that happens to be called "good" labels nothing.
+    """
+    for folder in path.parents:
+        label = _LABELS.get(folder.name.lower())
+        if label is not None:
+            return label
+        if root is not None and folder == root:
+            return None
+    return None
+
+
+def mask_path_for(image_path: Path) -> Path | None:
+    """Find the mask in `label/` or `anomaly_mask/`, beside `img/` or the image; None if there is none."""
+    base = image_path.parent
+    if base.name.lower() == IMAGE_FOLDER:
+        base = base.parent
+    names = dict.fromkeys((image_path.name, image_path.stem + ".png"))
+    candidates = (base / folder / name for folder in MASK_FOLDERS for name in names)
+    return next((path for path in candidates if path != image_path and path.is_file()), None)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found under the inputs: sorted `images`, their common `root`, and what was passed over."""
+
+    root: Path
+    images: list[Path]
+    ignored: dict[str, int] = field(default_factory=dict)  # suffix (or hidden name) -> count
+    mask_files: int = 0
+
+    def source_of(self, image: Path) -> str:
+        """Name an image in rows: its path below `root`, with forward slashes."""
+        return image.relative_to(self.root).as_posix()
+
+
+def find_images(inputs: Path | Iterable[Path]) -> list[Path]:
+    """List the image files under a folder, or under several folders and files; sorted, without masks."""
+    return scan([inputs] if isinstance(inputs, Path) else list(inputs)).images
+
+
+def scan(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> Scan:
+    """Walk folders recursively and take named files as they are. Folders in `exclude` are not entered.
+
+    A folder that cannot be listed is returned as if it were an image, so that it gets its own error row.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+
+    """
+    tops = [Path(os.path.normpath(path.absolute())) for path in inputs]
+    walk = _Walk(frozenset(Path(os.path.normpath(path.absolute())) for path in exclude))
+    for top in tops:
+        if top.is_dir():
+            walk.folder(top)
+        elif os.path.lexists(top):
+            walk.found[top] = None
+        else:
+            raise FileNotFoundError(str(top))
+    anchors = [top if top.is_dir() else top.parent for top in tops]
+    root = Path(os.path.commonpath(anchors)) if anchors else Path.cwd()
+    images = sorted(walk.found, key=lambda path: path.relative_to(root).as_posix())
+    return Scan(root, images, dict(sorted(walk.ignored.items())), walk.mask_files)
+
+
+class _Walk:
+    """One walk: what was found, what was ignored, which folders were entered (so symlink loops end)."""
+
+    def __init__(self, exclude: frozenset[Path]) -> None:
+        self.exclude = exclude
+        self.found: dict[Path, None] = {}
+        self.ignored: Counter[str] = Counter()
+        self.mask_files = 0
+        self._entered: set[tuple[int, int]] = set()
+
+    def folder(self, top: Path) -> None:
+        pending = [top]
+        while pending:
+            here = pending.pop()
+            try:
+                status = here.stat()
+                entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+            except OSError:
+                self.found[here] = None
+                continue
+            if (status.st_dev, status.st_ino) in self._entered:
+                continue
+            self._entered.add((status.st_dev, status.st_ino))
+            folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+            for entry in entries:
+                if not entry.is_dir():
+                    self._file(Path(entry.path))
+            has_images_folder = any(folder.name.lower() == IMAGE_FOLDER for folder in folders)
+            for folder in folders:
+                if folder in self.exclude or folder.name.startswith("."):
+                    continue
+                if _holds_masks(folder, has_images_folder):
+                    self.mask_files += sum(1 for entry in os.scandir(folder) if entry.is_file())
+                else:
+                    pending.append(folder)
+
+    def _file(self, path: Path) -> None:
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            self.ignored[path.name] += 1
+        elif suffix in NON_IMAGE_SUFFIXES or path.name == "Thumbs.db":
+            self.ignored[suffix] += 1
+        else:
+            self.found[path] = None
+
+
+def _holds_masks(folder: Path, beside_images_folder: bool) -> bool:
+    # A folder that is merely called "label" is no mask folder: it must stand where the layout puts one.
+    named = folder.name.lower() in MASK_FOLDERS
+    return named and (beside_images_folder or folder.parent.name.lower() in _LABELS)

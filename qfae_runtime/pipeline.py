@@ -1,0 +1,166 @@
+"""read | preprocess | score | draw: many files through one engine, in order, in memory that does not grow.
+
+Decoding and drawing run in a few threads with bounded queues; the engine runs in the calling thread. A file
+that cannot be read becomes an error row and the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from qfae_runtime.arrays import UInt8
+from qfae_runtime.errors import InputError
+from qfae_runtime.layout import GOOD, mask_path_for
+from qfae_runtime.preprocess import Geometry, Prepared, PreprocessSpec, preprocess
+from qfae_runtime.readers import read_mask, read_slices
+from qfae_runtime.scorer import Scored, Scorer
+from qfae_runtime.writers import heatmap
+from qfae_runtime.writers.records import OK, Row, error_row, scored_row
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to score: where it is, its name in rows, its label if known, its heat map's path if wanted."""
+
+    path: Path
+    source: str
+    label: str | None = None
+    heatmap: Path | None = None
+
+
+class Picture(NamedTuple):
+    """A decoded picture, or the `error` that stands for it. `truth` is its mask uint8 (S, S) if known."""
+
+    job: Job
+    frame: int | None
+    prepared: Prepared | None
+    truth: UInt8 | None = None
+    error: str | None = None
+
+
+class Outcome(NamedTuple):
+    """A row ready to be written, with what it was made from; `scored` is None in error rows."""
+
+    row: Row
+    picture: Picture
+    scored: Scored | None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The settings of one run. `truth` asks for masks; `scale` is needed where jobs ask for heat maps."""
+
+    scorer: Scorer
+    maps: bool = True
+    truth: bool = False
+    scale: heatmap.ColourScale | None = None
+    threshold: float | None = None
+    workers: int = min(4, os.cpu_count() or 1)
+
+    def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
+        """Yield one outcome per picture, in the order of the jobs, after its heat map has been written.
+
+        Raises:
+            EngineError: the backend failed.
+            OSError: a heat map cannot be written.
+
+        """
+        spec = self.scorer.manifest.preprocess
+        depth = 2 * self.scorer.batch_size
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qfae")
+        try:
+            decoded = in_order(pool, partial(decode, spec=spec, truth=self.truth), jobs, depth + self.workers)
+            yield from in_order(pool, self._draw, self._score(decoded), depth)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _score(self, decoded: Iterator[list[Picture]]) -> Iterator[Outcome]:
+        # Errors wait with the pictures around them, so that rows keep the order of the files.
+        waiting: list[Picture] = []
+        good = 0
+        for pictures in decoded:
+            for picture in pictures:
+                waiting.append(picture)
+                good += picture.prepared is not None
+                if good == self.scorer.batch_size or good == 0:
+                    yield from self._outcomes(waiting)
+                    waiting, good = [], 0
+        yield from self._outcomes(waiting)
+
+    def _outcomes(self, pictures: list[Picture]) -> Iterator[Outcome]:
+        images = [picture.prepared.image for picture in pictures if picture.prepared is not None]
+        results = iter(self.scorer.score_batch(images, self.maps) if images else [])
+        for picture in pictures:
+            job = picture.job
+            if picture.prepared is None:
+                reason = picture.error or "cannot be read"
+                yield Outcome(error_row(job.source, picture.frame, reason, job.label), picture, None)
+                continue
+            scored = next(results)
+            row = scored_row(job.source, picture.frame, scored.score, self.threshold, job.label)
+            yield Outcome(row, picture, scored if row.status == OK else None)
+
+    def _draw(self, outcome: Outcome) -> Outcome:
+        row, picture, scored = outcome
+        path, prepared = picture.job.heatmap, picture.prepared
+        if path is None or self.scale is None or prepared is None or scored is None or row.score is None:
+            return outcome
+        if scored.anomaly_map is None or scored.reconstruction is None:
+            return outcome
+        figure = heatmap.draw(
+            prepared.image, scored.reconstruction, scored.anomaly_map, self.scale, row.score, row.label
+        )
+        heatmap.save(figure, path)
+        return outcome
+
+
+def decode(job: Job, spec: PreprocessSpec, truth: bool) -> list[Picture]:
+    """Read and preprocess every picture of a file; one error picture if it cannot be read."""
+    try:
+        pictures = []
+        for piece in read_slices(job.path, job.source):
+            prepared = preprocess(piece.pixels, spec)
+            mask = pixel_truth(job, prepared.geometry) if truth else None
+            pictures.append(Picture(job, piece.frame, prepared, mask))
+    except InputError as error:
+        return [Picture(job, None, None, error=error.reason)]
+    return pictures
+
+
+def pixel_truth(job: Job, geometry: Geometry) -> UInt8 | None:
+    """Return a picture's mask as uint8 (S, S), all zero for a good one without a mask; None where unknown.
+
+    A mask that cannot be read, or has another size than its image, says nothing.
+    """
+    path = mask_path_for(job.path)
+    if path is None:
+        return np.zeros((geometry.size, geometry.size), np.uint8) if job.label == GOOD else None
+    try:
+        return geometry.warp_mask(read_mask(path))
+    except (InputError, ValueError):
+        return None
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way."""
+    pending: deque[Future[Result]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) >= depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

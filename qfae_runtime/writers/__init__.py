@@ -1,0 +1,1 @@
+"""What a run leaves behind: rows, metrics, heat maps and the report."""

@@ -1,0 +1,118 @@
+"""The results folder: what this tool writes there, when it may, and the record of a run (run.json).
+
+scores.csv  scores.jsonl  heatmaps/  report.html  run.json  metrics.json (only where labels are known)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qfae_runtime.errors import OutputError
+from qfae_runtime.writers.heatmap import is_ours
+from qfae_runtime.writers.records import drop_torn_line, read_rows
+
+_FILES = ("scores.csv", "scores.jsonl", "report.html", "run.json", "metrics.json")
+
+
+class ResultsFolder:
+    """Paths inside one output folder. Nothing outside it is ever written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.csv, self.jsonl, self.report, self.run, self.metrics = (root / name for name in _FILES)
+        self.heatmaps = root / "heatmaps"
+
+    def prepare(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the folder ready: create it, or clear it of what this tool wrote, or leave it to be resumed.
+
+        Raises:
+            OutputError: it holds results and neither `overwrite` nor `resume` was asked for, or cannot be written.
+
+        """
+        present = [path.name for path in self._own_files() if os.path.lexists(path)]
+        if present and not (overwrite or resume):
+            raise OutputError(
+                f"{self.root}: already holds results ({', '.join(present)}); add --resume to go on with that run, "
+                "--overwrite to replace it, or choose another --out"
+            )
+        if self.heatmaps.is_symlink():
+            raise OutputError(f"{self.heatmaps}: is a symbolic link; remove it, results stay inside --out")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                self._clear()
+        except OSError as error:
+            raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def finished_sources(self, fingerprint: dict[str, Any], sources: list[str]) -> int:
+        """Return how many files of an interrupted run are done; an unfinished last row is dropped.
+
+        Raises:
+            OutputError: the run in this folder had another engine, other options or other inputs; says which.
+
+        """
+        if not self.jsonl.exists():
+            return 0
+        before = self.read_run().get("fingerprint")
+        if not isinstance(before, dict):
+            raise OutputError(
+                f"{self.run}: missing or damaged, so the run cannot be resumed; start afresh with --overwrite"
+            )
+        changed = [
+            f"{key}: was {before.get(key)!r}, now {fingerprint.get(key)!r}"
+            for key in dict.fromkeys((*before, *fingerprint))
+            if before.get(key) != fingerprint.get(key)
+        ]
+        if changed:
+            raise OutputError(
+                f"{self.root}: cannot be resumed, this is another run than the one in it:\n  "
+                + "\n  ".join(changed)
+                + "\nrepeat the options of the first run, or start afresh with --overwrite"
+            )
+        drop_torn_line(self.jsonl)
+        done = 0
+        for row in read_rows(self.jsonl):
+            if done >= len(sources) or row.source != sources[done]:
+                raise OutputError(
+                    f"{self.jsonl}: row {done + 1} is of another file than the input list has there; "
+                    "start afresh with --overwrite"
+                )
+            done += 1
+        return done
+
+    def read_run(self) -> dict[str, Any]:
+        """Return run.json; empty when it is missing or illegible."""
+        try:
+            stored = json.loads(self.run.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return stored if isinstance(stored, dict) else {}
+
+    def write_json(self, path: Path, values: dict[str, Any]) -> None:
+        """Write one JSON file of this folder, atomically."""
+        self.write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write one text file of this folder, atomically."""
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+
+    def _own_files(self) -> list[Path]:
+        return [self.csv, self.jsonl, self.report, self.run, self.metrics, self.heatmaps]
+
+    def _clear(self) -> None:
+        for path in self._own_files():
+            if path != self.heatmaps:
+                path.unlink(missing_ok=True)
+            path.with_name(f".{path.name}.part").unlink(missing_ok=True)
+        for folder, _, names in os.walk(self.heatmaps, topdown=False):
+            for name in names:
+                path = Path(folder) / name
+                if not path.is_symlink() and is_ours(path):
+                    path.unlink()
+            if not any(Path(folder).iterdir()):
+                Path(folder).rmdir()

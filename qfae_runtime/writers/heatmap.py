@@ -1,0 +1,136 @@
+"""One PNG per picture: image | reconstruction | anomaly map over the image, and a colour bar with numbers.
+
+One colour scale holds for the whole run, and for every run of the same engine: 0 to the 99.9th percentile of the
+maps of the engine's golden images (the largest value may be one odd pixel). It is known before the first image is
+scored, so nothing is kept back, and any two heat maps of one engine can be compared by eye. Values above the scale's
+end take its last colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from qfae_runtime.arrays import Float32, UInt8
+from qfae_runtime.golden import Golden
+from qfae_runtime.writers.colours import colour_table, overlay
+
+SOFTWARE = "qfae-run"
+_TOP_PERCENTILE = 99.9
+_MIN_PANEL = 224
+_MARGIN, _GAP, _CAPTION, _FOOTER, _BAR_GAP, _BAR, _NUMBERS = 12, 8, 24, 26, 16, 14, 64
+_BACKGROUND, _TEXT, _QUIET = (17, 18, 22), (236, 237, 240), (150, 154, 164)
+_SIGNATURE_BYTES = 256
+
+
+@dataclass(frozen=True)
+class ColourScale:
+    """The map values at the two ends of the colour table, and in words where they come from."""
+
+    low: float
+    high: float
+    origin: str
+
+    @classmethod
+    def of(cls, golden: Golden | None) -> ColourScale:
+        """Take the scale from the golden images' maps; 0..1 where an uncertified engine has none."""
+        high = 0.0 if golden is None else float(np.percentile(golden.scores.anomaly_map, _TOP_PERCENTILE))
+        if golden is None or not high > 0.0:
+            return cls(0.0, 1.0, "fixed at 0 to 1: the engine has no golden images to take it from")
+        return cls(
+            0.0, high, f"0 to the {_TOP_PERCENTILE}th percentile on the engine's {len(golden.images)} golden images"
+        )
+
+
+def draw(
+    image: UInt8,
+    reconstruction: UInt8,
+    anomaly_map: Float32,
+    scale: ColourScale,
+    score: float,
+    label: str | None,
+) -> Image.Image:
+    """Draw one figure from image and reconstruction uint8 (S, S, 3) and a map float32 (S, S)."""
+    side = _panel_side(len(image))
+    left, top, right, bottom = panels_box(len(image))
+    figure = Image.new("RGB", (right + _BAR_GAP + _BAR + _NUMBERS, bottom + _FOOTER), _BACKGROUND)
+    pen = ImageDraw.Draw(figure)
+    panels = {
+        "image": image,
+        "reconstruction": reconstruction,
+        "anomaly map": overlay(image, anomaly_map, scale.low, scale.high),
+    }
+    for number, (title, pixels) in enumerate(panels.items()):
+        x = left + number * (side + _GAP)
+        figure.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (x, top))
+        pen.text((x, top - 6), title, fill=_QUIET, font=_font(), anchor="ls")
+    _colour_bar(figure, pen, right + _BAR_GAP, top, side, scale)
+    known = f"     label {label}" if label else ""
+    pen.text((left, bottom + 18), f"score {score:.6g}{known}", fill=_TEXT, font=_font(), anchor="ls")
+    return figure
+
+
+def panels_box(image_size: int) -> tuple[int, int, int, int]:
+    """Where the three panels lie in a figure: left, top, right, bottom in pixels."""
+    side = _panel_side(image_size)
+    return _MARGIN, _CAPTION, _MARGIN + 3 * side + 2 * _GAP, _CAPTION + side
+
+
+def save(figure: Image.Image, path: Path) -> None:
+    """Write a figure as PNG, marked as ours (see is_ours), creating folders below `heatmaps/` as needed."""
+    marks = PngImagePlugin.PngInfo()
+    marks.add_text("Software", SOFTWARE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.save(path, format="PNG", pnginfo=marks, compress_level=1)
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a file is a heat map that this tool wrote, so that --overwrite removes nothing else."""
+    try:
+        with path.open("rb") as file:
+            return b"tEXtSoftware\x00" + SOFTWARE.encode() in file.read(_SIGNATURE_BYTES)
+    except OSError:
+        return False
+
+
+def heatmap_names(sources: Iterable[str]) -> list[str]:
+    """Name each source's heat map: its own path, ending in .png; equal ones get ~2, ~3."""
+    taken: set[str] = set()
+    names = []
+    for source in sources:
+        path = PurePosixPath(source)
+        stem = str(path.with_suffix("") if path.suffix.lower() == ".png" else path)
+        name, number = f"{stem}.png", 1
+        while name in taken:
+            number += 1
+            name = f"{stem}~{number}.png"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _panel_side(image_size: int) -> int:
+    return image_size * -(-_MIN_PANEL // image_size)
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(13)
+
+
+def _colour_bar(
+    figure: Image.Image, pen: ImageDraw.ImageDraw, x: int, top: int, height: int, scale: ColourScale
+) -> None:
+    rows = np.linspace(255, 0, height).round().astype(np.intp)
+    bar = np.repeat(colour_table()[rows][:, None, :], _BAR, axis=1)
+    figure.paste(Image.fromarray(np.ascontiguousarray(bar)), (x, top))
+    for share, mark in ((0.0, ""), (0.5, ""), (1.0, ">= ")):
+        value = scale.low + share * (scale.high - scale.low)
+        y = top + round((1.0 - share) * (height - 1))
+        anchor = {0.0: "ls", 0.5: "lm", 1.0: "lt"}[share]
+        pen.text((x + _BAR + 6, y), f"{mark}{value:.3g}", fill=_QUIET, font=_font(), anchor=anchor)

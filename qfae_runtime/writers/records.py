@@ -1,0 +1,135 @@
+"""scores.jsonl, row by row while the run goes on, and scores.csv, whole at its end.
+
+A score is written with 9 significant digits: enough to give every float32 back exactly.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qfae_runtime.errors import OutputError
+
+OK = "ok"
+ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture's line. No threshold: `decision` is None. An error: `score` is None and `error` says why.
+
+    `source` is the path below the run's root, with forward slashes; `label` is "good", "Ungood" or None.
+    """
+
+    source: str
+    frame: int | None
+    score: float | None
+    threshold: float | None
+    decision: str | None
+    status: str
+    error: str | None
+    label: str | None
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def scored_row(source: str, frame: int | None, score: np.float32, threshold: float | None, label: str | None) -> Row:
+    """Make the row of a scored picture; a score that is not finite makes it an error row."""
+    if not math.isfinite(score):
+        reason = f"the engine returned a score that is not finite ({score}); report the image and the engine"
+        return error_row(source, frame, reason, label)
+    exact = float(format(float(score), ".9g"))
+    decision = None if threshold is None else ("anomalous" if exact > threshold else "normal")
+    return Row(source, frame, exact, threshold, decision, OK, None, label)
+
+
+def error_row(source: str, frame: int | None, reason: str, label: str | None) -> Row:
+    """Make the row of a picture that could not be scored."""
+    return Row(source, frame, None, None, None, ERROR, reason, label)
+
+
+class RowWriter:
+    """Appends rows to scores.jsonl, one unbuffered write each: an interrupted run holds whole rows only."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, row: Row) -> None:
+        """Append one row."""
+        line = memoryview((json.dumps(asdict(row), allow_nan=False) + "\n").encode("ascii"))
+        while line:  # a raw write may take less than it was given
+            line = line[self._file.write(line) or 0 :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Read scores.jsonl row by row.
+
+    Raises:
+        OutputError: a line is no row.
+
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield _parse_row(line, path, number)
+
+
+def drop_torn_line(path: Path) -> bool:
+    """Cut an unfinished last line off scores.jsonl; True if there was one."""
+    with path.open("r+b") as file:
+        size = file.seek(0, io.SEEK_END)
+        position = size
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position == size:
+            return False
+        file.truncate(position)
+        return True
+
+
+def write_csv(rows_path: Path, csv_path: Path) -> None:
+    """Write scores.csv from scores.jsonl, atomically: the same rows in the same order, null as empty cells."""
+    temporary = csv_path.with_name(f".{csv_path.name}.part")
+    # File names may hold any bytes; surrogateescape writes them as they are on disk.
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for row in read_rows(rows_path):
+            table.writerow(_cell(value) for value in asdict(row).values())
+    temporary.replace(csv_path)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return format(value, ".9g") if isinstance(value, float) else str(value)
+
+
+def _parse_row(line: bytes, path: Path, number: int) -> Row:
+    try:
+        values = json.loads(line)
+        if set(values) != set(COLUMNS):
+            raise ValueError(f"columns {sorted(values)}")
+        return Row(**values)
+    except (ValueError, TypeError) as error:
+        raise OutputError(
+            f"{path}: line {number} is no row of qfae-run ({error}); start afresh with --overwrite"
+        ) from None

@@ -1,0 +1,231 @@
+"""The checkpoint file: everything export needs, nothing that runs.
+
+One zip of plain tensors, numbers and strings (`torch.save`), read with `weights_only=True`:
+
+    format     int                  version of this layout
+    config     dict                 the configuration, weight files by their bare names
+    trained    {name: tensor}       projections, Q-Former, decoder
+    frozen     [record, ...]        encoders, then perceptual network: timm name, source, SHA-256
+    embedded   {sha256: {name: tensor}}  frozen weights that came from a file and cannot be downloaded again
+    preprocess {spec, sha256}       what the images went through
+    parity_images  uint8 (N, S, S, 3)    held-out images, so that export can measure on real ones
+    record     dict                 how the training went
+    resume     dict                 optimiser state; only in the last checkpoint of a run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfae_runtime.errors import QfaeError
+from qfae_runtime.preprocess import PreprocessSpec
+from qfae_train.autoencoder import AnomalyScorer, assemble, perceptual_backbone
+from qfae_train.backbone import WeightsError, create, freeze, load_frozen, load_into, read_tensors
+from qfae_train.config import Backbone, Config, ConfigError, from_dict
+
+FORMAT = 1
+
+_PARTS: dict[str, type] = {
+    "format": int,
+    "config": dict,
+    "trained": dict,
+    "frozen": list,
+    "embedded": dict,
+    "preprocess": dict,
+    "parity_images": Tensor,
+    "record": dict,
+    "resume": dict,
+}
+
+
+class CheckpointError(QfaeError):
+    """A checkpoint is missing, unreadable, of another version, or does not fit its own configuration."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model; see the module's table for the parts."""
+
+    config: Config
+    trained: dict[str, Tensor]
+    frozen: list[dict[str, str]]
+    embedded: dict[str, dict[str, Tensor]]
+    parity_images: Tensor
+    record: dict[str, Any]
+    resume: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    """Of the file it was read from; '' before it is saved."""
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint whole or not at all: to a neighbour first, then renamed."""
+    spec = checkpoint.config.preprocess_spec()
+    content = {
+        "format": FORMAT,
+        "config": portable_config(checkpoint.config),
+        "trained": {name: tensor.detach().cpu() for name, tensor in checkpoint.trained.items()},
+        "frozen": checkpoint.frozen,
+        "embedded": checkpoint.embedded,
+        "preprocess": {"spec": spec.to_dict(), "sha256": spec.sha256()},
+        "parity_images": checkpoint.parity_images,
+        "record": checkpoint.record,
+        "resume": checkpoint.resume,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    torch.save(content, unfinished)
+    unfinished.replace(path)
+
+
+def load(path: Path) -> Checkpoint:
+    """Return the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, one that would run code, another format version, or
+            preprocessing that this version does not do.
+
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint '{path}': no such file")
+    content = _read(path)
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"checkpoint '{path}': not written by qfae-train ({', '.join(wrong)} missing or damaged)")
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint '{path}': format {content['format']!r}, but this version reads {FORMAT}; "
+            "install the qfae version that wrote it, or train again"
+        )
+    try:
+        config = from_dict(content["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint '{path}': its configuration is not valid: {error}") from None
+    _check_preprocessing(path, content["preprocess"], config)
+    return Checkpoint(
+        config=config,
+        trained=content["trained"],
+        frozen=content["frozen"],
+        embedded=content["embedded"],
+        parity_images=content["parity_images"],
+        record=content["record"],
+        resume=content["resume"],
+        sha256=_file_sha256(path),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises half a dozen kinds here. Its refusals of code name the pickle's GLOBAL instruction; what is no
+        # pickle at all fails at another instruction.
+        if "GLOBAL" in str(error):
+            reason = "it holds pickled objects, which could run code; only plain tensors are read"
+        else:
+            reason = "not a file that torch.save wrote, or cut short"
+        raise CheckpointError(f"checkpoint '{path}': {reason}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint '{path}': expected a table of parts, got {type(content).__name__}")
+    return content
+
+
+def _check_preprocessing(path: Path, stored: dict[str, Any], config: Config) -> None:
+    now = config.preprocess_spec()
+    if stored.get("sha256") == now.sha256():
+        return
+    try:
+        lines = PreprocessSpec.from_dict(stored["spec"]).diff(now)
+    except QfaeError as error:
+        lines = [str(error)]
+    raise CheckpointError(
+        f"checkpoint '{path}': trained on images preprocessed otherwise than this version does it: {'; '.join(lines)}"
+    )
+
+
+def portable_config(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain tables, without the folders of the machine it ran on."""
+    table = config.to_dict()
+    for entry in [table["perceptual"], *table["model"]["encoders"]]:
+        entry["weights"] = Path(entry["weights"]).name if entry["weights"] else ""
+    return table
+
+
+def embed_frozen(config: Config, frozen: list[dict[str, str]]) -> dict[str, dict[str, Tensor]]:
+    """Return the frozen weights that came from files, by SHA-256; equal files are kept once."""
+    entries = [*config.model.encoders, perceptual_backbone(config)]
+    return {
+        record["sha256"]: read_tensors(Path(entry.weights))[0]
+        for entry, record in zip(entries, frozen, strict=True)
+        if entry.weights
+    }
+
+
+def build_scorer(checkpoint: Checkpoint) -> AnomalyScorer:
+    """Return the checkpoint's model on the CPU, in eval mode, float32.
+
+    Raises:
+        CheckpointError: trained tensors do not fit the configuration.
+        WeightsError: frozen weights cannot be had, or are not the ones the model was trained with.
+
+    """
+    config = checkpoint.config
+    entries = [*config.model.encoders, perceptual_backbone(config)]
+    if len(checkpoint.frozen) != len(entries):
+        raise CheckpointError(
+            f"checkpoint: {len(entries)} frozen backbones in its config, {len(checkpoint.frozen)} recorded"
+        )
+    backbones = [
+        _frozen_backbone(entry, record, checkpoint) for entry, record in zip(entries, checkpoint.frozen, strict=True)
+    ]
+    scorer = assemble(config, backbones[:-1], backbones[-1])
+    load_trained(scorer, checkpoint)
+    return scorer.eval()
+
+
+def load_trained(scorer: AnomalyScorer, checkpoint: Checkpoint) -> None:
+    """Load the trained tensors into a scorer.
+
+    Raises:
+        CheckpointError: a name is missing, unknown or of another size; all are listed.
+
+    """
+    expected = scorer.autoencoder.trained_state()
+    given = checkpoint.trained
+    faults = [f"{name}: missing" for name in expected.keys() - given.keys()]
+    faults += [f"{name}: not a part of this model" for name in given.keys() - expected.keys()]
+    faults += [
+        f"{name}: expected {tuple(tensor.shape)}, got {tuple(given[name].shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if faults:
+        raise CheckpointError("checkpoint does not fit its configuration: " + "; ".join(sorted(faults)))
+    scorer.autoencoder.load_state_dict(given, strict=False)
+
+
+def _frozen_backbone(entry: Backbone, record: dict[str, str], checkpoint: Checkpoint) -> nn.Module:
+    size = checkpoint.config.model.image_size
+    embedded = checkpoint.embedded.get(record["sha256"])
+    if embedded is not None:
+        model = create(entry, size)
+        load_into(model, embedded, f"{record['source']}, embedded in the checkpoint")
+        return freeze(model)
+    model, now = load_frozen(dataclasses.replace(entry, weights=""), size)
+    if now["sha256"] != record["sha256"]:
+        raise WeightsError(
+            f"weights of {entry.timm!r}: the hub's have SHA-256 {now['sha256'][:12]}..., "
+            f"the model was trained with {record['sha256'][:12]}...; supply the original file"
+        )
+    return model
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,140 @@
+"""Combinations of options that cannot be built, found before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qfae_runtime.preprocess import MAX_IMAGE_SIZE, PREPROCESS_KINDS
+from qfae_train.backbone import describe
+from qfae_train.config import Backbone, Config
+
+SMALLEST_IMAGE = 16
+
+
+def contradictions(config: Config) -> list[str]:
+    """Return one sentence per impossible value or combination: the key, the value and what would be accepted."""
+    return [*_sizes(config), *_attention(config), *_ranges(config), *_backbones(config)]
+
+
+def _sizes(config: Config) -> Iterable[str]:
+    size = config.model.image_size
+    if not SMALLEST_IMAGE <= size <= MAX_IMAGE_SIZE:
+        yield f"model.image_size: got {size}; accepted are {SMALLEST_IMAGE} to {MAX_IMAGE_SIZE} pixels"
+        return
+    for key, values in {
+        "model.decoder.patch_size": (config.model.decoder.patch_size,),
+        "loss.patch_sizes": config.loss.patch_sizes,
+        "score.patch_sizes": config.score.patch_sizes,
+    }.items():
+        if not values:
+            yield f"{key}: got an empty list; at least one patch size is needed"
+        for value in values:
+            if value < 1 or size % value:
+                accepted = ", ".join(str(d) for d in range(4, size // 2 + 1) if size % d == 0)
+                yield f"{key}: {value} does not divide the image size {size}; accepted are {accepted}"
+    patch = config.model.decoder.patch_size
+    if patch >= 1 and size % patch == 0 and config.model.qformer.queries != (size // patch) ** 2:
+        side = size // patch
+        yield (
+            f"model.qformer.queries: got {config.model.qformer.queries}; the decoder's {side}x{side} grid of "
+            f"{patch}-pixel patches needs {side * side}"
+        )
+
+
+def _attention(config: Config) -> Iterable[str]:
+    qformer, decoder = config.model.qformer, config.model.decoder
+    for key, dim, heads in (
+        ("model.qformer.heads", qformer.dim, qformer.heads),
+        ("model.decoder.heads", decoder.dim, decoder.heads),
+    ):
+        if heads < 1 or dim < 1 or dim % heads:
+            yield f"{key}: {heads} heads do not divide the width {dim}"
+    for key, dim in (("model.qformer.dim", qformer.dim), ("model.decoder.dim", decoder.dim)):
+        if dim % 4:
+            yield f"{key}: got {dim}; the sine-cosine table needs a multiple of 4"
+
+
+def _ranges(config: Config) -> Iterable[str]:
+    train, augment = config.train, config.augment
+    positive = {
+        "model.qformer.blocks": config.model.qformer.blocks,
+        "model.qformer.cross_head_dim": config.model.qformer.cross_head_dim,
+        "model.qformer.mlp_ratio": config.model.qformer.mlp_ratio,
+        "model.decoder.depth": config.model.decoder.depth,
+        "model.decoder.mlp_ratio": config.model.decoder.mlp_ratio,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.lr": train.lr,
+        "train.validate_every": train.validate_every,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            yield f"{key}: got {value}; it must be above 0"
+    for key, value in {
+        "model.decoder.register_tokens": config.model.decoder.register_tokens,
+        "train.workers": train.workers,
+        "train.seed": train.seed,
+        "augment.rotation": augment.rotation,
+        "augment.jitter": augment.jitter,
+    }.items():
+        if value < 0:
+            yield f"{key}: got {value}; it must not be negative"
+    for key, value in {
+        "model.qformer.dropout": config.model.qformer.dropout,
+        "train.pct_start": train.pct_start,
+        "train.l1_warmup": train.l1_warmup,
+        "augment.vertical_flip": augment.vertical_flip,
+    }.items():
+        if not 0 <= value <= 1:
+            yield f"{key}: got {value}; accepted are values from 0 to 1"
+    for key, (low, high) in {
+        "augment.crop_scale": augment.crop_scale,
+        "augment.crop_ratio": augment.crop_ratio,
+    }.items():
+        if not 0 < low <= high:
+            yield f"{key}: got [{low}, {high}]; it must be a range of positive numbers, smallest first"
+    if config.preprocess.kind not in PREPROCESS_KINDS:
+        accepted = ", ".join(repr(kind) for kind in PREPROCESS_KINDS)
+        yield f"preprocess.kind: got {config.preprocess.kind!r}; accepted are {accepted}"
+
+
+def _backbones(config: Config) -> Iterable[str]:
+    size = config.model.image_size
+    if not config.model.encoders:
+        yield "model.encoders: got an empty list; at least one encoder is needed"
+    if not config.model.hidden_states:
+        yield "model.hidden_states: got an empty list; at least one is needed"
+    for number, encoder in enumerate(config.model.encoders):
+        key = f"model.encoders[{number}]"
+        depth, faults = _depth(encoder, size, key)
+        yield from faults
+        for state in config.model.hidden_states if depth else ():
+            if not -depth <= state <= -1:
+                yield f"model.hidden_states: {state} for {key}, which has {depth} blocks; accepted are -1 to -{depth}"
+    perceptual = config.perceptual
+    entry = Backbone(perceptual.timm, perceptual.patch_size, perceptual.args, perceptual.weights)
+    depth, faults = _depth(entry, size, "perceptual")
+    yield from faults
+    for fault in describe(entry, size).unlike_mae if depth else ():
+        yield f"perceptual: {entry.timm!r} has {fault}; accepted are plain vision transformers such as MAE's"
+    for key, blocks in (("loss.blocks", config.loss.blocks), ("score.blocks", config.score.blocks)):
+        if not blocks:
+            yield f"{key}: got an empty list; at least one block is needed"
+        for block in blocks if depth else ():
+            if not 1 <= block <= depth:
+                yield f"{key}: block {block} of a perceptual network with {depth} blocks; accepted are 1 to {depth}"
+
+
+def _depth(backbone: Backbone, image_size: int, key: str) -> tuple[int, list[str]]:
+    """Return the number of blocks, and what is wrong with the entry (then the number is 0)."""
+    if backbone.patch_size < 1 or image_size % backbone.patch_size:
+        return 0, [f"{key}.patch_size: {backbone.patch_size} does not divide the image size {image_size}"]
+    try:
+        shape = describe(backbone, image_size)
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        return 0, [f"{key}: {backbone.timm!r} with args {backbone.args} cannot be used: {error}"]
+    if shape.patch_size != backbone.patch_size:
+        return 0, [
+            f"{key}.patch_size: got {backbone.patch_size}, but {backbone.timm!r} has patches of {shape.patch_size}"
+        ]
+    return shape.depth, []

@@ -1,0 +1,350 @@
+"""The training run: Adam and OneCycleLR on the perceptual loss, validation, best and last checkpoint, resume.
+
+Two files come of a run: `NAME.pt`, the checkpoint with the best validation AUROC (or the last one where validation
+cannot tell, having one class only), and `NAME.last.pt`, the newest one with the optimiser's state, to resume from.
+A resumed run gives what an uninterrupted one gives: all randomness of an epoch comes from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
+
+from qfae_runtime.errors import OutputError, QfaeError
+from qfae_train import checkpoint as files
+from qfae_train.alignment import align
+from qfae_train.augment import augmentation
+from qfae_train.autoencoder import AnomalyScorer, build, normalise
+from qfae_train.checkpoint import Checkpoint, CheckpointError
+from qfae_train.config import Config, Train, differences
+from qfae_train.data import DataError, Split, TrainingImages, load_split
+from qfae_train.evaluate import Metrics, evaluate
+from qfae_train.perceptual import Features
+from qfae_train.progress import Reporter
+
+PARITY_IMAGES = 32
+"""Validation images kept in the checkpoint, for export to measure on."""
+
+ALIGNMENT_IMAGES = 64
+"""Training images that the aligned initialisation is fitted on."""
+
+CACHE_LIMIT_GIB = 4.0
+"""Frozen features of un-augmented images are kept in memory up to this size."""
+
+
+class Frozen(NamedTuple):
+    """What the frozen networks say of a batch: it depends on the images alone, so it can be cached."""
+
+    hidden: list[Tensor]
+    target: Features
+
+    def pick(self, numbers: Tensor, device: torch.device) -> Frozen:
+        """Return the rows of the given images."""
+        return Frozen(
+            [states[numbers].to(device) for states in self.hidden],
+            {key: tokens[numbers].to(device) for key, tokens in self.target.items()},
+        )
+
+
+class TrainingStep(nn.Module):
+    """From a batch to its loss; one module, so that precision and device handling wrap all of it."""
+
+    def __init__(self, scorer: AnomalyScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Frozen:
+        """Return the frozen networks' features of uint8 images (B, S, S, 3)."""
+        x = normalise(images)
+        return Frozen(self.scorer.autoencoder.hidden(x), self.scorer.loss_target(x))
+
+    def forward(self, images: Tensor, frozen: Frozen | None, pixel_loss: bool) -> Tensor:
+        """Return the loss of uint8 images (B, S, S, 3): mean absolute error of pixels, or the perceptual loss."""
+        features = frozen or self.frozen(images)
+        reconstruction = self.scorer.autoencoder.reconstruct(features.hidden)
+        if pixel_loss:
+            return F.l1_loss(reconstruction.float(), normalise(images))
+        return self.scorer.loss(features.target, reconstruction)
+
+
+class TrainingError(QfaeError):
+    """A run that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    best: Path
+    last: Path
+    best_auroc: float | None
+    best_epoch: int
+
+
+@dataclass
+class Run:
+    """The moving parts of a training run."""
+
+    config: Config
+    out: Path
+    fabric: Fabric
+    step: TrainingStep
+    wrapped: Any
+    optimizer: torch.optim.Optimizer
+    schedule: OneCycleLR
+    train: Split
+    valid: Split
+    frozen_records: list[dict[str, str]]
+    embedded: dict[str, dict[str, Tensor]]
+    reporter: Reporter
+    epoch: int = 0
+    best_auroc: float | None = None
+    best_epoch: int = 0
+    seconds: float = 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; the incomplete last one is dropped."""
+        return len(self.train) // self.config.train.batch_size
+
+    @property
+    def last_path(self) -> Path:
+        """Where the newest checkpoint goes."""
+        return self.out.with_name(self.out.stem + ".last" + self.out.suffix)
+
+
+def fit(
+    config: Config, data: Path, out: Path, *, resume: bool = False, overwrite: bool = False, device: str = "auto"
+) -> Result:
+    """Train on `data` and write `out` and its `.last` neighbour.
+
+    Raises:
+        DataError, InputError: the data set cannot be used.
+        WeightsError: frozen weights are not to be had.
+        CheckpointError: there is nothing to resume from, or it is of another configuration or other frozen weights.
+        OutputError: `out` exists and neither `resume` nor `overwrite` is set.
+        TrainingError: the loss is no longer a finite number.
+
+    """
+    run = _start(config, data, out, resume, overwrite, device)
+    if run.epoch >= config.train.epochs:  # resumed after its end
+        return Result(run.out, run.last_path, run.best_auroc, run.best_epoch)
+    cache = _cache(run)
+    with run.reporter.running(config.train.epochs * run.steps_per_epoch, run.epoch * run.steps_per_epoch):
+        while run.epoch < config.train.epochs:
+            began = time.monotonic()
+            loss = _epoch(run, cache)
+            run.epoch += 1
+            due = run.epoch % config.train.validate_every == 0 or run.epoch == config.train.epochs
+            metrics = evaluate(run.step.scorer, run.valid, config.train.batch_size) if due else None
+            run.seconds += time.monotonic() - began
+            if metrics is not None:
+                _keep(run, metrics, loss)
+    return Result(run.out, run.last_path, run.best_auroc, run.best_epoch)
+
+
+def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool, device: str) -> Run:
+    last = out.with_name(out.stem + ".last" + out.suffix)
+    earlier = _resumable(last, config) if resume else None
+    if not resume and not overwrite and (out.exists() or last.exists()):
+        raise OutputError(
+            f"'{out}': a run is already there; add --resume to go on with it or --overwrite to start anew"
+        )
+    reporter = Reporter()
+    spec = config.preprocess_spec()
+    train = load_split(data, "train", spec)
+    valid = load_split(data, "valid", spec)
+    if len(train) < config.train.batch_size:
+        raise DataError(
+            f"data '{data}': {len(train)} training images are fewer than one batch of {config.train.batch_size}; "
+            "lower train.batch_size"
+        )
+    torch.manual_seed(config.train.seed)
+    fabric = Fabric(accelerator=device, devices=1, precision=config.train.precision)  # type: ignore[arg-type]
+    scorer, records = build(config)
+    if earlier is not None:
+        _check_frozen(last, earlier, records)
+        files.load_trained(scorer, earlier)
+    elif overwrite:
+        last.unlink(missing_ok=True)  # or a run that stops before its first checkpoint would resume the old one
+    step = TrainingStep(scorer)
+    trainable = [p for p in step.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=config.train.lr)
+    schedule = _schedule(optimizer, config.train, config.train.epochs * (len(train) // config.train.batch_size))
+    wrapped, optimizer = fabric.setup(step, optimizer)
+    wrapped.mark_forward_method("frozen")
+    run = Run(
+        config, out, fabric, step, wrapped, optimizer, schedule, train, valid, records,
+        files.embed_frozen(config, records), reporter,
+    )  # fmt: skip
+    if earlier is not None:
+        _restore(run, earlier)
+    device_name = torch.cuda.get_device_name() if fabric.device.type == "cuda" else fabric.device.type
+    reporter.say(f"{len(train)} training and {len(valid)} validation images, on {device_name}")
+    return run
+
+
+def _resumable(last: Path, config: Config) -> Checkpoint:
+    if not last.is_file():
+        raise CheckpointError(f"nothing to resume: '{last}' does not exist; leave --resume out to start a new run")
+    earlier = files.load(last)
+    changed = differences(files.portable_config(earlier.config), files.portable_config(config))
+    if changed:
+        raise CheckpointError(
+            f"cannot resume '{last}': it was trained with another configuration ({'; '.join(changed)}); use the same "
+            "preset and options, or --overwrite to start anew"
+        )
+    if not earlier.resume:
+        raise CheckpointError(f"cannot resume '{last}': it holds no optimiser state; resume from a .last file")
+    return earlier
+
+
+def _check_frozen(last: Path, earlier: Checkpoint, records: list[dict[str, str]]) -> None:
+    changed = [
+        now["timm"] for then, now in zip(earlier.frozen, records, strict=True) if then["sha256"] != now["sha256"]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"cannot resume '{last}': the frozen weights of {', '.join(changed)} are not those it was trained with; "
+            "put the original files back, or --overwrite to start anew"
+        )
+
+
+def _schedule(optimizer: torch.optim.Optimizer, options: Train, total: int) -> OneCycleLR:
+    """Return the learning rate's course over `total` steps."""
+    # torch divides by zero where the rise takes exactly one step.
+    pct_start = options.pct_start * (1 + 1e-9) if options.pct_start * total == 1 else options.pct_start
+    return OneCycleLR(optimizer, options.lr, total_steps=total, pct_start=pct_start)
+
+
+def _restore(run: Run, earlier: Checkpoint) -> None:
+    state = earlier.resume
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    run.epoch, run.best_auroc, run.best_epoch = state["epoch"], state["best_auroc"], state["best_epoch"]
+    run.seconds = state["seconds"]
+    run.reporter.say(f"resuming after epoch {run.epoch}")
+
+
+def _epoch(run: Run, cache: Frozen | None) -> float:
+    """Train one epoch; return its mean loss."""
+    options = run.config.train
+    run.step.train()
+    warmup = options.l1_warmup * options.epochs * run.steps_per_epoch
+    total = torch.zeros((), device=run.fabric.device)
+    for number, (images, numbers) in enumerate(_batches(run)):
+        frozen = cache.pick(numbers, run.fabric.device) if cache else None
+        pixel_loss = run.epoch * run.steps_per_epoch + number < warmup
+        loss = run.wrapped(images.to(run.fabric.device, non_blocking=True), frozen, pixel_loss)
+        run.optimizer.zero_grad()
+        run.fabric.backward(loss)
+        run.optimizer.step()
+        run.schedule.step()
+        total += loss.detach()
+        run.reporter.advance(f"epoch {run.epoch + 1}/{options.epochs} {'L1' if pixel_loss else 'perceptual'}", loss)
+    if not torch.isfinite(total):
+        raise TrainingError(
+            f"the loss is {float(total)} in epoch {run.epoch + 1}: training has diverged; start anew "
+            f"with a lower train.lr (it was {options.lr})"
+        )
+    return float(total) / run.steps_per_epoch
+
+
+def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield uint8 images (B, S, S, 3) and their numbers, shuffled by (seed, epoch); the incomplete last is dropped."""
+    options = run.config.train
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.epoch)
+    torch.manual_seed(options.seed * 1_000_003 + run.epoch)  # dropout
+    change = augmentation(run.config.augment, run.config.model.image_size)
+    if change is None:
+        order = torch.randperm(len(run.train), generator=generator)
+        for numbers in order.split(options.batch_size)[: run.steps_per_epoch]:
+            yield run.train.rgb(numbers), numbers
+        return
+    yield from DataLoader(
+        TrainingImages(run.train, change),
+        options.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+        generator=generator,
+        pin_memory=run.fabric.device.type == "cuda",
+    )
+
+
+@torch.no_grad()
+def _cache(run: Run) -> Frozen | None:
+    """Return the frozen features of all training images where they never change and fit into memory."""
+    if run.config.augment.enabled:
+        return None
+    run.step.eval()
+    size = run.config.train.batch_size
+    parts: list[Frozen] = []
+    limit = CACHE_LIMIT_GIB * 2**30
+    for start in run.reporter.track(range(0, len(run.train), size), "frozen features"):
+        frozen = run.wrapped.frozen(run.train.rgb(slice(start, start + size)).to(run.fabric.device))
+        if not parts:
+            bytes_an_image = sum(t.nbytes for t in [*frozen.hidden, *frozen.target.values()]) / size
+            if bytes_an_image * len(run.train) > limit:
+                return None
+        parts.append(Frozen([h.cpu() for h in frozen.hidden], {k: t.cpu() for k, t in frozen.target.items()}))
+    return Frozen(
+        [torch.cat(states) for states in zip(*(part.hidden for part in parts), strict=True)],
+        {key: torch.cat([part.target[key] for part in parts]) for key in parts[0].target},
+    )
+
+
+def _keep(run: Run, metrics: Metrics, loss: float) -> None:
+    """Write the last checkpoint, and the best one if this is it; report."""
+    auroc = metrics.image_auroc
+    best = auroc is None or run.best_auroc is None or auroc >= run.best_auroc
+    if best:
+        run.best_auroc, run.best_epoch = auroc, run.epoch
+    record = {
+        "epoch": run.epoch,
+        "epochs": run.config.train.epochs,
+        "loss": loss,
+        "valid_image_auroc": auroc,
+        "valid_pixel_auroc": metrics.pixel_auroc,
+        "train_images": len(run.train),
+        "seconds": round(run.seconds, 1),
+        "torch": str(torch.__version__),  # a class of its own, which weights_only would refuse to load
+    }
+    newest = Checkpoint(
+        config=run.config,
+        trained=run.step.scorer.autoencoder.trained_state(),
+        frozen=run.frozen_records,
+        embedded=run.embedded,
+        parity_images=_parity_images(run.valid),
+        record=record,
+    )
+    if best:
+        files.save(run.out, newest)
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "epoch": run.epoch,
+        "best_auroc": run.best_auroc,
+        "best_epoch": run.best_epoch,
+        "seconds": run.seconds,
+    }
+    files.save(run.last_path, replace(newest, resume=state))
+    shown = " ".join(f"{k} {v:.4f}" for k, v in (("image", auroc), ("pixel", metrics.pixel_auroc)) if v is not None)
+    run.reporter.say(f"epoch {run.epoch}: loss {loss:.5f}, validation AUROC {shown or 'unknown (one class only)'}")
+
+
+def _parity_images(valid: Split) -> Tensor:
+    """Return up to PARITY_IMAGES validation images, uint8 (N, S, S, 3), spread over the split and its classes."""
+    at = torch.linspace(0, len(valid) - 1, min(PARITY_IMAGES, len(valid))).round().long()
+    return valid.rgb(at).contiguous()

@@ -1,0 +1,180 @@
+"""From checkpoint to certified engine; and what is left behind when something is wrong on the way: nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import qfae_export.export
+from qfae_export.export import Exported, ExportError, Options, ParityError, export
+from qfae_export.options import is_plain_name
+from qfae_runtime.engines import open_engine
+from qfae_runtime.errors import EngineError, ManifestError, OutputError, UsageError
+from qfae_runtime.manifest import Manifest
+from qfae_runtime.selftest import self_test
+from qfae_train.checkpoint import build_scorer, load
+from tests.export.tiny import checkpoint_file, picture_folder, pictures
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def change_a_weight(path: Path) -> None:
+    """Multiply the largest matrix by 1.01."""
+    model = onnx.load(path)
+    largest = max(model.graph.initializer, key=lambda one: numpy_helper.to_array(one).size)
+    largest.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(largest) * np.float32(1.01), largest.name))
+    onnx.save(model, path)
+
+
+def spoil_written_file(monkeypatch: pytest.MonkeyPatch, engine: bytes) -> None:
+    """Leave `engine` where the ONNX file is expected, as a fault between export and measurement would."""
+
+    def write(graph: object, path: Path) -> list[Path]:
+        path.write_bytes(engine)
+        return [path]
+
+    monkeypatch.setattr(qfae_export.export, "write_onnx", write)
+
+
+def test_engine_opens_passes_its_self_test_and_scores_like_pytorch(
+    exported: Exported, checkpoint: Path, tmp_path: Path
+) -> None:
+    images = pictures(9)
+    scorer = build_scorer(load(checkpoint))
+    with open_engine(exported.engine, threads=2) as opened:
+        assert opened.certificate is not None
+        assert opened.certificate.batches == (1, 7, 9)
+        assert opened.certificate.images == 9
+        verdict = self_test(opened, force=True, cache=tmp_path)
+        assert (verdict.status, verdict.images) == ("passed", 9)
+        got = opened.engine.run(images)
+    import torch
+
+    np.testing.assert_allclose(got.score, scorer(torch.from_numpy(images)).score.numpy(), atol=1e-5)
+
+
+def test_manifest_says_where_the_engine_comes_from(exported: Exported, checkpoint: Path) -> None:
+    manifest = Manifest.load(exported.engine.with_suffix(".json"))
+    manifest.verify_files(exported.engine.parent)
+    stored = load(checkpoint)
+    assert set(manifest.files) == {"tiny.onnx", "tiny.golden.npz"}
+    assert manifest.max_batch == 9  # as many as the checkpoint holds images
+    assert manifest.precision == {"policy": "fp32"}
+    assert manifest.provenance["checkpoint"] == {"file": "tiny.pt", "sha256": stored.sha256}
+    assert manifest.provenance["config"]["score"] == stored.config.to_dict()["score"]
+    assert [one["sha256"] for one in manifest.provenance["frozen"]] == list(stored.embedded)
+    assert manifest.provenance["training"] == {"epoch": 3, "loss": "nan"}  # JSON knows no NaN
+    assert {"torch", "onnx", "onnxruntime", "opset"} <= manifest.provenance["exported_by"].keys()
+    assert {path.name for path in exported.files} == {"tiny.onnx", "tiny.golden.npz", "tiny.json"}
+
+
+def test_golden_file_holds_the_stored_images_from_low_to_high(exported: Exported) -> None:
+    with np.load(exported.engine.with_name("tiny.golden.npz")) as golden:
+        assert sorted(image.tobytes() for image in golden["images"]) == sorted(i.tobytes() for i in pictures(9))
+        assert np.all(np.diff(golden["score"]) >= 0)
+
+
+def test_nothing_else_is_left_in_the_folder(exported: Exported) -> None:
+    assert set(listing(exported.engine.parent)) == {"tiny.onnx", "tiny.golden.npz", "tiny.json"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_images_from_a_folder_and_a_name_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    folder = picture_folder(tmp_path / "scans", 6)
+    made = export(Options(checkpoint, tmp_path / "new" / "deep", folder, name="brain-1", max_batch=4))
+    [entry] = Manifest.load(tmp_path / "new" / "deep" / "brain-1.json").certificate
+    assert (entry.engine, entry.batches, entry.images) == ("brain-1.onnx", (1, 3, 4), 6)
+    assert entry.images_from == "6 of the 6 images in scans/"
+    assert made.engine == tmp_path / "new" / "deep" / "brain-1.onnx"
+
+
+def test_a_changed_weight_is_caught_and_leaves_nothing(
+    exported: Exported, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = tmp_path / "faulty.onnx"
+    faulty.write_bytes(exported.engine.read_bytes())
+    change_a_weight(faulty)
+    spoil_written_file(monkeypatch, faulty.read_bytes())
+    with pytest.raises(ParityError) as error:
+        export(Options(checkpoint, tmp_path / "out"))
+    assert error.value.exit_code == 1
+    assert not error.value.report
+    lines = str(error.value).splitlines()
+    assert lines[0] == ("tiny.onnx: ONNX Runtime does not compute what PyTorch computes, so nothing was written:")
+    assert any("batch 9: anomaly_map: absolute error" in line and ", y " in line for line in lines)
+    assert listing(tmp_path / "out") == {}
+
+
+def test_a_failed_export_leaves_the_old_engine(
+    exported: Exported, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in exported.files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = listing(tmp_path)
+    spoil_written_file(monkeypatch, exported.engine.read_bytes()[:-5000])
+    with pytest.raises(EngineError, match="cannot load it"):
+        export(Options(checkpoint, tmp_path, overwrite=True))
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(qfae_export.export, "save_golden", full)
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); nothing was exported"):
+        export(Options(checkpoint, tmp_path / "out"))
+    assert listing(tmp_path / "out") == {}
+
+
+@pytest.mark.usefixtures("quick")
+def test_existing_files_are_replaced_only_on_request(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text("{}")
+    (tmp_path / "tiny.onnx.data").write_text("weights of an engine that lay here before")
+    with pytest.raises(OutputError, match=r"already holds tiny\.onnx\.data, tiny\.json; pass --overwrite"):
+        export(Options(checkpoint, tmp_path))
+    export(Options(checkpoint, tmp_path, overwrite=True))
+    assert set(listing(tmp_path)) == {"tiny.onnx", "tiny.golden.npz", "tiny.json"}
+
+
+def test_a_checkpoint_without_images_names_the_cure(tmp_path: Path) -> None:
+    path = checkpoint_file(tmp_path / "bare.pt", parity_images=pictures(3)[:0])
+    with pytest.raises(ExportError, match=r"bare.pt: holds no parity images.* pass --parity-images DIR"):
+        export(Options(path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_of_another_engine_is_refused_by_the_runtime(exported: Exported, tmp_path: Path) -> None:
+    for file in exported.files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    change_a_weight(tmp_path / "tiny.onnx")
+    with pytest.raises(ManifestError, match="do not match"):
+        open_engine(tmp_path / "tiny.onnx")
+
+
+def test_faults_of_options_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as error:
+        export(Options(tmp_path / "a b.pt", out=tmp_path / "file"))
+    assert [fault.partition(":")[0] for fault in error.value.faults] == ["--ckpt", "--out"]
+
+
+@pytest.mark.parametrize("name", ["brats", "brats.last", "a-1_b+c", "9"])
+def test_names_a_manifest_takes(name: str, exported: Exported) -> None:
+    stored = json.loads(exported.engine.with_suffix(".json").read_text())
+    assert is_plain_name(name)
+    assert Manifest.from_dict(stored | {"name": name}).name == name
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../up", "a/b", ".hidden", "a..b", "ends.", "x" * 101, "ä"])
+def test_names_that_are_refused(name: str) -> None:
+    assert not is_plain_name(name)

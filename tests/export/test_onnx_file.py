@@ -1,0 +1,147 @@
+"""The ONNX file: what is in it, what is not, and that it runs at any batch."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import numpy_helper
+
+from qfae_export.errors import ExportError
+from qfae_export.export import Exported
+from qfae_export.graph import InferenceGraph
+from qfae_export.onnx_file import OPSET, save, trace
+from qfae_export.parity import pytorch_scores
+from qfae_runtime.contract import compare
+from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
+from qfae_train.autoencoder import AnomalyScorer, Result
+from tests.export.tiny import SIZE, config_of, pictures, scorer_of, vit
+
+
+@pytest.fixture(scope="module")
+def rich_scorer() -> AnomalyScorer:
+    """Whatever the configuration can ask for and the default does not."""
+    return scorer_of(
+        config_of(
+            encoders=[vit(reg_tokens=4, no_embed_class=True, init_values=0.3), vit(width=48, depth=2)],
+            qformer_blocks=3,
+            register_tokens=0,
+            fusion="separate",
+            spatial="mean",
+            across="max",
+            pixel_map="max",
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def rich_model(rich_scorer: AnomalyScorer) -> ir.Model:
+    return trace(InferenceGraph(rich_scorer))
+
+
+def test_signature_and_opset(exported: Exported) -> None:
+    model = onnx.load(exported.engine)
+    onnx.checker.check_model(model, full_check=True)
+    shapes = {
+        one.name: [d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim]
+        for one in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "images": ["batch", SIZE, SIZE, 3],
+        "score": ["batch"],
+        "anomaly_map": ["batch", SIZE, SIZE],
+        "reconstruction": ["batch", SIZE, SIZE, 3],
+    }
+    assert [(one.domain, one.version) for one in model.opset_import] == [("", OPSET)]
+
+
+def test_attention_is_decomposed_and_layer_norm_is_not(exported: Exported) -> None:
+    count = Counter(node.op_type for node in onnx.load(exported.engine).graph.node)
+    assert count["Attention"] == 0
+    # 3 encoder + 1 cross + 1 decoder + 2 perceptual blocks of 2 patch sizes; the queries' own attention is folded.
+    assert count["Softmax"] == 3 + 1 + 1 + 2 * 2
+    # Two per ViT block; norm, out_norm and the MLP's in the Q-Former; the decoder's last.
+    assert count["LayerNormalization"] == 2 * (3 + 1 + 2) + 3 + 1
+
+
+def test_weights_that_nothing_reads_are_not_in_the_file(exported: Exported) -> None:
+    graph = onnx.load(exported.engine).graph
+    elements = sum(numpy_helper.to_array(one).size for one in graph.initializer)
+    scorer = scorer_of(config_of())
+    parts = [*scorer.named_parameters(), *scorer.named_buffers()]
+    unread = ("qformer.queries", "qformer.blocks.0.attention", "perceptual.blocks.2.", "_32")
+    read = sum(tensor.numel() for name, tensor in parts if not any(part in name for part in unread))
+    folded = scorer.autoencoder.qformer.queries.numel()
+    constants = 2000  # shapes, scales, and prefix tokens joined beforehand
+    assert read + folded - constants < elements < read + folded + constants
+
+
+def test_nothing_of_this_machine_is_in_the_file(exported: Exported) -> None:
+    content = exported.engine.read_bytes()
+    here = [str(Path.cwd()), str(Path.home()), sys.prefix, "site-packages", ".py", "qfae_train", "aten"]
+    assert [text for text in here if text.encode() in content] == []
+    manifest = exported.engine.with_suffix(".json").read_text()
+    assert [text for text in (str(Path.cwd()), str(exported.engine.parent), sys.prefix) if text in manifest] == []
+
+
+def test_large_weights_lie_beside_the_file(rich_scorer: AnomalyScorer, rich_model: ir.Model, tmp_path: Path) -> None:
+    [whole] = save(rich_model, tmp_path / "whole.onnx")
+    engine, weights = save(rich_model, tmp_path / "apart.onnx", external_above_bytes=1000)
+    assert (engine.name, weights.name) == ("apart.onnx", "apart.onnx.data")
+    assert weights.stat().st_size > 0.8 * whole.stat().st_size
+    images = pictures(3)
+    with OnnxRuntimeEngine(engine, SIZE, 8, threads=2) as apart, OnnxRuntimeEngine(whole, SIZE, 8, threads=2) as one:
+        np.testing.assert_array_equal(apart.run(images).score, one.run(images).score)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 40])
+def test_every_option_runs_at_every_batch(
+    batch: int, rich_scorer: AnomalyScorer, rich_model: ir.Model, tmp_path: Path
+) -> None:
+    [path] = save(rich_model, tmp_path / "rich.onnx")
+    images = pictures(batch)
+    with OnnxRuntimeEngine(path, SIZE, 64, threads=2) as engine:
+        comparison = compare(pytorch_scores(rich_scorer, images), engine.run(images))
+    assert comparison, comparison.failures()
+
+
+def test_reconstruction_is_clipped_and_rounded_as_torch_does_it(tmp_path: Path) -> None:
+    class Greys(torch.nn.Module):
+        """Every half grey level from -3 to 258, where rounding rules differ."""
+
+        image_size = 16
+
+        def forward(self, images: torch.Tensor) -> Result:
+            from qfae_train.autoencoder import MEAN, STD, denormalise
+
+            batch = images.shape[0]
+            ramp = (torch.arange(16 * 16 * 3).reshape(1, 3, 16, 16) - 6) / 2  # -3.0, -2.5, ...
+            exact = (ramp / 255 - MEAN) / STD + 0 * images.permute(0, 3, 1, 2)
+            score = images.float().mean(dim=(1, 2, 3))
+            return Result(score, score[:, None, None].expand(batch, 16, 16), denormalise(exact))
+
+    module = Greys()
+    [path] = save(trace(module), tmp_path / "greys.onnx")  # type: ignore[arg-type]
+    images = np.zeros((2, 16, 16, 3), np.uint8)
+    want = module(torch.from_numpy(images)).reconstruction.numpy()
+    with OnnxRuntimeEngine(path, 16, 4, threads=1) as engine:
+        got = engine.run(images).reconstruction
+    assert len(np.unique(want)) == 256
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_model_torch_cannot_express_is_one_sentence() -> None:
+    class Branches(torch.nn.Module):
+        image_size = 16
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float() if images.sum() > 0 else -images.float()
+
+    with pytest.raises(ExportError, match=r"^torch \S+ cannot express the model in ONNX: .*report the configuration$"):
+        trace(Branches())  # type: ignore[arg-type]

@@ -1,0 +1,220 @@
+"""The measurement: planted faults in an engine's outputs must be seen, wherever they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from io import StringIO
+from typing import Self
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from qfae_export.errors import ExportError
+from qfae_export.images import ParityImages
+from qfae_export.parity import ParityReport, batch_sizes, golden_of, measure, pytorch_scores
+from qfae_runtime.arrays import UInt8
+from qfae_runtime.engines.base import Scores
+from tests.export.tiny import config_of, pictures, scorer_of
+
+SIZE = 8
+COUNT = 10
+Fault = Callable[[Scores, "list[int]"], object]
+
+
+class Echo:
+    """An engine that knows every image's right answer, and spoils what a fault makes of it. Keeps to Engine."""
+
+    image_size, max_batch, backend, device, version = SIZE, COUNT, "echo", "cpu", "1"
+
+    def __init__(self, images: ParityImages, reference: Scores, fault: Fault) -> None:
+        self._numbers = {image.tobytes(): number for number, image in enumerate(images.pixels)}
+        self._reference = reference
+        self._fault = fault
+
+    def run(self, images: UInt8, maps: bool = True) -> Scores:
+        numbers = [self._numbers[image.tobytes()] for image in images]
+        answer = Scores(
+            self._reference.score[numbers],
+            self._reference.anomaly_map[numbers],
+            self._reference.reconstruction[numbers],
+        )
+        self._fault(answer, numbers)
+        return answer
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def images() -> ParityImages:
+    return ParityImages(pictures(COUNT, SIZE), tuple(f"{n}.png" for n in range(COUNT)), "made up")
+
+
+@pytest.fixture
+def reference() -> Scores:
+    rng = np.random.default_rng(5)
+    return Scores(
+        rng.uniform(0.05, 0.5, COUNT).astype(np.float32),
+        rng.uniform(0.02, 0.5, (COUNT, SIZE, SIZE)).astype(np.float32),
+        rng.integers(0, 250, (COUNT, SIZE, SIZE, 3), dtype=np.uint8),
+    )
+
+
+def report_of(images: ParityImages, reference: Scores, fault: Fault) -> ParityReport:
+    return measure(Echo(images, reference, fault), images, reference)
+
+
+def spoil(output: str, image: int, where: tuple[int, ...], change: Callable[[float], float]) -> Fault:
+    """Change one value of one image, at whatever batch it comes."""
+
+    def fault(answer: Scores, numbers: list[int]) -> None:
+        array = getattr(answer, output)
+        for row, number in enumerate(numbers):
+            if number == image:
+                array[(row, *where)] = change(array[(row, *where)])
+
+    return fault
+
+
+def test_equal_outputs_pass_and_every_image_counts(images: ParityImages, reference: Scores) -> None:
+    seen: list[int] = []
+    report = report_of(images, reference, lambda answer, numbers: seen.extend(numbers))
+    assert report
+    assert report.failures() == []
+    assert report.batches == (1, 7, COUNT)
+    assert sorted(seen) == sorted(list(range(COUNT)) * 3)
+    assert report.worst.outputs["anomaly_map"].elements == 3 * COUNT * SIZE * SIZE
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        pytest.param(
+            spoil("anomaly_map", 9, (3, 5), lambda value: value + 2e-4),
+            r"batch 1: anomaly_map: absolute error 0.0002 exceeds 0.0001 at image 9, y 3, x 5: .*\(image 9: 9\.png\)",
+            id="one pixel off by 2e-4",
+        ),
+        pytest.param(
+            spoil("score", 4, (), lambda value: value + 2e-4),
+            r"batch 7: score: absolute error 0.0002 exceeds 0.0001 at image 4: ",
+            id="one score off by 2e-4",
+        ),
+        pytest.param(
+            spoil("anomaly_map", 0, (0, 0), lambda value: float("nan")),
+            r"batch 10: anomaly_map: the engine has 1 values that are not finite, the first at index \(0, 0, 0\)",
+            id="a NaN in a map",
+        ),
+        pytest.param(
+            spoil("score", 9, (), lambda value: float("inf")),
+            r"batch 7: score: the engine has 1 values that are not finite",
+            id="an infinite score of the last image",
+        ),
+        pytest.param(
+            spoil("reconstruction", 2, (1, 1, 2), lambda value: value + 2),
+            r"reconstruction: absolute error 2 exceeds 1 at image 2, y 1, x 1, channel 2: ",
+            id="two grey levels",
+        ),
+    ],
+)
+def test_planted_faults_are_named(images: ParityImages, reference: Scores, fault: Fault, sentence: str) -> None:
+    report = report_of(images, reference, fault)
+    assert not report
+    assert any(re.search(sentence, failure) for failure in report.failures()), report.failures()
+
+
+def test_relative_error_counts_where_values_are_small(images: ParityImages, reference: Scores) -> None:
+    reference.anomaly_map[6, 2, 2] = 0.02
+    report = report_of(images, reference, spoil("anomaly_map", 6, (2, 2), lambda value: value + 5e-5))
+    assert len(report.failures()) == 3  # the absolute bound holds; the relative one breaks at each batch size
+    assert "anomaly_map: relative error 0.0025 exceeds 0.001 at image 6, y 2, x 2" in report.failures()[0]
+
+
+def test_relative_error_does_not_count_below_the_floor(images: ParityImages, reference: Scores) -> None:
+    reference.anomaly_map[6, 2, 2] = 0.0005
+    assert report_of(images, reference, spoil("anomaly_map", 6, (2, 2), lambda value: value + 5e-5))
+
+
+def test_a_fault_at_one_batch_size_only_is_seen(images: ParityImages, reference: Scores) -> None:
+    def fault(answer: Scores, numbers: list[int]) -> None:
+        if len(numbers) == 3:  # what is left of 10 images after a batch of 7
+            answer.score[2] *= 1.01
+
+    [failure] = [text for text in report_of(images, reference, fault).failures() if "absolute" in text]
+    assert failure.startswith("batch 7: score: absolute error")
+    assert "at image 9" in failure
+
+
+def test_a_map_of_another_image_is_seen(images: ParityImages, reference: Scores) -> None:
+    def fault(answer: Scores, numbers: list[int]) -> None:
+        answer.anomaly_map[:] = np.roll(answer.anomaly_map, 1, axis=0)
+
+    failures = report_of(images, reference, fault).failures()
+    assert failures
+    assert all("anomaly_map" in failure and "batch 1:" not in failure for failure in failures)
+
+
+def test_lost_images_are_seen(images: ParityImages, reference: Scores) -> None:
+    class Loses(Echo):
+        def run(self, images: UInt8, maps: bool = True) -> Scores:
+            answer = super().run(images, maps)
+            return Scores(answer.score[:-1], answer.anomaly_map[:-1], answer.reconstruction[:-1])
+
+    report = measure(Loses(images, reference, lambda *_: None), images, reference)
+    assert "batch 10: score: expected shape (10,), got (9,)" in report.failures()
+
+
+def test_table_shows_errors_bounds_and_faults(images: ParityImages, reference: Scores) -> None:
+    shown = StringIO()
+    console = Console(width=100, file=shown)
+    console.print(report_of(images, reference, spoil("score", 1, (), lambda value: value + 2e-4)).table())
+    console.print(report_of(images, reference, spoil("score", 1, (), lambda value: float("nan"))).table())
+    for text in ("largest error on 10 images", "score, absolute", "batch 7", "2.0e-04", "0.0001", "none"):
+        assert text in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, (1,)), (2, (1, 2)), (3, (1, 3)), (4, (1, 3, 4)), (7, (1, 5, 7)), (32, (1, 7, 32))]
+)
+def test_batch_sizes(largest: int, sizes: tuple[int, ...]) -> None:
+    assert batch_sizes(largest) == sizes
+
+
+def test_golden_images_span_the_scores() -> None:
+    reference = Scores(
+        np.random.default_rng(1).permutation(40).astype(np.float32),
+        np.arange(40, dtype=np.float32)[:, None, None].repeat(SIZE, 1).repeat(SIZE, 2),
+        np.zeros((40, SIZE, SIZE, 3), np.uint8),
+    )
+    images = ParityImages(pictures(40, SIZE), tuple(map(str, range(40))), "made up")
+    golden = golden_of(images, reference)
+    assert len(golden.images) == 16
+    assert (golden.scores.score[0], golden.scores.score[-1]) == (0, 39)
+    assert np.all(np.diff(golden.scores.score) >= 2)
+    for image, anomaly_map in zip(golden.images, golden.scores.anomaly_map, strict=True):
+        assert np.array_equal(image, images.pixels[int(anomaly_map[0, 0])])
+
+
+def test_reference_is_the_training_modules_in_float32() -> None:
+    scorer, images = scorer_of(config_of()), pictures(11)
+    scores = pytorch_scores(scorer, images)
+    want = scorer(torch.from_numpy(images))
+    np.testing.assert_allclose(scores.score, want.score.numpy(), atol=1e-6)
+    assert scores.anomaly_map.shape == (11, 32, 32)
+    assert scores.reconstruction.dtype == np.uint8
+    with pytest.raises(ExportError, match="the reference must be float32"):
+        pytorch_scores(scorer.half(), images)
+
+
+def test_a_diverged_checkpoint_is_named_as_the_cause() -> None:
+    scorer = scorer_of(config_of())
+    with torch.no_grad():
+        scorer.autoencoder.decoder.predict.bias.fill_(float("nan"))
+    with pytest.raises(ExportError, match=r"gives 3 values that are not finite .* training diverged"):
+        pytorch_scores(scorer, pictures(3))

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qfae_runtime.errors import InputError
+from qfae_runtime.readers import image as reader
+from qfae_runtime.readers import read_image, read_mask, read_slices
+
+GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
+
+
+def reason_for(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_image(path, source="a/b")
+    assert caught.value.source == "a/b"
+    assert str(caught.value) == f"a/b: {caught.value.reason}"
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp"])
+def test_lossless_grey_is_replicated(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(GREY).save(path, lossless=True)
+    piece = read_image(path)
+    assert (piece.source, piece.frame, piece.pixels.dtype.name) == (str(path), None, "uint8")
+    np.testing.assert_array_equal(piece.pixels, np.repeat(GREY[:, :, None], 3, axis=2))
+
+
+def test_content_counts_and_not_the_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    Image.fromarray(GREY).save(path, format="PNG")
+    assert read_slices(path, "x")[0].pixels[5, 5, 0] == GREY[5, 5]
+
+
+def test_jpeg_is_close(tmp_path: Path) -> None:
+    Image.fromarray(GREY).save(tmp_path / "x.jpg", quality=95)
+    assert np.abs(read_image(tmp_path / "x.jpg").pixels[:, :, 0].astype(int) - GREY).max() < 12
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_keeps_the_high_byte_and_never_saturates(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 255, 256, 257, 4095, 32768, 65534, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}").pixels[:, :, 1], values >> 8)
+
+
+def test_an_8_bit_image_stored_in_16_bits_comes_back_exactly(tmp_path: Path) -> None:
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels[:, :, 0], GREY)
+
+
+def test_transparency_lies_on_black(tmp_path: Path) -> None:
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[:] = (200, 100, 50, 255)
+    rgba[0, 0, 3] = 0
+    Image.fromarray(rgba).save(tmp_path / "x.png")
+    pixels = read_image(tmp_path / "x.png").pixels
+    assert pixels[0, 0].tolist() == [0, 0, 0]
+    assert pixels[1, 1].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_common_mode_gives_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
+    Image.fromarray(np.full((6, 6, 3), 255, np.uint8)).convert(mode).save(path)
+    pixels = read_image(path).pixels
+    assert pixels.shape == (6, 6, 3)
+    assert pixels.min() == 255
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(GREY).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels[:, :, 0], np.rot90(GREY, -1))
+
+
+def test_missing_empty_text_and_truncated_files_say_so(tmp_path: Path) -> None:
+    assert reason_for(tmp_path / "none.png") == "cannot be read (No such file or directory)"
+    (tmp_path / "empty.png").touch()
+    assert reason_for(tmp_path / "empty.png") == "the file is empty (0 bytes)"
+    (tmp_path / "text.png").write_text("hello, I am no picture")
+    assert reason_for(tmp_path / "text.png") == "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for suffix in ("png", "jpg", "bmp", "tiff"):
+        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+        Image.fromarray(noise).save(whole)
+        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        assert reason_for(cut).startswith(("damaged or truncated image (", "not a PNG"))
+        assert str(tmp_path) not in reason_for(cut)
+
+
+def test_absurd_sizes_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("1", (40000, 2)).save(tmp_path / "wide.png")
+    assert reason_for(tmp_path / "wide.png") == (
+        "too large: got 40000 x 2 pixels, the limit is 67,108,864 pixels and 32,768 a side"
+    )
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    assert reason_for(tmp_path / "bomb.png").startswith("too large: its header asks for too many pixels")
+    monkeypatch.setattr(reader, "MAX_PIXELS", 100)
+    Image.fromarray(GREY).save(tmp_path / "x.png")
+    assert reason_for(tmp_path / "x.png").startswith("too large: got 20 x 12 pixels")
+
+
+def test_pixels_without_a_range_and_several_pictures_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "f.tiff")
+    assert reason_for(tmp_path / "f.tiff") == (
+        "floating-point pixels have no stated range; store the image in 8 or 16 bit"
+    )
+    Image.fromarray(GREY.astype(np.int32)).save(tmp_path / "i.tiff")
+    assert reason_for(tmp_path / "i.tiff").startswith("32-bit integer pixels")
+    page = Image.fromarray(GREY)
+    page.save(tmp_path / "pages.tiff", save_all=True, append_images=[page, page])
+    assert reason_for(tmp_path / "pages.tiff") == "holds 3 pictures, expected one; split it into single images"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    assert reason_for(tmp_path / "pipe.png") == "not a regular file (a pipe, socket or device)"
+    assert reason_for(tmp_path) == "a folder that cannot be listed (permission denied?)"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_mask_is_true_wherever_it_is_not_zero(tmp_path: Path, dtype: type[np.generic]) -> None:
+    values = np.zeros((5, 7), dtype)
+    values[2, 3], values[4, 6] = 1, 255
+    Image.fromarray(values).save(tmp_path / "m.png")
+    mask = read_mask(tmp_path / "m.png")
+    assert mask.dtype == np.bool_
+    assert np.argwhere(mask).tolist() == [[2, 3], [4, 6]]
+
+
+def test_mask_in_colour_ignores_alpha(tmp_path: Path) -> None:
+    values = np.zeros((3, 3, 4), np.uint8)
+    values[:, :, 3] = 255
+    values[1, 1, 2] = 9
+    Image.fromarray(values).save(tmp_path / "m.png")
+    assert np.argwhere(read_mask(tmp_path / "m.png")).tolist() == [[1, 1]]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qfae_runtime.layout import find_images, label_of, mask_path_for, scan
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_nearest_folder_gives_the_label() -> None:
+    root = Path("/data/good/run")
+    assert label_of(root / "test" / "Ungood" / "img" / "x.png", root) == "Ungood"
+    assert label_of(root / "UNGOOD" / "Good" / "x.png", root) == "good"
+    assert label_of(root / "test" / "x.png", root) is None
+    assert label_of(root / "test" / "x.png") == "good"
+    assert label_of(root / "goods" / "good.png", root) is None
+    assert label_of(Path("/d/good/x.png"), Path("/d/good")) == "good"
+
+
+def test_masks_are_found_in_both_variants(tmp_path: Path) -> None:
+    with_img, without = tmp_path / "a" / "Ungood", tmp_path / "b" / "Ungood"
+    touch(
+        with_img / "img" / "x.png", with_img / "anomaly_mask" / "x.png", without / "y.jpg", without / "label" / "y.png"
+    )
+    assert mask_path_for(with_img / "img" / "x.png") == with_img / "anomaly_mask" / "x.png"
+    assert mask_path_for(without / "y.jpg") == without / "label" / "y.png"
+    assert mask_path_for(without / "z.png") is None
+
+
+def test_masks_and_non_images_are_passed_over_and_counted(tmp_path: Path) -> None:
+    test = tmp_path / "test"
+    touch(test / "Ungood" / "img" / "b.png", test / "Ungood" / "label" / "b.png", test / "good" / "a.png")
+    touch(test / "good" / "label" / "a.png", test / "notes.txt", test / ".DS_Store", test / "Ungood" / "t.csv")
+    touch(test / "label" / "c.png", test / "noname")
+    found = scan([test])
+    assert [found.source_of(path) for path in found.images] == [
+        "Ungood/img/b.png",
+        "good/a.png",
+        "label/c.png",
+        "noname",
+    ]
+    assert found.ignored == {".DS_Store": 1, ".csv": 1, ".txt": 1}
+    assert found.mask_files == 2
+    assert find_images(test) == found.images
+
+
+def test_named_files_are_always_taken_and_taken_once(tmp_path: Path) -> None:
+    touch(tmp_path / "a" / "x.txt", tmp_path / "b" / "y.png")
+    found = scan([tmp_path / "a" / "x.txt", tmp_path / "b", tmp_path / "b" / "y.png"])
+    assert found.root == tmp_path
+    assert [found.source_of(path) for path in found.images] == ["a/x.txt", "b/y.png"]
+
+
+def test_sources_of_two_roots_stay_apart(tmp_path: Path) -> None:
+    touch(tmp_path / "good" / "x.png", tmp_path / "Ungood" / "x.png")
+    found = scan([tmp_path / "good", tmp_path / "Ungood"])
+    assert [found.source_of(path) for path in found.images] == ["Ungood/x.png", "good/x.png"]
+
+
+def test_output_folder_is_not_searched_and_loops_end(tmp_path: Path) -> None:
+    touch(tmp_path / "x.png", tmp_path / "results" / "heatmaps" / "x.png")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert [path.name for path in scan([tmp_path], exclude=[tmp_path / "results"]).images] == ["x.png"]
+
+
+def test_missing_input_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        scan([tmp_path / "none"])

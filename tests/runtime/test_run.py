@@ -1,0 +1,319 @@
+"""Whole runs: what is written, what survives damage, resuming, and interruption."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qfae_runtime.errors import OutputError
+from qfae_runtime.run import Options, Summary, execute
+
+from .conftest import write_png
+from .test_cli import qfae_run
+from .tiny import SIZE, edit_manifest
+
+
+def run(images: Path, engine: Path, out: Path, **options: Any) -> Summary:
+    return execute(Options((images,), engine, out, **options))
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_writes_everything(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "heatmaps",
+        "metrics.json",
+        "report.html",
+        "run.json",
+        "scores.csv",
+        "scores.jsonl",
+    ]
+    rows = table(out)
+    assert list(rows[0]) == ["source", "frame", "score", "threshold", "decision", "status", "error", "label"]
+    assert [row["source"] for row in rows] == sorted(row["source"] for row in rows)
+    assert {row["label"] for row in rows} == {"good", "Ungood"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["image_auroc"] == 1.0
+    assert 0.5 < metrics["pixel_auroc"] <= 1.0
+    assert metrics["counts"]["images_with_pixel_truth"] == 12
+    record = json.loads((out / "run.json").read_text())
+    assert (record["status"], record["certified"], record["counts"]["scored"]) == ("done", True, 12)
+    assert record["self_test"]["status"] == "passed"
+    assert record["inputs"]["mask_files"] == 6
+    figures = sorted(path.relative_to(out / "heatmaps").as_posix() for path in (out / "heatmaps").rglob("*.png"))
+    assert figures == [row["source"] for row in rows]
+
+
+def test_jsonl_and_csv_hold_the_same_and_scores_are_exact(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    for line, row in zip(lines, table(tmp_path / "out"), strict=True):
+        assert {key: "" if value is None else str(value) for key, value in line.items()} == row
+        assert float(np.float32(row["score"])) == pytest.approx(float(row["score"]), abs=0, rel=1e-8)
+
+
+def test_two_runs_are_byte_identical(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, tmp_path / "a")
+    run(dataset, engine_path, tmp_path / "b")
+    assert (tmp_path / "a" / "scores.csv").read_bytes() == (tmp_path / "b" / "scores.csv").read_bytes()
+    assert (tmp_path / "a" / "scores.jsonl").read_bytes() == (tmp_path / "b" / "scores.jsonl").read_bytes()
+
+
+def test_batch_size_does_not_change_scores(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    for size in (1, 5, 32):
+        run(dataset, engine_path, tmp_path / str(size), batch_size=size, maps=False)
+    scores = {size: [float(row["score"]) for row in table(tmp_path / str(size))] for size in (1, 5, 32)}
+    np.testing.assert_allclose(scores[5], scores[1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores[32], scores[1], rtol=0, atol=1e-5)
+
+
+def damage(dataset: Path) -> dict[str, str]:
+    """Put bad files among the good; what each row must say."""
+    good = dataset / "good" / "img"
+    (good / "empty.png").touch()
+    (good / "text.png").write_text("I am a text")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    write_png(good / "cut.png", noise)
+    (good / "cut.png").write_bytes((good / "cut.png").read_bytes()[:900])
+    return {
+        "good/img/empty.png": "the file is empty (0 bytes)",
+        "good/img/text.png": "not a PNG, JPEG, BMP, TIFF or WebP image",
+        "good/img/cut.png": "damaged or truncated image",
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_bad_files_get_rows_and_the_others_are_scored(
+    dataset: Path, engine_path: Path, tmp_path: Path, batch_size: int
+) -> None:
+    run(dataset, engine_path, tmp_path / "clean")
+    bad = damage(dataset)
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", tmp_path / "out", "--batch-size", batch_size)
+    assert shown.exit_code == 3
+    assert "3 files could not be scored; see status and error in" in shown.stdout
+    rows = {row["source"]: row for row in table(tmp_path / "out")}
+    assert list(rows) == sorted(rows)
+    for source, reason in bad.items():
+        assert (rows[source]["status"], rows[source]["score"]) == ("error", "")
+        assert rows[source]["error"].startswith(reason)
+    for row in table(tmp_path / "clean"):
+        assert float(rows[row["source"]]["score"]) == pytest.approx(float(row["score"]), abs=1e-5)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Could not be scored" in report
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["counts"]["labelled_but_not_scored"] == 3
+
+
+def test_only_bad_files_still_end_orderly(engine_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").touch()
+    shown = qfae_run(tmp_path / "in", "--engine", engine_path, "--out", tmp_path / "out")
+    assert shown.exit_code == 3
+    assert table(tmp_path / "out")[0]["error"] == "the file is empty (0 bytes)"
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_without_maps(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, tmp_path / "out", maps=False)
+    assert not (tmp_path / "out" / "heatmaps").exists()
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["pixel_auroc"] is None
+    assert metrics["notes"] == ["pixel_auroc needs the anomaly maps; run without --no-maps"]
+
+
+def test_labels_from_a_file(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("source,label\ngood/img/0.png,anomalous\nUngood/img/0.png,normal\n")
+    run(dataset, engine_path, tmp_path / "out", labels=tmp_path / "l.csv")
+    labels = {row["source"]: row["label"] for row in table(tmp_path / "out")}
+    assert (labels["good/img/0.png"], labels["Ungood/img/0.png"], labels["good/img/1.png"]) == ("Ungood", "good", "")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["image_auroc"] == 0.0
+
+
+def test_threshold_gives_decisions(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, tmp_path / "plain")
+    scores = sorted(float(row["score"]) for row in table(tmp_path / "plain"))
+    cut = (scores[5] + scores[6]) / 2
+    edit_manifest(engine_path, threshold={"value": cut, "how": "by hand", "images": 12})
+    run(dataset, engine_path, tmp_path / "out")
+    rows = table(tmp_path / "out")
+    assert [row["decision"] for row in rows] == ["anomalous" if row["label"] == "Ungood" else "normal" for row in rows]
+    assert "by hand" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_results_are_not_overwritten_unasked(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    before = (out / "scores.csv").read_bytes()
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
+    assert shown.exit_code == 1
+    assert shown.stderr == (
+        f"qfae-run: {out}: already holds results (scores.csv, scores.jsonl, report.html, run.json, metrics.json, "
+        "heatmaps); add --resume to go on with that run, --overwrite to replace it, or choose another --out\n"
+    )
+    assert (out / "scores.csv").read_bytes() == before
+
+
+def test_overwrite_removes_only_our_own_files(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    (out / "notes.txt").write_text("mine")
+    write_png(out / "heatmaps" / "mine.png", np.zeros((4, 4), np.uint8))
+    shutil.rmtree(dataset / "good")
+    run(dataset, engine_path, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    left = sorted(path.relative_to(out / "heatmaps").as_posix() for path in (out / "heatmaps").rglob("*.png"))
+    assert left == [*(f"Ungood/img/{n}.png" for n in range(6)), "mine.png"]
+    assert len(table(out)) == 6
+
+
+def test_output_inside_the_input_is_not_scored(dataset: Path, engine_path: Path) -> None:
+    for _ in range(2):
+        run(dataset, engine_path, dataset / "results", overwrite=True)
+    assert len(table(dataset / "results")) == 12
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"source": "good/img', b"{}"])
+@pytest.mark.parametrize("kept", [0, 1, 7, 12])
+def test_resume_goes_on_after_a_torn_line(
+    dataset: Path, engine_path: Path, tmp_path: Path, kept: int, torn: bytes
+) -> None:
+    damage(dataset)
+    out = tmp_path / "out"
+    run(dataset, engine_path, tmp_path / "whole", maps=False)
+    shutil.copytree(tmp_path / "whole", out)
+    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
+    (out / "scores.csv").unlink()
+    summary = run(dataset, engine_path, out, maps=False, resume=True)
+    assert (summary.counts.resumed, summary.counts.done, summary.counts.errors) == (kept, 15, 3)
+    for name in ("scores.csv", "scores.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_resume_of_nothing_starts(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    assert run(dataset, engine_path, tmp_path / "out", resume=True).counts.done == 12
+
+
+def test_resumed_run_says_why_pixel_auroc_is_missing(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, tmp_path / "out")
+    summary = run(dataset, engine_path, tmp_path / "out", resume=True)
+    assert summary.metrics is not None
+    assert summary.metrics["pixel_auroc"] is None
+    assert "this one was resumed; run again with --overwrite" in summary.metrics["notes"][0]
+
+
+def test_resume_refuses_another_run_and_says_what_changed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    with pytest.raises(OutputError) as caught:
+        run(dataset, engine_path, out, resume=True, maps=False, batch_size=3)
+    assert "maps: was True, now False" in str(caught.value)
+    assert "batch_size: was 16, now 3" in str(caught.value)
+    (dataset / "good" / "img" / "0.png").unlink()
+    with pytest.raises(OutputError, match="inputs: was 12, now 11"):
+        run(dataset, engine_path, out, resume=True)
+    (out / "run.json").unlink()
+    with pytest.raises(OutputError, match=r"run\.json: missing or damaged, so the run cannot be resumed"):
+        run(dataset, engine_path, out, resume=True)
+
+
+def test_damaged_rows_are_not_resumed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(b"".join([lines[0], b"nonsense\n", *lines[2:]]))
+    with pytest.raises(OutputError, match=r"line 2 is no row of qfae-run"):
+        run(dataset, engine_path, out, resume=True)
+    (out / "scores.jsonl").write_bytes(b"".join([lines[1], lines[0]]))
+    with pytest.raises(OutputError, match="row 1 is of another file"):
+        run(dataset, engine_path, out, resume=True)
+
+
+def test_folder_that_cannot_be_written(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\); choose another --out"):
+        run(dataset, engine_path, tmp_path / "file" / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "heatmaps").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="is a symbolic link; remove it"):
+        run(dataset, engine_path, tmp_path / "out", overwrite=True)
+
+
+def test_full_disk_is_told_in_words(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qfae_runtime.writers.heatmap.save", full)
+    with pytest.raises(OutputError) as caught:
+        run(dataset, engine_path, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path}/out: cannot be written (No space left on device); "
+        "the rows written so far are whole, go on with --resume"
+    )
+
+
+def test_score_that_is_not_finite_becomes_an_error_row(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    genuine = OnnxRuntimeEngine.run
+
+    def spoilt(self: OnnxRuntimeEngine, images: Any, maps: bool = True) -> Any:
+        scores = genuine(self, images, maps)
+        if len(images) == 12:  # a batch of the run, not of the self-test
+            scores.score[3] = np.nan
+        return scores
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", spoilt)
+    summary = run(dataset, engine_path, tmp_path / "out")
+    assert summary.counts.errors == 1
+    assert "not finite (nan)" in table(tmp_path / "out")[3]["error"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_leaves_whole_rows_and_can_be_resumed(engine_path: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "many", tmp_path / "out"
+    images.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(images / "0.png")
+    for number in range(1, 160):
+        shutil.copy(images / "0.png", images / f"{number}.png")
+    command = [sys.executable, "-m", "qfae_runtime.cli", str(images), "--engine", str(engine_path), "--batch-size", "4"]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    rows = out / "scores.jsonl"
+    deadline = time.monotonic() + 240
+    while not (rows.exists() and rows.stat().st_size > 2000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 130, errors
+    assert "of 160 files have whole rows" in errors
+    assert "go on with the same command and --resume" in errors
+    assert "Traceback" not in errors
+    written = rows.read_bytes()
+    assert written.endswith(b"}\n")
+    done = [json.loads(line) for line in written.splitlines()]
+    assert 0 < len(done) < 160
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    summary = run(images, engine_path, out, batch_size=4, resume=True)
+    assert (summary.counts.resumed, summary.counts.done) == (len(done), 160)
+    assert len({row["source"] for row in table(out)}) == 160

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from qfae_runtime import open_engine
+from qfae_runtime.contract import Contract
+from qfae_runtime.errors import ManifestError, SelfTestError
+from qfae_runtime.golden import load_golden
+from qfae_runtime.manifest import FileEntry, OutputParity
+from qfae_runtime.selftest import cache_folder, contract_for, self_test
+
+from .tiny import SIZE, export_tiny, mend_hashes
+
+
+def test_passes_once_and_is_remembered(engine_path: Path, tmp_path: Path) -> None:
+    with open_engine(engine_path) as opened:
+        first, second, forced = self_test(opened), self_test(opened), self_test(opened, force=True)
+    assert (first.status, first.images, first.remembered) == ("passed", 5, True)
+    assert (second.status, second.summary) == ("passed before", first.summary)
+    assert forced.status == "passed"
+    assert len(list((tmp_path / "cache" / "selftest").iterdir())) == 1
+
+
+def change_one_weight(engine_path: Path) -> None:
+    model = onnx.load(engine_path)
+    [kernel] = [one for one in model.graph.initializer if one.name == "kernel"]
+    values = numpy_helper.to_array(kernel).copy()
+    values[0, 0, 1, 1] *= 1.05
+    kernel.CopyFrom(numpy_helper.from_array(values, "kernel"))
+    onnx.save(model, engine_path)
+
+
+def test_one_changed_weight_with_every_hash_mended_fails(engine_path: Path) -> None:
+    with open_engine(engine_path) as opened:
+        self_test(opened)  # the untouched engine's verdict must not cover the changed one
+    change_one_weight(engine_path)
+    mend_hashes(engine_path, certificate_too=True)
+    with open_engine(engine_path) as opened, pytest.raises(SelfTestError) as caught:
+        self_test(opened)
+    text = str(caught.value)
+    assert "self-test failed on onnxruntime" in text
+    assert "score: absolute error" in text
+    assert "exceeds 5e-06 at image" in text
+    assert text.endswith(
+        "do not use its scores; export the engine again, or use the backend version it was certified on"
+    )
+
+
+def test_bounds_are_tightened_to_the_certified_errors_and_never_widened(engine_path: Path) -> None:
+    with open_engine(engine_path) as opened:
+        certificate = opened.certificate
+    assert certificate is not None
+
+    def certified_with(max_abs: float, max_rel: float) -> Contract:
+        outputs = {**certificate.outputs, "anomaly_map": OutputParity(max_abs, 1e-4, max_rel, 1e-3)}
+        return contract_for(replace(certificate, outputs=outputs))
+
+    assert contract_for(None) == Contract()
+    assert certified_with(0.0, 0.0) == Contract(abs=5e-6, rel=5e-5)
+    tightened = certified_with(2e-6, 2e-5)
+    assert tightened.abs == pytest.approx(2e-5)
+    assert tightened.rel == pytest.approx(2e-4)
+    assert certified_with(9e-5, 9e-4) == Contract()
+
+
+def test_damaged_memory_means_testing_again(engine_path: Path, tmp_path: Path) -> None:
+    with open_engine(engine_path) as opened:
+        self_test(opened)
+        [memory] = (tmp_path / "cache" / "selftest").iterdir()
+        for text in ("", "[]", "{}", json.dumps({"environment": {}, "verdict": {"status": "passed"}})):
+            memory.write_text(text)
+            assert self_test(opened).status == "passed"
+
+
+def test_cache_that_cannot_be_written_is_no_fault(
+    engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "file" / "cache"))
+    with open_engine(engine_path) as opened:
+        verdict = self_test(opened)
+    assert (verdict.status, verdict.remembered) == ("passed", False)
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QFAE_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_folder() == Path("/a")
+    monkeypatch.delenv("QFAE_CACHE")
+    assert cache_folder() == Path("/b/qfae")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path("~/.cache/qfae").expanduser()
+
+
+def test_missing_and_altered_golden_files_are_refused(engine_path: Path) -> None:
+    golden = engine_path.with_name("tiny.golden.npz")
+    content = golden.read_bytes()
+    golden.write_bytes(content[:-1])
+    with open_engine(engine_path) as opened, pytest.raises(ManifestError, match=r"do not match tiny\.json"):
+        self_test(opened)
+    golden.unlink()
+    with open_engine(engine_path) as opened, pytest.raises(ManifestError, match="the golden file cannot be read"):
+        self_test(opened)
+
+
+def test_uncertified_engine_without_golden_file_is_skipped(tmp_path: Path) -> None:
+    engine_path = export_tiny(tmp_path, certified=False)
+    manifest_path = engine_path.with_suffix(".json")
+    manifest_path.write_text(json.dumps({**json.loads(manifest_path.read_text()), "golden": None}))
+    with open_engine(engine_path, allow_uncertified=True) as opened:
+        assert self_test(opened).status == "skipped"
+
+
+def test_hostile_golden_files_are_refused(tmp_path: Path) -> None:
+    def refuse(says: str, **arrays: Any) -> None:
+        path = tmp_path / "g.npz"
+        np.savez_compressed(path, **arrays)
+        with pytest.raises(ManifestError, match=says):
+            load_golden(path.read_bytes(), "g.npz", SIZE)
+
+    images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    refuse("not a golden file", images=images)
+    refuse("unpacks to", images=np.zeros((300, SIZE, SIZE, 3), np.uint8))
+    good: dict[str, Any] = {"score": np.zeros(2, np.float32), "anomaly_map": np.zeros((2, SIZE, SIZE), np.float32)}
+    refuse("array 'score': expected float32", images=images, reconstruction=images, **{**good, "score": np.zeros(2)})
+    refuse(r"expected 1\.\.16 images, got 0", images=images[:0], reconstruction=images, **good)
+    refuse("not a golden file", images=np.array([{}, {}]), reconstruction=images, **good)
+    with pytest.raises(ManifestError, match="not a golden file"):
+        load_golden(b"PK\x03\x04 nonsense", "g.npz", SIZE)
+
+
+def test_golden_entry_describes_the_file(engine_path: Path) -> None:
+    golden = engine_path.with_name("tiny.golden.npz")
+    with open_engine(engine_path) as opened:
+        assert opened.manifest.files[golden.name] == FileEntry.of(golden, "golden")

@@ -1,0 +1,342 @@
+"""The training run: it learns, writes its files, and can be interrupted without a trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qfae_runtime.errors import OutputError
+from qfae_train import fit as fit_module
+from qfae_train.autoencoder import AnomalyScorer, build
+from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, load
+from qfae_train.config import Augment, Config, Train, from_dict
+from qfae_train.data import DataError, Split, load_split
+from qfae_train.evaluate import Metrics, evaluate
+from qfae_train.fit import Result, TrainingError, TrainingStep, fit
+from qfae_train.progress import Reporter
+
+from . import tiny
+
+
+def run(config: Config, data: Path, out: Path, **options: bool) -> Result:
+    return fit(config, data, out, device="cpu", **options)
+
+
+def stop_in_epoch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt the run in the second step of its `number`-th epoch, counted from 1."""
+    advance = Reporter.advance
+    steps: list[str] = []
+
+    def counting(self: Reporter, description: str, loss: Tensor) -> None:
+        steps.append(description)
+        if sum(f"epoch {number}/" in step for step in steps) == 2:
+            raise KeyboardInterrupt
+        advance(self, description, loss)
+
+    monkeypatch.setattr(Reporter, "advance", counting)
+
+
+def assert_same_training(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.trained.keys() == other.trained.keys()
+    for name, tensor in one.trained.items():
+        assert torch.equal(tensor, other.trained[name]), name
+    assert flat(one.resume["optimizer"]) == flat(other.resume["optimizer"])
+    for key in ("epoch", "best_auroc", "best_epoch"):
+        assert one.resume[key] == other.resume[key]
+    assert one.record["loss"] == other.record["loss"]
+
+
+def flat(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    return [flat(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def test_it_learns(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, train={"epochs": 10, "batch_size": 5, "lr": 3e-3, "validate_every": 10})
+    torch.manual_seed(config.train.seed)
+    before, _ = build(config)
+    result = run(config, data, tmp_path / "tiny.pt")
+    split = load_split(data, "train", config.preprocess_spec(), quiet=True)
+    losses = [loss_of(scorer, split.rgb(slice(None))) for scorer in (before.eval(), build_scorer(load(result.best)))]
+    assert losses[1] < 0.6 * losses[0]
+
+
+def loss_of(scorer: AnomalyScorer, images: Tensor) -> float:
+    with torch.no_grad():
+        return float(TrainingStep(scorer)(images, None, pixel_loss=False))
+
+
+def test_best_and_last_checkpoint(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aurocs = iter([0.5, 0.9, 0.7])
+
+    def scripted(scorer: AnomalyScorer, split: Split, batch_size: int) -> Metrics:
+        return replace(evaluate(scorer, split, batch_size), image_auroc=next(aurocs))
+
+    monkeypatch.setattr(fit_module, "evaluate", scripted)
+    config = tiny.config(weights, train={"epochs": 6, "validate_every": 2})
+    result = run(config, data, tmp_path / "tiny.pt")
+    assert result == Result(tmp_path / "tiny.pt", tmp_path / "tiny.last.pt", 0.9, 4)
+    best, last = load(result.best), load(result.last)
+    assert best.record["epoch"] == 4
+    assert best.record["valid_image_auroc"] == 0.9
+    assert not best.resume
+    assert last.record["epoch"] == 6
+    assert last.resume["best_epoch"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.last.pt", "tiny.pt"]
+    assert best.parity_images.shape == (12, tiny.SIZE, tiny.SIZE, 3)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "20 training and 12 validation images, on cpu"
+    assert [line.split(":")[0] for line in said[1:]] == ["epoch 2", "epoch 4", "epoch 6"]
+
+
+def test_the_record_is_what_evaluation_says(weights: Path, data: Path, tmp_path: Path) -> None:
+    result = run(tiny.config(weights), data, tmp_path / "tiny.pt")
+    newest = load(result.last)
+    split = load_split(data, "valid", newest.config.preprocess_spec(), quiet=True)
+    metrics = evaluate(build_scorer(newest), split, batch_size=5)
+    assert newest.record["valid_image_auroc"] == pytest.approx(metrics.image_auroc, abs=1e-6)
+    assert newest.record["valid_pixel_auroc"] == pytest.approx(metrics.pixel_auroc, abs=1e-3)
+    assert newest.record["train_images"] == 20
+
+
+def test_without_anomalies_the_newest_is_the_best(weights: Path, tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data", train=8, valid=0)
+    tiny.write_png(data / "valid" / "good" / "a.png", tiny.picture(np.random.default_rng(0)))
+    result = run(tiny.config(weights, train={"epochs": 2}), data, tmp_path / "tiny.pt")
+    assert (result.best_auroc, result.best_epoch) == (None, 2)
+    assert load(result.best).record["valid_image_auroc"] is None
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    augmented: bool, weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(weights, augment={"enabled": augmented}, train={"epochs": 3, "l1_warmup": 0.5})
+    whole = run(config, data, tmp_path / "whole.pt")
+    with monkeypatch.context() as patch:
+        stop_in_epoch(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, data, tmp_path / "parts.pt")
+    assert load(tmp_path / "parts.last.pt").record["epoch"] == 1
+    parts = run(config, data, tmp_path / "parts.pt", resume=True)
+    assert (parts.best_auroc, parts.best_epoch) == (whole.best_auroc, whole.best_epoch)
+    assert_same_training(load(parts.last), load(whole.last))
+    assert load(parts.last).record["epoch"] == 3
+    # A finished run is not trained further.
+    before = parts.last.read_bytes()
+    assert run(config, data, tmp_path / "parts.pt", resume=True) == parts
+    assert parts.last.read_bytes() == before
+
+
+def test_augmentation_in_worker_processes_is_repeatable(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, augment={"enabled": True}, train={"epochs": 2, "workers": 2, "validate_every": 2})
+    one, other = (load(run(config, data, tmp_path / f"{name}.pt").last) for name in "ab")
+    assert_same_training(one, other)
+
+
+def test_another_seed_is_another_run(weights: Path, data: Path, tmp_path: Path) -> None:
+    one, other = (
+        load(run(tiny.config(weights, train={"epochs": 1, "seed": seed}), data, tmp_path / f"{seed}.pt").last)
+        for seed in (1, 2)
+    )
+    assert not torch.equal(one.trained["decoder.predict.weight"], other.trained["decoder.predict.weight"])
+
+
+def test_resuming_with_another_configuration(weights: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.pt"
+    run(tiny.config(weights, train={"epochs": 1}), data, out)
+    with pytest.raises(CheckpointError) as caught:
+        run(tiny.config(weights, train={"epochs": 2, "lr": 1.0}), data, out, resume=True)
+    assert str(caught.value) == (
+        f"cannot resume '{tmp_path / 'tiny.last.pt'}': it was trained with another configuration "
+        "(train.epochs: 1 -> 2; train.lr: 0.003 -> 1.0); use the same preset and options, or --overwrite to start anew"
+    )
+
+
+def test_resuming_with_other_frozen_weights(data: Path, tmp_path: Path) -> None:
+    weights = tiny.write_weights(tmp_path / "w.safetensors", seed=0)
+    out = tmp_path / "tiny.pt"
+    run(tiny.config(weights, train={"epochs": 1}), data, out)
+    tiny.write_weights(weights, seed=1)
+    with pytest.raises(CheckpointError) as caught:
+        run(tiny.config(weights, train={"epochs": 1}), data, out, resume=True)
+    assert str(caught.value) == (
+        f"cannot resume '{tmp_path / 'tiny.last.pt'}': the frozen weights of {tiny.TIMM}, {tiny.TIMM} are not those "
+        "it was trained with; put the original files back, or --overwrite to start anew"
+    )
+
+
+def test_nothing_to_resume(weights: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        run(tiny.config(weights), data, tmp_path / "tiny.pt", resume=True)
+    assert str(caught.value) == (
+        f"nothing to resume: '{tmp_path / 'tiny.last.pt'}' does not exist; leave --resume out to start a new run"
+    )
+
+
+def test_the_best_checkpoint_cannot_be_resumed_from(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, train={"epochs": 1})
+    result = run(config, data, tmp_path / "tiny.pt")
+    result.best.replace(result.last)
+    with pytest.raises(CheckpointError) as caught:
+        run(config, data, tmp_path / "tiny.pt", resume=True)
+    assert str(caught.value) == (
+        f"cannot resume '{result.last}': it holds no optimiser state; resume from a .last file"
+    )
+
+
+def test_an_existing_run_is_not_overwritten_unasked(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(weights, train={"epochs": 1})
+    out = tmp_path / "tiny.pt"
+    first = run(config, data, out)
+    before = first.best.read_bytes()
+    for survivor in (first.best, first.last):
+        with pytest.raises(OutputError) as caught:
+            run(config, data, out)
+        assert str(caught.value) == (
+            f"'{out}': a run is already there; add --resume to go on with it or --overwrite to start anew"
+        )
+        survivor.unlink()
+    out.write_bytes(before)
+    run(config, data, out, overwrite=True)
+    # Overwriting, then stopped before the first checkpoint: the old run must not be resumed in its place.
+    stop_in_epoch(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, data, out, overwrite=True)
+    assert not first.last.exists()
+
+
+def test_the_warmup_trains_on_pixels_first(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[bool] = []
+    forward = TrainingStep.forward
+
+    def noting(self: TrainingStep, images: Tensor, frozen: Any, pixel_loss: bool) -> Tensor:
+        kinds.append(pixel_loss)
+        return forward(self, images, frozen, pixel_loss)
+
+    monkeypatch.setattr(TrainingStep, "forward", noting)
+    # 20 images in batches of 8: two steps an epoch, the rest is dropped.
+    run(tiny.config(weights, train={"epochs": 4, "l1_warmup": 0.4}), data, tmp_path / "tiny.pt")
+    assert kinds == [True] * 4 + [False] * 4  # 0.4 of 8 steps is 3.2: the step that begins within it counts
+
+
+def test_the_two_losses(weights: Path) -> None:
+    scorer, _ = build(tiny.config(weights))
+    step = TrainingStep(scorer.eval())
+    images = torch.randint(0, 256, (2, tiny.SIZE, tiny.SIZE, 3), dtype=torch.uint8)
+    normalised = (images.permute(0, 3, 1, 2) / 255 - 0.449) / 0.226
+    with torch.no_grad():
+        reconstruction = scorer.autoencoder(normalised)
+        pixels = (reconstruction - normalised).abs().mean()
+        assert float(step(images, None, True)) == pytest.approx(float(pixels), rel=1e-5)
+        perceptual = scorer.loss(scorer.loss_target(normalised), reconstruction)
+        assert float(step(images, None, False)) == pytest.approx(float(perceptual), rel=1e-5)
+
+
+def test_only_the_trained_parts_change(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, augment={"enabled": True}, train={"epochs": 2})
+    torch.manual_seed(config.train.seed)
+    before, _ = build(config)
+    after = build_scorer(load(run(config, data, tmp_path / "tiny.pt").last))
+    start, end = before.state_dict(), after.state_dict()
+    trained = {f"autoencoder.{name}" for name in before.autoencoder.trained_state()}
+    assert {name for name in start if not torch.equal(start[name], end[name])} == trained
+    state = load(tmp_path / "tiny.last.pt").resume["optimizer"]
+    assert len(state["param_groups"][0]["params"]) == len(list(trainable(before)))
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def test_cached_features_change_nothing(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(weights, train={"epochs": 2})
+    cached = load(run(config, data, tmp_path / "cached.pt").last)
+    monkeypatch.setattr(fit_module, "CACHE_LIMIT_GIB", 0.0)
+    uncached = load(run(config, data, tmp_path / "uncached.pt").last)
+    assert cached.record["loss"] == pytest.approx(uncached.record["loss"], rel=1e-4)
+    for name, tensor in cached.trained.items():
+        # Batches of other images round otherwise; Adam's first steps amplify that where gradients are near zero.
+        torch.testing.assert_close(tensor, uncached.trained[name], rtol=0, atol=2e-3)
+
+
+def test_the_order_is_a_permutation_that_drops_the_incomplete_batch(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights)
+    started = fit_module._start(config, data, tmp_path / "tiny.pt", False, False, "cpu")
+    epochs = []
+    for epoch in (0, 1, 0):
+        started.epoch = epoch
+        batches = list(fit_module._batches(started))
+        assert [len(images) for images, _ in batches] == [8, 8]
+        for images, numbers in batches:
+            assert torch.equal(images, started.train.rgb(numbers))
+        epochs.append(torch.cat([numbers for _, numbers in batches]).tolist())
+        assert len(set(epochs[-1])) == 16
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_optimizer_and_schedule(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, train={"epochs": 10, "lr": 1e-3, "pct_start": 0.15})
+    started = fit_module._start(config, data, tmp_path / "tiny.pt", False, False, "cpu")
+    assert isinstance(started.optimizer, torch.optim.Adam)
+    rates = []
+    for _ in range(20):
+        rates.append(started.optimizer.param_groups[0]["lr"])
+        started.optimizer.step()
+        if len(rates) < 20:
+            started.schedule.step()
+    assert rates.index(max(rates)) == 2  # the rise ends at 0.15 * 20 steps, counted from 0
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[0] == pytest.approx(1e-3 / 25)
+    assert rates[-1] == pytest.approx(1e-3 / 25 / 1e4)
+
+
+@pytest.mark.parametrize("pct_start", [0.0, 0.25, 0.5, 1.0])
+def test_every_share_of_rising_steps_can_be_run(pct_start: float) -> None:
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    schedule = fit_module._schedule(optimizer, Train(pct_start=pct_start), total=4)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+
+
+def test_divergence_stops_the_run(weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingStep, "forward", lambda self, *_: sum(p.sum() for p in trainable(self)) * torch.inf)
+    with pytest.raises(TrainingError) as caught:
+        run(tiny.config(weights), data, tmp_path / "tiny.pt")
+    assert str(caught.value).endswith(
+        "in epoch 1: training has diverged; start anew with a lower train.lr (it was 0.003)"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_images_than_a_batch(weights: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        run(tiny.config(weights, train={"batch_size": 21}), data, tmp_path / "tiny.pt")
+    assert str(caught.value) == (
+        f"data '{data}': 20 training images are fewer than one batch of 21; lower train.batch_size"
+    )
+
+
+def test_defaults_of_augmentation_are_on() -> None:
+    tables = tiny.table()
+    del tables["augment"]
+    assert from_dict(tables).augment == Augment()
+    assert Augment().enabled
