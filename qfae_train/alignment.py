@@ -8,6 +8,7 @@ a model trained for minutes instead of days stays at the mean image. The parts s
 - self-attention of the queries: nearly the identity;
 - cross-attention: keys and queries are linear read-outs of the position, fitted by least squares, so that a query
   attends to the context tokens around its own place;
+- the MLP and the decoder: Glorot's uniform weights, as MAE's decoder has them;
 - the decoder's last layer: the principal components of image patches, so that a step along one of its inputs changes a
   patch by what is common in the data.
 
@@ -20,7 +21,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qfae_train.autoencoder import QFormerAutoencoder
 from qfae_train.decoder import Decoder
@@ -48,9 +49,12 @@ def align(autoencoder: QFormerAutoencoder, images: Tensor) -> None:
     assert isinstance(attention, QueryAttention)
     assert isinstance(cross, CrossAttention)
     align_queries(attention, qformer.queries[0], side)
-    read_out(
-        cross, attention(qformer.queries)[0], grid(side), autoencoder.context(hidden), context_grid(encoders)
-    )
+    read_out(cross, attention(qformer.queries)[0], grid(side), autoencoder.context(hidden), context_grid(encoders))
+    for layer in (block.fc1, block.fc2, *autoencoder.decoder.modules()):
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    principal_patches(autoencoder.decoder, images)
 
 
 def grid(side: int) -> Tensor:

@@ -74,6 +74,7 @@ def _ranges(config: Config) -> Iterable[str]:
         "model.decoder.register_tokens": config.model.decoder.register_tokens,
         "train.workers": train.workers,
         "train.seed": train.seed,
+        "train.grad_clip": train.grad_clip,
         "augment.rotation": augment.rotation,
         "augment.jitter": augment.jitter,
     }.items():
@@ -82,7 +83,7 @@ def _ranges(config: Config) -> Iterable[str]:
     for key, value in {
         "model.qformer.dropout": config.model.qformer.dropout,
         "train.pct_start": train.pct_start,
-        "train.l1_warmup": train.l1_warmup,
+        "train.pixel_warmup": train.pixel_warmup,
         "augment.vertical_flip": augment.vertical_flip,
     }.items():
         if not 0 <= value <= 1:

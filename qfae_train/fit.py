@@ -35,7 +35,7 @@ from qfae_train.progress import Reporter
 PARITY_IMAGES = 32
 """Validation images kept in the checkpoint, for export to measure on."""
 
-ALIGNMENT_IMAGES = 64
+ALIGNMENT_IMAGES = 256
 """Training images that the aligned initialisation is fitted on."""
 
 CACHE_LIMIT_GIB = 4.0
@@ -70,11 +70,12 @@ class TrainingStep(nn.Module):
         return Frozen(self.scorer.autoencoder.hidden(x), self.scorer.loss_target(x))
 
     def forward(self, images: Tensor, frozen: Frozen | None, pixel_loss: bool) -> Tensor:
-        """Return the loss of uint8 images (B, S, S, 3): mean absolute error of pixels, or the perceptual loss."""
+        """Return the loss of uint8 images (B, S, S, 3): of their pixels (smooth L1), or the perceptual loss."""
         features = frozen or self.frozen(images)
         reconstruction = self.scorer.autoencoder.reconstruct(features.hidden)
         if pixel_loss:
-            return F.l1_loss(reconstruction.float(), normalise(images))
+            # Not L1: its minimum over many images is their median, a brain without folds, and it is slow to leave.
+            return F.smooth_l1_loss(reconstruction.float(), normalise(images))
         return self.scorer.loss(features.target, reconstruction)
 
 
@@ -176,7 +177,9 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
     if earlier is not None:
         _check_frozen(last, earlier, records)
         files.load_trained(scorer, earlier)
-    elif overwrite:
+    elif config.model.qformer.query_init == "aligned":
+        align(scorer.autoencoder, normalise(train.rgb(slice(ALIGNMENT_IMAGES))))
+    if earlier is None and overwrite:
         last.unlink(missing_ok=True)  # or a run that stops before its first checkpoint would resume the old one
     step = TrainingStep(scorer)
     trainable = [p for p in step.parameters() if p.requires_grad]
@@ -241,7 +244,7 @@ def _epoch(run: Run, cache: Frozen | None) -> float:
     """Train one epoch; return its mean loss."""
     options = run.config.train
     run.step.train()
-    warmup = options.l1_warmup * options.epochs * run.steps_per_epoch
+    warmup = options.pixel_warmup * options.epochs * run.steps_per_epoch
     total = torch.zeros((), device=run.fabric.device)
     for number, (images, numbers) in enumerate(_batches(run)):
         frozen = cache.pick(numbers, run.fabric.device) if cache else None
@@ -249,10 +252,12 @@ def _epoch(run: Run, cache: Frozen | None) -> float:
         loss = run.wrapped(images.to(run.fabric.device, non_blocking=True), frozen, pixel_loss)
         run.optimizer.zero_grad()
         run.fabric.backward(loss)
+        if options.grad_clip:
+            run.fabric.clip_gradients(run.wrapped, run.optimizer, max_norm=options.grad_clip)
         run.optimizer.step()
         run.schedule.step()
         total += loss.detach()
-        run.reporter.advance(f"epoch {run.epoch + 1}/{options.epochs} {'L1' if pixel_loss else 'perceptual'}", loss)
+        run.reporter.advance(f"epoch {run.epoch + 1}/{options.epochs} {'pixels' if pixel_loss else 'perceptual'}", loss)
     if not torch.isfinite(total):
         raise TrainingError(
             f"the loss is {float(total)} in epoch {run.epoch + 1}: training has diverged; start anew "

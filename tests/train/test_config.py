@@ -52,7 +52,7 @@ def test_defaults_are_the_published_method() -> None:
     assert (score.fusion, score.spatial, score.across, score.pixel_map) == ("product", "max", "mean", "mean")
     train = published.train
     assert (train.epochs, train.batch_size, train.lr, train.pct_start) == (300, 64, 8e-5, 0.15)
-    assert train.l1_warmup == 0
+    assert train.pixel_warmup == 0
     augment = published.augment
     assert (augment.crop_scale, augment.crop_ratio) == ((0.9, 1.0), (0.8, 1.2))
     assert (augment.rotation, augment.vertical_flip, augment.jitter) == (10, 0.5, 0.1)
@@ -133,8 +133,8 @@ def test_every_wrong_key_and_type_at_once() -> None:
         "score.fusion: got 'sum'; accepted are 'product', 'separate'",
         "augment.enabled: expected true or false, got 1",
         "augment.crop_scale: expected 2 values, got [0.9]",
-        "train.epoch: unknown key; train accepts epochs, batch_size, lr, pct_start, seed, l1_warmup, "
-        "validate_every, precision, workers",
+        "train.epoch: unknown key; train accepts epochs, batch_size, lr, pct_start, seed, pixel_warmup, "
+        "grad_clip, validate_every, precision, workers",
         "train.epochs: expected a whole number, got 'many'",
         "train.batch_size: expected a whole number, got True",
         "train.lr: expected a finite number, got nan",
@@ -162,7 +162,7 @@ def test_impossible_ranges_all_at_once() -> None:
             "batch_size": -1,
             "lr": 0.0,
             "pct_start": 1.5,
-            "l1_warmup": -0.1,
+            "pixel_warmup": -0.1,
             "validate_every": 0,
             "workers": -1,
         },
@@ -182,7 +182,7 @@ def test_impossible_ranges_all_at_once() -> None:
         "train.workers: got -1; it must not be negative",
         "augment.jitter: got -0.5; it must not be negative",
         "train.pct_start: got 1.5; accepted are values from 0 to 1",
-        "train.l1_warmup: got -0.1; accepted are values from 0 to 1",
+        "train.pixel_warmup: got -0.1; accepted are values from 0 to 1",
         "augment.vertical_flip: got 2.0; accepted are values from 0 to 1",
         "augment.crop_scale: got [1.0, 0.9]; it must be a range of positive numbers, smallest first",
         "augment.crop_ratio: got [0.0, 1.0]; it must be a range of positive numbers, smallest first",

@@ -122,7 +122,7 @@ def test_without_anomalies_the_newest_is_the_best(weights: Path, tmp_path: Path)
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     augmented: bool, weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny.config(weights, augment={"enabled": augmented}, train={"epochs": 3, "l1_warmup": 0.5})
+    config = tiny.config(weights, augment={"enabled": augmented}, train={"epochs": 3, "pixel_warmup": 0.5})
     whole = run(config, data, tmp_path / "whole.pt")
     with monkeypatch.context() as patch:
         stop_in_epoch(2, patch)
@@ -231,7 +231,7 @@ def test_the_warmup_trains_on_pixels_first(
 
     monkeypatch.setattr(TrainingStep, "forward", noting)
     # 20 images in batches of 8: two steps an epoch, the rest is dropped.
-    run(tiny.config(weights, train={"epochs": 4, "l1_warmup": 0.4}), data, tmp_path / "tiny.pt")
+    run(tiny.config(weights, train={"epochs": 4, "pixel_warmup": 0.4}), data, tmp_path / "tiny.pt")
     assert kinds == [True] * 4 + [False] * 4  # 0.4 of 8 steps is 3.2: the step that begins within it counts
 
 
