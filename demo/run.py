@@ -47,16 +47,17 @@ def run(data_seed: int, build: Path) -> dict[str, float]:
 
 @click.command()
 @click.option("--data-seed", default=0, show_default=True, help="Another number gives other test images.")
-def main(data_seed: int) -> None:
+@click.option("--build", type=click.Path(path_type=Path), default=BUILD, show_default=True, help="Folder to work in.")
+def main(data_seed: int, build: Path) -> None:
     """Find lesions in brain slices with a certified engine."""
     began = time.monotonic()
-    found = run(data_seed, BUILD)
+    found = run(data_seed, build)
     click.echo()
     baseline = f"blurred maximum intensity: {found['baseline_image_auroc']:.3f}"
     click.echo(f"image AUROC      {found['image_auroc']:.3f}   ({baseline})")
     click.echo(f"pixel AUROC      {found['pixel_auroc']:.3f}")
     click.echo(f"time             {time.monotonic() - began:.0f} s")
-    click.echo(f"report           {(BUILD / 'results' / 'report.html').resolve()}")
+    click.echo(f"report           {(build / 'results' / 'report.html').resolve()}")
 
 
 if __name__ == "__main__":

@@ -127,12 +127,16 @@ class Preprocess:
 class Augment:
     """Training augmentations, in the order of the supplement's section 1.4."""
 
-    enabled: bool = option("augment training images; off allows the encoder's features to be cached", True)
+    enabled: bool = option(
+        "crop, rotate, flip and jitter training images; without it and paste, frozen features are cached", True
+    )
     crop_scale: tuple[float, float] = option("area range of RandomResizedCrop", (0.9, 1.0))
     crop_ratio: tuple[float, float] = option("aspect range of RandomResizedCrop", (0.8, 1.2))
     rotation: float = option("largest rotation either way, degrees", 10.0)
     vertical_flip: float = option("probability of a vertical flip", 0.5)
     jitter: float = option("largest relative change of brightness and of contrast", 0.1)
+    paste: float = option("probability that the encoder sees a region of another image, which it must leave out", 0.0)
+    paste_variants: int = option("versions of each image with regions pasted in, made once; 0 means always new", 0)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def _ranges(config: Config) -> Iterable[str]:
         "train.seed": train.seed,
         "train.grad_clip": train.grad_clip,
         "augment.rotation": augment.rotation,
+        "augment.paste_variants": augment.paste_variants,
         "augment.jitter": augment.jitter,
     }.items():
         if value < 0:
@@ -85,6 +86,7 @@ def _ranges(config: Config) -> Iterable[str]:
         "train.pct_start": train.pct_start,
         "train.pixel_warmup": train.pixel_warmup,
         "augment.vertical_flip": augment.vertical_flip,
+        "augment.paste": augment.paste,
     }.items():
         if not 0 <= value <= 1:
             yield f"{key}: got {value}; accepted are values from 0 to 1"

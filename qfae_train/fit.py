@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from qfae_runtime.errors import OutputError, QfaeError
 from qfae_train import checkpoint as files
 from qfae_train.alignment import align
-from qfae_train.augment import augmentation
+from qfae_train.augment import augmentation, paste
 from qfae_train.autoencoder import AnomalyScorer, build, normalise
 from qfae_train.checkpoint import Checkpoint, CheckpointError
 from qfae_train.config import Config, Train, differences
@@ -48,10 +48,18 @@ class Frozen(NamedTuple):
     hidden: list[Tensor]
     target: Features
 
-    def pick(self, numbers: Tensor, device: torch.device) -> Frozen:
+
+class Cache(NamedTuple):
+    """Frozen features of all training images; the encoders' of several variants of them, one variant an epoch."""
+
+    hidden: list[list[Tensor]]
+    target: Features
+
+    def pick(self, epoch: int, numbers: Tensor, device: torch.device) -> Frozen:
         """Return the rows of the given images."""
+        variant = self.hidden[epoch % len(self.hidden)]
         return Frozen(
-            [states[numbers].to(device) for states in self.hidden],
+            [states[numbers].to(device) for states in variant],
             {key: tokens[numbers].to(device) for key, tokens in self.target.items()},
         )
 
@@ -64,19 +72,22 @@ class TrainingStep(nn.Module):
         self.scorer = scorer
 
     @torch.no_grad()
-    def frozen(self, images: Tensor) -> Frozen:
-        """Return the frozen networks' features of uint8 images (B, S, S, 3)."""
-        x = normalise(images)
-        return Frozen(self.scorer.autoencoder.hidden(x), self.scorer.loss_target(x))
+    def frozen(self, images: Tensor, seen: Tensor) -> Frozen:
+        """Return the perceptual features of uint8 images and the encoders' of `seen`, both (B, S, S, 3)."""
+        return Frozen(self.scorer.autoencoder.hidden(normalise(seen)), self.scorer.loss_target(normalise(images)))
 
-    def forward(self, images: Tensor, frozen: Frozen | None, pixel_loss: bool) -> Tensor:
-        """Return the loss of uint8 images (B, S, S, 3): of their pixels (smooth L1), or the perceptual loss."""
-        features = frozen or self.frozen(images)
-        reconstruction = self.scorer.autoencoder.reconstruct(features.hidden)
+    def forward(self, images: Tensor, seen: Tensor, frozen: Frozen | None, pixel_loss: bool) -> Tensor:
+        """Return the loss of uint8 images (B, S, S, 3): of their pixels (smooth L1), or the perceptual loss.
+
+        `seen` is what the encoders look at, the images themselves or the images with something pasted in.
+        """
+        hidden = frozen.hidden if frozen else self.scorer.autoencoder.hidden(normalise(seen))
+        reconstruction = self.scorer.autoencoder.reconstruct(hidden)
         if pixel_loss:
             # Not L1: its minimum over many images is their median, a brain without folds, and it is slow to leave.
             return F.smooth_l1_loss(reconstruction.float(), normalise(images))
-        return self.scorer.loss(features.target, reconstruction)
+        target = frozen.target if frozen else self.scorer.loss_target(normalise(images))
+        return self.scorer.loss(target, reconstruction)
 
 
 class TrainingError(QfaeError):
@@ -240,16 +251,18 @@ def _restore(run: Run, earlier: Checkpoint) -> None:
     run.reporter.say(f"resuming after epoch {run.epoch}")
 
 
-def _epoch(run: Run, cache: Frozen | None) -> float:
+def _epoch(run: Run, cache: Cache | None) -> float:
     """Train one epoch; return its mean loss."""
     options = run.config.train
     run.step.train()
     warmup = options.pixel_warmup * options.epochs * run.steps_per_epoch
     total = torch.zeros((), device=run.fabric.device)
     for number, (images, numbers) in enumerate(_batches(run)):
-        frozen = cache.pick(numbers, run.fabric.device) if cache else None
+        frozen = cache.pick(run.epoch, numbers, run.fabric.device) if cache else None
         pixel_loss = run.epoch * run.steps_per_epoch + number < warmup
-        loss = run.wrapped(images.to(run.fabric.device, non_blocking=True), frozen, pixel_loss)
+        seen = images if cache else paste(images, run.config.augment.paste)
+        images, seen = (part.to(run.fabric.device, non_blocking=True) for part in (images, seen))
+        loss = run.wrapped(images, seen, frozen, pixel_loss)
         run.optimizer.zero_grad()
         run.fabric.backward(loss)
         if options.grad_clip:
@@ -289,25 +302,42 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def _cache(run: Run) -> Frozen | None:
-    """Return the frozen features of all training images where they never change and fit into memory."""
-    if run.config.augment.enabled:
+def _cache(run: Run) -> Cache | None:
+    """Return the frozen features of all training images where they are finite in number and fit into memory."""
+    options, size = run.config.augment, run.config.train.batch_size
+    variants = options.paste_variants if options.paste else 1
+    if options.enabled or not variants:
         return None
     run.step.eval()
-    size = run.config.train.batch_size
-    parts: list[Frozen] = []
-    limit = CACHE_LIMIT_GIB * 2**30
-    for start in run.reporter.track(range(0, len(run.train), size), "frozen features"):
-        frozen = run.wrapped.frozen(run.train.rgb(slice(start, start + size)).to(run.fabric.device))
-        if not parts:
-            bytes_an_image = sum(t.nbytes for t in [*frozen.hidden, *frozen.target.values()]) / size
-            if bytes_an_image * len(run.train) > limit:
+    torch.manual_seed(run.config.train.seed)  # of what is pasted, the same in a resumed run
+    hidden: list[list[Tensor]] = []
+    targets: list[Features] = []
+    for number in run.reporter.track(range(variants), "frozen features"):
+        parts: list[list[Tensor]] = []
+        for start in range(0, len(run.train), size):
+            images = run.train.rgb(slice(start, start + size))
+            seen = paste(images, options.paste)
+            frozen = run.wrapped.frozen(images.to(run.fabric.device), seen.to(run.fabric.device))
+            if (
+                not parts
+                and not targets
+                and _cached_bytes(frozen, variants) / len(images) * len(run.train) > CACHE_LIMIT_GIB * 2**30
+            ):
                 return None
-        parts.append(Frozen([h.cpu() for h in frozen.hidden], {k: t.cpu() for k, t in frozen.target.items()}))
-    return Frozen(
-        [torch.cat(states) for states in zip(*(part.hidden for part in parts), strict=True)],
-        {key: torch.cat([part.target[key] for part in parts]) for key in parts[0].target},
-    )
+            parts.append([_stored(states, run) for states in frozen.hidden])
+            if number == 0:
+                targets.append({key: tokens.cpu() for key, tokens in frozen.target.items()})
+        hidden.append([torch.cat(states) for states in zip(*parts, strict=True)])
+    return Cache(hidden, {key: torch.cat([part[key] for part in targets]) for key in targets[0]})
+
+
+def _cached_bytes(frozen: Frozen, variants: int) -> int:
+    return variants * sum(states.nbytes for states in frozen.hidden) + sum(t.nbytes for t in frozen.target.values())
+
+
+def _stored(states: Tensor, run: Run) -> Tensor:
+    """Return hidden states as the cache keeps them: in the type that the mixed precision would cast them to."""
+    return states.to("cpu", torch.bfloat16 if run.config.train.precision == "bf16-mixed" else torch.float32)
 
 
 def _keep(run: Run, metrics: Metrics, loss: float) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qfae_train.augment import Augmentation, augmentation
+from qfae_train.augment import PASTE_RADIUS, Augmentation, augmentation, ellipses, paste
 from qfae_train.config import Augment
 
 STILL = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "rotation": 0.0, "vertical_flip": 0.0, "jitter": 0.0}
@@ -82,3 +82,60 @@ def test_brightness_and_contrast_change_by_at_most_their_range() -> None:
     levels = [int(change(flat)[0, 0, 0]) for _ in range(60)]  # contrast leaves a flat image alone
     assert 89 <= min(levels) < 94
     assert 106 < max(levels) <= 111
+
+
+def test_pasting_changes_one_soft_region_and_no_more() -> None:
+    torch.manual_seed(0)
+    images = torch.zeros(64, 40, 40, 3, dtype=torch.uint8)
+    images[1::2] = 200
+
+    seen = paste(images, 1.0)
+
+    changed = (seen.int() - images.int()).abs()
+    assert seen.shape == images.shape
+    assert seen.dtype == torch.uint8
+    # At most 200 grey levels at full opacity, at least half of that in the middle of what is pasted.
+    assert changed.max() <= 200
+    largest = changed.flatten(1).amax(dim=1)
+    assert (largest > 80).float().mean() > 0.9
+    share = (changed[..., 0] > 20).float().mean(dim=(1, 2))
+    assert share.max() < 3.2 * PASTE_RADIUS[1] ** 2 * 1.5
+    assert share.mean() > 0.01
+
+
+def test_pasting_follows_its_probability_and_the_seed() -> None:
+    images = torch.randint(0, 256, (200, 16, 16, 3), dtype=torch.uint8)
+
+    def pasted(probability: float) -> Tensor:
+        torch.manual_seed(3)
+        return paste(images, probability)
+
+    assert torch.equal(pasted(0.0), images)
+    assert torch.equal(pasted(0.5), pasted(0.5))
+    share = (pasted(0.5) != images).flatten(1).any(dim=1).float().mean()
+    assert 0.35 < share < 0.6
+
+
+def test_what_is_pasted_comes_from_another_image_at_another_place() -> None:
+    torch.manual_seed(1)
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    images[1, ..., 0] = 240  # only the second image is red
+
+    seen = paste(images, 1.0)
+
+    assert seen[0, ..., 0].max() > 100
+    assert seen[0, ..., 1:].max() == 0
+    assert seen[1, ..., 0].min() < 140
+
+
+def test_ellipses_are_of_the_stated_size_and_everywhere() -> None:
+    torch.manual_seed(0)
+    found = ellipses(500, 64)
+    # Of those that lie inside the image: area pi r^2, with r uniform in the range.
+    inside = found[(found[:, [0, -1]].amax(dim=(1, 2)) < 0.01) & (found[:, :, [0, -1]].amax(dim=(1, 2)) < 0.01)]
+    radius = (inside.mean(dim=(1, 2)) / torch.pi).sqrt()
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert radius.min() > 0.8 * PASTE_RADIUS[0]
+    assert radius.max() < 1.15 * PASTE_RADIUS[1]
+    assert (found.amax(dim=0) > 0.9).all()

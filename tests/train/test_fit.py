@@ -72,7 +72,7 @@ def test_it_learns(weights: Path, data: Path, tmp_path: Path) -> None:
 
 def loss_of(scorer: AnomalyScorer, images: Tensor) -> float:
     with torch.no_grad():
-        return float(TrainingStep(scorer)(images, None, pixel_loss=False))
+        return float(TrainingStep(scorer)(images, images, None, pixel_loss=False))
 
 
 def test_best_and_last_checkpoint(
@@ -225,9 +225,9 @@ def test_the_warmup_trains_on_pixels_first(
     kinds: list[bool] = []
     forward = TrainingStep.forward
 
-    def noting(self: TrainingStep, images: Tensor, frozen: Any, pixel_loss: bool) -> Tensor:
+    def noting(self: TrainingStep, images: Tensor, seen: Tensor, frozen: Any, pixel_loss: bool) -> Tensor:
         kinds.append(pixel_loss)
-        return forward(self, images, frozen, pixel_loss)
+        return forward(self, images, seen, frozen, pixel_loss)
 
     monkeypatch.setattr(TrainingStep, "forward", noting)
     # 20 images in batches of 8: two steps an epoch, the rest is dropped.
@@ -242,10 +242,75 @@ def test_the_two_losses(weights: Path) -> None:
     normalised = (images.permute(0, 3, 1, 2) / 255 - 0.449) / 0.226
     with torch.no_grad():
         reconstruction = scorer.autoencoder(normalised)
-        pixels = (reconstruction - normalised).abs().mean()
-        assert float(step(images, None, True)) == pytest.approx(float(pixels), rel=1e-5)
+        error = (reconstruction - normalised).abs()
+        pixels = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
+        assert float(step(images, images, None, True)) == pytest.approx(float(pixels), rel=1e-5)
         perceptual = scorer.loss(scorer.loss_target(normalised), reconstruction)
-        assert float(step(images, None, False)) == pytest.approx(float(perceptual), rel=1e-5)
+        assert float(step(images, images, None, False)) == pytest.approx(float(perceptual), rel=1e-5)
+
+
+@pytest.mark.parametrize("pixel_loss", [True, False])
+def test_the_loss_compares_with_the_images_whatever_the_encoder_saw(weights: Path, pixel_loss: bool) -> None:
+    scorer, _ = build(tiny.config(weights))
+    step = TrainingStep(scorer.eval())
+    images, seen = torch.randint(0, 256, (2, 2, tiny.SIZE, tiny.SIZE, 3), dtype=torch.uint8)
+    frozen = step.frozen(seen)._replace(target=step.frozen(images).target)
+    with torch.no_grad():
+        loss = float(step(images, seen, None, pixel_loss))
+        assert loss == pytest.approx(float(step(images, seen, frozen, pixel_loss)), rel=1e-5)
+        assert loss != pytest.approx(float(step(seen, seen, None, pixel_loss)), rel=1e-5)
+
+
+def test_pasted_regions_reach_the_encoder_alone(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    forward = TrainingStep.forward
+
+    def noting(self: TrainingStep, images: Tensor, seen: Tensor, frozen: Any, pixel_loss: bool) -> Tensor:
+        assert frozen is None  # features of what changes cannot be cached
+        pairs.append((images, seen))
+        return forward(self, images, seen, frozen, pixel_loss)
+
+    monkeypatch.setattr(TrainingStep, "forward", noting)
+    config = tiny.config(weights, augment={"enabled": False, "paste": 1.0}, train={"epochs": 1})
+    run(config, data, tmp_path / "tiny.pt")
+    known = load_split(data, "train", config.preprocess_spec(), quiet=True).rgb(slice(None)).flatten(1)
+    for images, seen in pairs:
+        assert all((known == image.flatten()).all(dim=1).any() for image in images)
+        assert (images != seen).flatten(1).any(dim=1).all()
+
+
+def test_the_gradient_is_clipped(weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.Adam.step
+
+    def noting(self: torch.optim.Adam, *given: Any) -> Any:
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noting)
+    run(tiny.config(weights, train={"epochs": 1}), data, tmp_path / "free.pt")
+    free, norms = max(norms), []
+    run(tiny.config(weights, train={"epochs": 1, "grad_clip": free / 2}), data, tmp_path / "clipped.pt")
+    assert max(norms) == pytest.approx(free / 2, rel=1e-3)
+
+
+def test_the_aligned_start_is_fitted_to_training_images(weights: Path, data: Path, tmp_path: Path) -> None:
+    """A first step from aligned weights changes a run, and a resumed run does not align again."""
+    model = tiny.table(weights)["model"]
+    model = {**model, "qformer": {**model["qformer"], "query_init": "aligned"}}
+    config = tiny.config(weights, model=model, train={"epochs": 2})
+    whole = load(run(config, data, tmp_path / "whole.pt").last)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_epoch(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, data, tmp_path / "parts.pt")
+    parts = load(run(config, data, tmp_path / "parts.pt", resume=True).last)
+    plain = load(run(tiny.config(weights, train={"epochs": 2}), data, tmp_path / "plain.pt").last)
+    assert all(torch.equal(whole.trained[name], parts.trained[name]) for name in whole.trained)
+    assert not torch.equal(whole.trained["decoder.predict.bias"], plain.trained["decoder.predict.bias"])
 
 
 def test_only_the_trained_parts_change(weights: Path, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Every command of the README is run as it stands there, in a folder with a few slices in place of thousands."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from demo.dataset import items, write
+from qfae_train.config import Backbone, Perceptual
+from tests.commands import ROOT, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FEW = {("train", "good"): 8, ("valid", "good"): 3, ("valid", "Ungood"): 3, ("test", "good"): 3, ("test", "Ungood"): 3}
+
+TESTED_HERE = ("qfae-train", "qfae-export", "qfae-run", "make", "pip")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line) for line in lines if shlex.split(line)[0] == program]
+
+
+def test_no_command_is_left_untested() -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    assert lines
+    assert {shlex.split(line)[0] for line in lines} == set(TESTED_HERE)
+
+
+def test_train_export_run(tmp_path: Path) -> None:
+    write(items(tmp_path / "build/demo/data", 0, ["train", "valid", "test"], FEW))
+    [train], [export], [score] = commands("qfae-train"), commands("qfae-export"), commands("qfae-run")
+    shorter = ("--epochs", "1", "--batch-size", "8")
+
+    for command in ([*train, *shorter], export, score):
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    listed = re.findall(r"^\| (`[^|]+`) \|", README.partition("`qfae-run` writes into")[2], flags=re.MULTILINE)
+    names = {name.rstrip("/") for cell in listed for name in re.findall(r"`([^`]+)`", cell)}
+    assert names == {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"demo.pt", "demo.last.pt", "demo.onnx", "demo.json", "demo.golden.npz"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "demo-train"])
+def test_make_knows_its_targets(target: str) -> None:
+    """`make test` runs this very test and tests/test_road.py runs the demo's program; here, that make calls them."""
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    expected = {"demo": "python -m demo.run", "test": "bin/pytest", "demo-train": "qfae-train --preset demo"}
+    assert done.returncode == 0, done.stderr
+    assert expected[target] in done.stdout
+    assert target == "demo-train" or ["make", target] in commands("make")
+
+
+def test_pip_install(tmp_path: Path) -> None:
+    """The source tree installs, with everything the programs read, and asks for torch only in its extras."""
+    source, target = tmp_path / "source", tmp_path / "site"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "tests", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    lines = commands("pip")
+    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--target", target)
+
+    done = run("pip", *lines[0][1:], *offline, cwd=source)
+
+    assert done.returncode == 0, done.stderr
+    [distribution] = importlib.metadata.distributions(path=[str(target)])
+    required = distribution.requires or []
+    bare = [name for name in required if "extra ==" not in name]
+    export = [name for name in required if 'extra == "export"' in name]
+    assert bare
+    assert not any(re.match(r"torch|timm|onnx\b", name) for name in bare)
+    assert any(name.startswith("qfae[train]") for name in export)
+    assert lines[1][-1] == ".[export]"
+    for package in ("qfae_train", "qfae_export", "qfae_runtime"):
+        shipped = {
+            path.name for path in (ROOT / package).rglob("*") if path.suffix in (".toml", ".safetensors", ".html")
+        }
+        assert shipped <= {path.name for path in (target / package).rglob("*")}
+    scripts = {entry.name for entry in distribution.entry_points if entry.group == "console_scripts"}
+    assert {"qfae-train", "qfae-export", "qfae-run"} <= scripts
+
+
+def test_the_toml_of_the_readme_is_a_configuration() -> None:
+    encoder, perceptual = (tomllib.loads(text) for text in blocks("toml"))
+    assert Backbone(**encoder["model"]["encoders"][0]).timm.endswith("dinov2.lvd142m")
+    assert Perceptual(**encoder["perceptual"]) == Perceptual()
+    assert Perceptual(**perceptual["perceptual"]).weights
+
+
+def test_links_and_pictures_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
