@@ -1,7 +1,7 @@
 """Write the demonstration data set in the BMAD folder layout.
 
     python -m demo.dataset --out build/demo/data                     everything
-    python -m demo.dataset --out build/demo/data --splits valid,test  what `make demo` needs
+    python -m demo.dataset --out build/demo/data --splits test  what `make demo` needs
 
     train/good/img/0000.png        normal slices
     valid|test/good/img/0000.png   normal slices

@@ -72,21 +72,26 @@ class TrainingStep(nn.Module):
         self.scorer = scorer
 
     @torch.no_grad()
-    def frozen(self, images: Tensor, seen: Tensor) -> Frozen:
-        """Return the perceptual features of uint8 images and the encoders' of `seen`, both (B, S, S, 3)."""
-        return Frozen(self.scorer.autoencoder.hidden(normalise(seen)), self.scorer.loss_target(normalise(images)))
+    def hidden(self, seen: Tensor) -> list[Tensor]:
+        """Return the encoders' hidden states of uint8 images (B, S, S, 3)."""
+        return self.scorer.autoencoder.hidden(normalise(seen))
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Features:
+        """Return the perceptual features of uint8 images (B, S, S, 3)."""
+        return self.scorer.loss_target(normalise(images))
 
     def forward(self, images: Tensor, seen: Tensor, frozen: Frozen | None, pixel_loss: bool) -> Tensor:
         """Return the loss of uint8 images (B, S, S, 3): of their pixels (smooth L1), or the perceptual loss.
 
         `seen` is what the encoders look at, the images themselves or the images with something pasted in.
         """
-        hidden = frozen.hidden if frozen else self.scorer.autoencoder.hidden(normalise(seen))
+        hidden = frozen.hidden if frozen else self.hidden(seen)
         reconstruction = self.scorer.autoencoder.reconstruct(hidden)
         if pixel_loss:
             # Not L1: its minimum over many images is their median, a brain without folds, and it is slow to leave.
             return F.smooth_l1_loss(reconstruction.float(), normalise(images))
-        target = frozen.target if frozen else self.scorer.loss_target(normalise(images))
+        target = frozen.target if frozen else self.target(images)
         return self.scorer.loss(target, reconstruction)
 
 
@@ -197,7 +202,8 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
     optimizer = torch.optim.Adam(trainable, lr=config.train.lr)
     schedule = _schedule(optimizer, config.train, config.train.epochs * (len(train) // config.train.batch_size))
     wrapped, optimizer = fabric.setup(step, optimizer)
-    wrapped.mark_forward_method("frozen")
+    wrapped.mark_forward_method("hidden")
+    wrapped.mark_forward_method("target")
     run = Run(
         config, out, fabric, step, wrapped, optimizer, schedule, train, valid, records,
         files.embed_frozen(config, records), reporter,
@@ -316,23 +322,21 @@ def _cache(run: Run) -> Cache | None:
         parts: list[list[Tensor]] = []
         for start in range(0, len(run.train), size):
             images = run.train.rgb(slice(start, start + size))
-            seen = paste(images, options.paste)
-            frozen = run.wrapped.frozen(images.to(run.fabric.device), seen.to(run.fabric.device))
-            if (
-                not parts
-                and not targets
-                and _cached_bytes(frozen, variants) / len(images) * len(run.train) > CACHE_LIMIT_GIB * 2**30
-            ):
-                return None
-            parts.append([_stored(states, run) for states in frozen.hidden])
+            states = run.wrapped.hidden(paste(images, options.paste).to(run.fabric.device))
+            parts.append([_stored(one, run) for one in states])
             if number == 0:
-                targets.append({key: tokens.cpu() for key, tokens in frozen.target.items()})
+                target = run.wrapped.target(images.to(run.fabric.device))
+                targets.append({key: tokens.cpu() for key, tokens in target.items()})
+            if number == start == 0 and _too_large(parts[0], targets[0], variants, len(run.train) / len(images)):
+                return None
         hidden.append([torch.cat(states) for states in zip(*parts, strict=True)])
     return Cache(hidden, {key: torch.cat([part[key] for part in targets]) for key in targets[0]})
 
 
-def _cached_bytes(frozen: Frozen, variants: int) -> int:
-    return variants * sum(states.nbytes for states in frozen.hidden) + sum(t.nbytes for t in frozen.target.values())
+def _too_large(hidden: list[Tensor], target: Features, variants: int, batches: float) -> bool:
+    """Tell whether the cache would pass its limit, from its first batch."""
+    bytes_a_batch = variants * sum(states.nbytes for states in hidden) + sum(t.nbytes for t in target.values())
+    return bytes_a_batch * batches > CACHE_LIMIT_GIB * 2**30
 
 
 def _stored(states: Tensor, run: Run) -> Tensor:

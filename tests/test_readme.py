@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import shlex
 import shutil
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from demo.dataset import items, write
+from demo.spread import with_results
 from qfae_train.config import Backbone, Perceptual
 from tests.commands import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEW = {("train", "good"): 8, ("valid", "good"): 3, ("valid", "Ungood"): 3, ("test", "good"): 3, ("test", "Ungood"): 3}
 
-TESTED_HERE = ("qfae-train", "qfae-export", "qfae-run", "make", "pip")
+TESTED_HERE = (".", "python", "qfae-train", "qfae-export", "qfae-run", "make", "pip")
 
 
 def blocks(language: str) -> list[str]:
@@ -38,8 +40,12 @@ def test_no_command_is_left_untested() -> None:
 
 
 def test_train_export_run(tmp_path: Path) -> None:
+    [activate], [build], [train] = commands("."), commands("python"), commands("qfae-train")
+    [export], [score] = commands("qfae-export"), commands("qfae-run")
+    assert activate == [".", ".venv/bin/activate"]
+    assert run(*build, "--splits", "valid", cwd=tmp_path).returncode == 0
+    shutil.rmtree(tmp_path / "build/demo/data/valid")
     write(items(tmp_path / "build/demo/data", 0, ["train", "valid", "test"], FEW))
-    [train], [export], [score] = commands("qfae-train"), commands("qfae-export"), commands("qfae-run")
     shorter = ("--epochs", "1", "--batch-size", "8")
 
     for command in ([*train, *shorter], export, score):
@@ -97,6 +103,12 @@ def test_the_toml_of_the_readme_is_a_configuration() -> None:
     assert Backbone(**encoder["model"]["encoders"][0]).timm.endswith("dinov2.lvd142m")
     assert Perceptual(**encoder["perceptual"]) == Perceptual()
     assert Perceptual(**perceptual["perceptual"]).weights
+
+
+def test_the_numbers_are_the_measured_ones() -> None:
+    results = json.loads((ROOT / "demo/results.json").read_text(encoding="utf-8"))
+    assert with_results(README, results) == README
+    assert f"**{results['runs'][0]['image_auroc']:.3f}**" in README
 
 
 def test_links_and_pictures_exist() -> None:

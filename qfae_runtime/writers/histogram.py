@@ -1,7 +1,8 @@
 """The score histogram of the report, laid out as plain numbers for an inline SVG.
 
 Good images hang down from the axis and all others stand up, on one scale, so that neither hides the other; with
-one kind alone everything stands up.
+one kind alone everything stands up. Scores that are products of distances span orders of magnitude; their axis is
+logarithmic.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import numpy as np
 from qfae_runtime.layout import GOOD
 
 BINS = 48
+
+SKEWED = 20.0
+"""The axis is logarithmic where the largest score exceeds the median by this factor."""
+
 _LEFT, _RIGHT, _TOP, _SINGLE_HEIGHT, _DOUBLE_HEIGHT, _BELOW = 48.0, 890.0, 12.0, 160.0, 95.0, 44.0
 
 
@@ -25,9 +30,11 @@ class _Axes:
     high: float
     base: float  # y of the axis between the bars that stand and those that hang
     unit: float  # height of one count
+    logarithmic: bool
 
     def x(self, value: float) -> float:
-        return round(_LEFT + (value - self.low) / (self.high - self.low) * (_RIGHT - _LEFT), 2)
+        low, high, at = (math.log(v) if self.logarithmic else v for v in (self.low, self.high, value))
+        return round(_LEFT + (at - low) / (high - low) * (_RIGHT - _LEFT), 2)
 
     def y(self, count: float) -> float:
         return round(self.base - count * self.unit, 2)
@@ -39,14 +46,17 @@ def layout(scores: Mapping[str, list[float]], threshold: float | None) -> dict[s
     if not every:
         return None
     low, high = _span(every if threshold is None else [*every, threshold])
-    edges = np.linspace(low, high, BINS + 1)
+    logarithmic = low > 0 and high > SKEWED * float(np.median(every))
+    edges = np.geomspace(low, high, BINS + 1) if logarithmic else np.linspace(low, high, BINS + 1)
+    edges[0], edges[-1] = low, high  # rounding must not put the extremes outside
     counts = {label: np.histogram(values, edges)[0] for label, values in scores.items()}
     tallest = max(int(count.max()) for count in counts.values())
     mirrored = GOOD in scores and len(scores) > 1
     height = _DOUBLE_HEIGHT if mirrored else _SINGLE_HEIGHT
-    axes = _Axes(low, high, _TOP + height, height / tallest)
+    axes = _Axes(low, high, _TOP + height, height / tallest, logarithmic)
     bottom = axes.base + (height if mirrored else 0.0)
     levels = [level for level in (_ticks(0, tallest, 3) if tallest > 1 else [1.0]) if level == int(level)]
+    ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high, 6)
     signs = (1, -1) if mirrored else (1,)
     return {
         "bars": [
@@ -60,7 +70,8 @@ def layout(scores: Mapping[str, list[float]], threshold: float | None) -> dict[s
         "base": axes.base,
         "bottom": bottom,
         "height": bottom + _BELOW,
-        "ticks": [{"x": axes.x(value), "text": f"{value:.4g}"} for value in _ticks(low, high, 6)],
+        "ticks": [{"x": axes.x(value), "text": f"{value:.4g}"} for value in ticks],
+        "logarithmic": logarithmic,
         "levels": [{"y": axes.y(sign * level), "text": int(level)} for level in levels if level for sign in signs],
         "threshold": None if threshold is None else axes.x(threshold),
     }
@@ -96,3 +107,11 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     return [float(f"{n * step:.12g}") for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two ends, with 2 and 5 between them where there are few."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1,) if len(decades) > 5 else (1, 2, 5)
+    values = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
+    return [value for value in values if low <= value <= high]

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from qfae_runtime.engines.base import Scores
@@ -76,6 +77,23 @@ def test_histogram_counts_everything_once() -> None:
     assert all(bar["y"] >= drawn["base"] for bar in drawn["bars"] if bar["label"] == "good")
     assert drawn["threshold"] is not None
     assert histogram.layout({}, None) is None
+
+
+def test_histogram_of_skewed_scores_is_logarithmic() -> None:
+    scores = {"good": [0.001, 0.002, 0.003, 0.01], "Ungood": [0.004, 0.1, 1.0]}
+    drawn = histogram.layout(scores, 0.01)
+    assert drawn is not None
+    assert drawn["logarithmic"]
+    assert sum(int(bar["title"].split()[0]) for bar in drawn["bars"]) == 7
+    ticks = {tick["text"]: tick["x"] for tick in drawn["ticks"]}
+    assert list(ticks) == ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"]
+    assert ticks["0.01"] == drawn["threshold"]
+    # Equal factors are equal distances, from one end to the other.
+    assert [ticks["0.001"], ticks["1"]] == [drawn["left"], drawn["right"]]
+    assert ticks["0.1"] - ticks["0.01"] == pytest.approx((drawn["right"] - drawn["left"]) / 3, abs=0.02)
+    flat = histogram.layout({"no label": [0.0, 0.001, 1.0]}, None)  # zero has no logarithm
+    assert flat is not None
+    assert not flat["logarithmic"]
 
 
 def test_histogram_of_equal_or_tiny_scores() -> None:

@@ -18,7 +18,7 @@ from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, loa
 from qfae_train.config import Augment, Config, Train, from_dict
 from qfae_train.data import DataError, Split, load_split
 from qfae_train.evaluate import Metrics, evaluate
-from qfae_train.fit import Result, TrainingError, TrainingStep, fit
+from qfae_train.fit import Frozen, Result, TrainingError, TrainingStep, fit
 from qfae_train.progress import Reporter
 
 from . import tiny
@@ -254,7 +254,7 @@ def test_the_loss_compares_with_the_images_whatever_the_encoder_saw(weights: Pat
     scorer, _ = build(tiny.config(weights))
     step = TrainingStep(scorer.eval())
     images, seen = torch.randint(0, 256, (2, 2, tiny.SIZE, tiny.SIZE, 3), dtype=torch.uint8)
-    frozen = step.frozen(seen)._replace(target=step.frozen(images).target)
+    frozen = Frozen(step.hidden(seen), step.target(images))
     with torch.no_grad():
         loss = float(step(images, seen, None, pixel_loss))
         assert loss == pytest.approx(float(step(images, seen, frozen, pixel_loss)), rel=1e-5)
@@ -279,6 +279,35 @@ def test_pasted_regions_reach_the_encoder_alone(
     for images, seen in pairs:
         assert all((known == image.flatten()).all(dim=1).any() for image in images)
         assert (images != seen).flatten(1).any(dim=1).all()
+
+
+def test_cached_variants_take_turns_and_are_made_again_alike(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, augment={"enabled": False, "paste": 1.0, "paste_variants": 2})
+    caches = []
+    for _ in range(2):
+        started = fit_module._start(config, data, tmp_path / "tiny.pt", False, False, "cpu")
+        torch.rand(7)
+        cache = fit_module._cache(started)
+        assert cache is not None
+        caches.append(cache)
+    first, again = caches
+    numbers, device = torch.tensor([3, 11]), torch.device("cpu")
+    images = started.train.rgb(numbers)
+    whole = Frozen(started.step.hidden(images), started.step.target(images))
+    picks = [first.pick(epoch, numbers, device) for epoch in range(4)]
+
+    assert len(first.hidden) == 2
+    assert all(
+        torch.equal(a, b)
+        for one, two in zip(first.hidden, again.hidden, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
+    for even, odd in ((0, 2), (1, 3)):
+        assert torch.equal(picks[even].hidden[0], picks[odd].hidden[0])
+    assert not torch.allclose(picks[0].hidden[0], picks[1].hidden[0], atol=1e-2)
+    assert not torch.allclose(picks[0].hidden[0], whole.hidden[0], atol=1e-2)
+    for key, tokens in whole.target.items():  # what the loss compares with is never pasted into
+        torch.testing.assert_close(picks[1].target[key], tokens, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_is_clipped(weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
