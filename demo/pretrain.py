@@ -4,8 +4,8 @@
 
 The published models stand on DINOv2 and MAE backbones of 300 million weights that saw natural images; the demo has no
 such thing at hand and makes its own, once, and uses it as encoder and as perceptual network. It differs from plain MAE
-(He et al. 2022) in one point: the patch size changes from step to step between the three that the perceptual network
-will use, the kernel and the position table being resampled exactly as the perceptual network does it.
+(He et al. 2022) in one point: the patch size changes from step to step between three, the kernel and the position table
+being resampled exactly as the perceptual network does it.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ def pretrain(config: Config, slices: Tensor, steps: int, batch_size: int, lr: fl
     rng = np.random.default_rng(seed)
     backbone = perceptual_backbone(config)
     vit = create(backbone, config.model.image_size)
-    patch_sizes = sorted({*config.loss.patch_sizes, *config.score.patch_sizes})
-    model = MaskedAutoencoder(vit, patch_sizes)
+    model = MaskedAutoencoder(vit, list(SHARE))
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)

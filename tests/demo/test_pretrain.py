@@ -1,0 +1,81 @@
+"""The demo's backbone: pretraining is deterministic and learns, and rescaling changes no feature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from demo.pretrain import MaskedAutoencoder, batch_of, pretrain, rescale
+from demo.slices import finish, normal_slice
+from qfae_runtime.preprocess import PreprocessSpec, preprocess
+from qfae_train.autoencoder import perceptual_backbone
+from qfae_train.backbone import create, load_frozen
+from qfae_train.config import load
+
+CONFIG = load("demo")
+
+
+def slices(count: int) -> Tensor:
+    spec = PreprocessSpec(image_size=112)
+    made = [finish(normal_slice([9, n]), n)[..., None].repeat(3, 2) for n in range(count)]
+    return torch.stack([torch.from_numpy(preprocess(one, spec).image[..., 0].copy()) for one in made])
+
+
+def test_the_same_seed_gives_the_same_weights_in_half_precision() -> None:
+    images = slices(8)
+    first, again, other = (pretrain(CONFIG, images, steps=2, batch_size=4, lr=1e-3, seed=seed) for seed in (0, 0, 1))
+
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert {tensor.dtype for tensor in first.values()} == {torch.float16}
+    # The state is a backbone as the preset describes it.
+    create(perceptual_backbone(CONFIG), 112).load_state_dict(first)
+
+
+def test_it_predicts_hidden_patches_better_after_some_steps() -> None:
+    images = slices(16)
+    batch = batch_of(images, torch.arange(16))
+
+    def loss(steps: int) -> float:
+        state = pretrain(CONFIG, images, steps=steps, batch_size=8, lr=1.5e-3, seed=0)
+        torch.manual_seed(0)
+        vit = create(perceptual_backbone(CONFIG), 112)
+        vit.load_state_dict(state)
+        # A fresh small decoder, trained the same way on either backbone, tells what the features hold.
+        model = MaskedAutoencoder(vit, [16])
+        head = [p for name, p in model.named_parameters() if not name.startswith("vit.")]
+        optimizer = torch.optim.Adam(head, lr=3e-3)
+        for _ in range(40):
+            value = model(batch, 16)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        return float(value)
+
+    assert loss(60) < loss(1)
+
+
+@torch.no_grad()
+def test_rescaling_gives_unit_hidden_states_and_changes_no_feature() -> None:
+    torch.manual_seed(0)
+    vit = create(perceptual_backbone(CONFIG), 112).eval()
+    for tensor in vit.parameters():
+        tensor.mul_(3.0 if tensor.ndim > 1 else 1.0)
+    images = batch_of(slices(4), torch.arange(4))
+    before = vit.forward_features(images)  # type: ignore[operator]
+
+    rescale(vit, images)
+
+    hidden = vit.forward_intermediates(images, output_fmt="NLC", intermediates_only=True, norm=False)  # type: ignore[operator]
+    torch.testing.assert_close(torch.stack(hidden).square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(vit.forward_features(images), before, rtol=1e-2, atol=1e-2)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_the_shipped_backbone_is_rescaled_and_small() -> None:
+    vit, record = load_frozen(CONFIG.model.encoders[0], 112)
+    images = batch_of(slices(4), torch.arange(4))
+    hidden = vit.forward_intermediates(images, output_fmt="NLC", intermediates_only=True, norm=False)  # type: ignore[operator]
+
+    assert 0.7 < float(torch.stack(hidden).square().mean()) < 1.4
+    assert record["source"] == "demo_vit.safetensors"
