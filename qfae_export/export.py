@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, largest_batch
@@ -28,6 +30,7 @@ from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.errors import OutputError, UsageError
 from qfae_runtime.golden import save_golden
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, TensorSpec
+from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.checkpoint import Checkpoint, build_scorer, load, portable_config
 
 _BUILDERS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -81,11 +84,11 @@ def export(options: Options, say: Callable[[str], None] = lambda step: None) -> 
         options.folder.mkdir(parents=True, exist_ok=True)
         # Inside the folder itself, so that moving a file to its final name is one step that cannot run out of space.
         with tempfile.TemporaryDirectory(dir=options.folder, prefix=f".{options.engine_name}-") as made:
-            scorer = build_scorer(source.checkpoint)
+            scorer, graph = _graph(source.checkpoint)
             say(f"scoring {len(source.images)} images with PyTorch float32, the reference")
             reference = pytorch_scores(scorer, source.images.pixels)
             say("writing the ONNX file")
-            written = write_onnx(InferenceGraph(scorer), Path(made) / f"{options.engine_name}.onnx")
+            written = write_onnx(graph, Path(made) / f"{options.engine_name}.onnx")
             say("comparing ONNX Runtime with PyTorch")
             exported = _certify(written, source, reference, options.engine_name)
             return _hand_over(exported, options.folder)
@@ -94,6 +97,20 @@ def export(options: Options, say: Callable[[str], None] = lambda step: None) -> 
             f"{options.folder}: cannot be written ({error.strerror or error}); "
             "nothing was exported: free some space or choose another --out"
         ) from error
+
+
+def _graph(checkpoint: Checkpoint) -> tuple[AnomalyScorer, InferenceGraph]:
+    """Return the model and its inference graph, the same bits however many threads the machine has.
+
+    Building them computes constants (resampled kernels, folded queries), whose last digit depends on the threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        scorer = build_scorer(checkpoint)
+        return scorer, InferenceGraph(scorer)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _refuse_existing(options: Options) -> None:

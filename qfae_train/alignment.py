@@ -31,6 +31,9 @@ from qfae_train.qformer import CrossAttention, QueryAttention
 SHARPNESS = 10.0
 """Weight of the positional read-out in the attention logits: e-folds within about a tenth of the image's side."""
 
+SMALLEST_VARIANCE = 1e-4
+"""Variances below this share of the largest are not raised to one: that would raise rounding errors with them."""
+
 RIDGE = 1e-3
 """Regularisation of the least-squares fits, in units of the mean square of the inputs."""
 
@@ -95,7 +98,7 @@ def whiten(encoder: Encoder, states: Tensor) -> None:
     mean = flat.mean(0)
     values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
     keep = min(encoder.projection.out_features, len(values))
-    largest = values.flip(0)[:keep].clamp_min(1e-6 * values.max())
+    largest = values.flip(0)[:keep].clamp_min(SMALLEST_VARIANCE * values.max())
     matrix = vectors.flip(1)[:, :keep].T / largest.sqrt()[:, None]
     weight, bias = encoder.projection.weight, encoder.projection.bias
     weight[:keep] = matrix.to(weight.dtype)

@@ -32,27 +32,18 @@ def test_the_same_seed_gives_the_same_weights_in_half_precision() -> None:
     create(perceptual_backbone(CONFIG), 112).load_state_dict(first)
 
 
-def test_it_predicts_hidden_patches_better_after_some_steps() -> None:
-    images = slices(16)
-    batch = batch_of(images, torch.arange(16))
-
-    def loss(steps: int) -> float:
-        state = pretrain(CONFIG, images, steps=steps, batch_size=8, lr=1.5e-3, seed=0)
-        torch.manual_seed(0)
-        vit = create(perceptual_backbone(CONFIG), 112)
-        vit.load_state_dict(state)
-        # A fresh small decoder, trained the same way on either backbone, tells what the features hold.
-        model = MaskedAutoencoder(vit, [16])
-        head = [p for name, p in model.named_parameters() if not name.startswith("vit.")]
-        optimizer = torch.optim.Adam(head, lr=3e-3)
-        for _ in range(40):
-            value = model(batch, 16)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-        return float(value)
-
-    assert loss(60) < loss(1)
+def test_it_learns_to_predict_hidden_patches() -> None:
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(create(perceptual_backbone(CONFIG), 112), [16])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1.5e-3)
+    batch, losses = batch_of(slices(16), torch.arange(16)), []
+    for _ in range(60):
+        loss = model(batch, 16)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 @torch.no_grad()

@@ -84,6 +84,20 @@ def test_projected_hidden_states_are_white(scorer: AnomalyScorer) -> None:
 
 
 @torch.no_grad()
+def test_whitening_does_not_raise_rounding_errors(scorer: AnomalyScorer) -> None:
+    """Hidden states that lie in four directions: the others hold nothing but rounding, which must stay small."""
+    encoder = scorer.autoencoder.encoders[0]
+    assert isinstance(encoder, Encoder)
+    states = torch.randn(50, 20, 4) @ torch.randn(4, 32)
+
+    whiten(encoder, states)
+
+    exact = encoder.double().projection(states.double())
+    noisy = encoder.projection(states.double() + 1e-7 * torch.randn(states.shape))
+    assert (noisy - exact).abs().max() < 1e-4
+
+
+@torch.no_grad()
 def test_the_last_layer_spans_the_patches(scorer: AnomalyScorer) -> None:
     decoder, x = scorer.autoencoder.decoder, images()
 

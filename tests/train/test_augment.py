@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,7 +101,7 @@ def test_pasting_changes_one_soft_region_and_no_more() -> None:
     largest = changed.flatten(1).amax(dim=1)
     assert (largest > 80).float().mean() > 0.9
     share = (changed[..., 0] > 20).float().mean(dim=(1, 2))
-    assert share.max() < 3.2 * PASTE_RADIUS[1] ** 2 * 1.5
+    assert share.max() < math.pi * (PASTE_RADIUS[1] + 2.5 / 40) ** 2  # the edge is soft over some pixels
     assert share.mean() > 0.01
 
 

@@ -162,7 +162,7 @@ def test_options_reach_the_run(toml: Path, tmp_path: Path, monkeypatch: pytest.M
         return fit_module.Result(out, out.with_name("last.pt"), 0.91234, 40)
 
     monkeypatch.setattr(fit_module, "fit", record)
-    given = ["--epochs", "3", "--lr", "1e-2", "--precision", "bf16-mixed", "--l1-warmup", "0", "--seed", "7"]
+    given = ["--epochs", "3", "--lr", "1e-2", "--precision", "bf16-mixed", "--pixel-warmup", "0", "--seed", "7"]
     result = invoke("--config", toml, "--data", "d", "--out", "my runs/m.pt", "--device", "cpu", "--resume", *given)
     assert result.exit_code == 0, result.output
     assert seen["config"].train == Train(epochs=3, batch_size=10, lr=0.01, precision="bf16-mixed", seed=7)
