@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.console import Console
 from qfae_export.errors import ExportError
 from qfae_export.options import DEFAULT_MAX_BATCH, Options
 from qfae_runtime import __version__
+from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_runtime.manifest import MAX_BATCH
 
@@ -40,11 +40,11 @@ Example:
 _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safetensors", "lightning_fabric")
 
 
-# Values arrive as text and unknown options as arguments, so that every fault can be told at once.
+# Values arrive as text, so that every fault can be told at once.
 @click.command(
     PROGRAM,
     epilog=_EPILOG,
-    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 @click.argument("rest", nargs=-1, metavar="", type=click.UNPROCESSED)
 @click.option("--ckpt", metavar="FILE", help="Checkpoint that qfae-train wrote.  [required]")
@@ -82,23 +82,13 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
         report: ParityReport | None = getattr(error, "report", None)
         if report is not None:
             err.print(report.table())
-        fail(error)
+        fail(PROGRAM, error)
     _show(exported, options, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves through SystemExit with the exit code."""
     command.main(list(sys.argv[1:] if arguments is None else arguments), prog_name=PROGRAM)
-
-
-def fail(error: QfaeError) -> NoReturn:
-    """Say what stopped the command in plain words on stderr and leave with its exit code."""
-    if isinstance(error, UsageError):
-        lines = [f"{PROGRAM}: {fault}" for fault in error.faults]
-        click.echo("\n".join([*lines, f"Try '{PROGRAM} --help'."]), err=True)
-    else:
-        click.echo(f"{PROGRAM}: {error}", err=True)
-    raise click.exceptions.Exit(error.exit_code)
 
 
 def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
@@ -108,7 +98,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         UsageError: every fault at once: unknown options, missing ones, impossible values.
 
     """
-    faults = [_unexpected(text) for text in rest]
+    faults = [unexpected(command, text) for text in rest]
     if not given["ckpt"]:
         faults.append("--ckpt: missing; name the checkpoint that qfae-train wrote")
     options = Options(
@@ -116,31 +106,13 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         out=Path(given["out"]) if given["out"] else None,
         parity_images=Path(given["parity_images"]) if given["parity_images"] else None,
         name=given["name"],
-        max_batch=_whole("--max-batch", given["max_batch"], faults),
+        max_batch=whole_number("--max-batch", given["max_batch"], MAX_BATCH, faults),
         overwrite=given["overwrite"],
     )
     faults += options.faults()
     if faults:
         raise UsageError(faults)
     return options
-
-
-def _unexpected(text: str) -> str:
-    name = text.partition("=")[0]
-    if not name.startswith("-"):
-        return f"{text!r}: unexpected; everything is named by an option"
-    known = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def _whole(option: str, text: str | None, faults: list[str]) -> int | None:
-    if text is None:
-        return None
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_BATCH:
-        return int(text)
-    faults.append(f"{option}: got {text!r}, expected a whole number in 1..{MAX_BATCH}")
-    return None
 
 
 def _export(options: Options, say: Callable[[str], None]) -> Exported:

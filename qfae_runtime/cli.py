@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from qfae_runtime import __version__
+from qfae_runtime.command_line import CONTEXT, fail, unknown_option, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.progress import Reporter
@@ -31,11 +31,11 @@ Example:
 """
 
 
-# Values arrive as text and unknown options as arguments, so that every fault can be told at once.
+# Values arrive as text, so that every fault can be told at once.
 @click.command(
     PROGRAM,
     epilog=_EPILOG,
-    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 @click.argument("images", nargs=-1, metavar="IMAGES...", type=click.UNPROCESSED)
 @click.option("--engine", metavar="FILE", help="Engine file, e.g. demo.onnx; its manifest lies beside it.  [required]")
@@ -66,9 +66,12 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
         with Reporter(sys.stderr, quiet=quiet) as reporter:
             summary = execute(options, reporter.update)
     except QfaeError as error:
-        fail(error)
+        fail(PROGRAM, error)
     except KeyboardInterrupt:  # while the engine was opened or the report written
-        fail(RunInterruptedError("stopped; rows already written are whole: the same command with --resume goes on"))
+        fail(
+            PROGRAM,
+            RunInterruptedError("stopped; rows already written are whole: the same command with --resume goes on"),
+        )
     if as_json:
         click.echo(json.dumps(_summary_values(summary), indent=2))
     elif not quiet:
@@ -91,16 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.main(given[1:], prog_name=f"{PROGRAM} {given[0]}")
 
 
-def fail(error: QfaeError) -> NoReturn:
-    """Say what stopped the command in plain words on stderr and leave with its exit code."""
-    if isinstance(error, UsageError):
-        lines = [f"{PROGRAM}: {fault}" for fault in error.faults]
-        click.echo("\n".join([*lines, f"Try '{PROGRAM} --help'."]), err=True)
-    else:
-        click.echo(f"{PROGRAM}: {error}", err=True)
-    raise click.exceptions.Exit(error.exit_code)
-
-
 def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
     """Turn the texts of the command line into Options.
 
@@ -108,7 +101,11 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         UsageError: every fault at once: unknown options, missing ones, impossible values, contradictions.
 
     """
-    faults = [_unknown_option(text) for text in images if text.startswith("-") and text != "-"]
+    faults = [
+        unknown_option(run_command, text, f"; a file of that name is ./{text}")
+        for text in images
+        if text.startswith("-") and text != "-"
+    ]
     paths = [text for text in images if not text.startswith("-")]
     if "-" in images:
         faults.append("IMAGES: '-' (a list on stdin) is not supported; name files or folders")
@@ -118,8 +115,8 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         faults.append("--engine: missing; name the engine file that qfae-export wrote")
     if given["overwrite"] and given["resume"]:
         faults.append("--overwrite and --resume exclude each other; choose one")
-    batch_size = _whole("--batch-size", given["batch_size"], faults)
-    threads = _whole("--threads", given["threads"], faults)
+    batch_size = whole_number("--batch-size", given["batch_size"], _MAX_WHOLE, faults)
+    threads = whole_number("--threads", given["threads"], _MAX_WHOLE, faults)
     backend = _choice("--backend", given["backend"] or Options.backend, BACKENDS, faults)
     device = _choice("--device", given["device"] or Options.device, DEVICES, faults)
     out = Path(given["out"]) if given["out"] else Options.out
@@ -142,23 +139,6 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         allow_uncertified=given["allow_uncertified"],
         labels=Path(given["labels"]) if given["labels"] else None,
     )
-
-
-def _unknown_option(text: str) -> str:
-    name = text.partition("=")[0]
-    known = [option for parameter in run_command.params for option in parameter.opts if option.startswith("--")]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else f"; a file of that name is ./{text}"
-    return f"{name}: no such option{hint}"
-
-
-def _whole(option: str, text: str | None, faults: list[str]) -> int | None:
-    if text is None:
-        return None
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_WHOLE:
-        return int(text)
-    faults.append(f"{option}: got {text!r}, expected a whole number in 1..{_MAX_WHOLE}")
-    return None
 
 
 def _choice(option: str, text: str, accepted: Sequence[str], faults: list[str]) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from qfae_runtime import __version__
+from qfae_runtime.command_line import CONTEXT, fail, unexpected
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_train.config import Config, Train, from_dict, load, presets
 
@@ -44,11 +44,11 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-# Values arrive as text and unknown options as arguments, so that every fault can be told at once.
+# Values arrive as text, so that every fault can be told at once.
 @click.command(
     PROGRAM,
     epilog=_EPILOG,
-    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 @click.argument("rest", nargs=-1, metavar="", type=click.UNPROCESSED)
 @click.option("--preset", metavar="NAME", help=f"Shipped configuration: {', '.join(presets())}.")
@@ -77,9 +77,9 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        fail(QfaeError(f"training needs {error.name}, which is not installed: pip install 'qfae[train]'"))
+        fail(PROGRAM, QfaeError(f"training needs {error.name}, which is not installed: pip install 'qfae[train]'"))
     except QfaeError as error:
-        fail(error)
+        fail(PROGRAM, error)
     auroc = (
         "" if result.best_auroc is None else f", validation AUROC {result.best_auroc:.4f} at epoch {result.best_epoch}"
     )
@@ -92,16 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.main(list(sys.argv[1:] if arguments is None else arguments), prog_name=PROGRAM)
 
 
-def fail(error: QfaeError) -> NoReturn:
-    """Say what stopped the command in plain words on stderr and leave with its exit code."""
-    if isinstance(error, UsageError):
-        lines = [f"{PROGRAM}: {fault}" for fault in error.faults]
-        click.echo("\n".join([*lines, f"Try '{PROGRAM} --help'."]), err=True)
-    else:
-        click.echo(f"{PROGRAM}: {error}", err=True)
-    raise click.exceptions.Exit(error.exit_code)
-
-
 def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     """Turn the texts of the command line into the arguments of `fit`.
 
@@ -109,7 +99,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
         UsageError: every fault at once: unknown options, missing ones, impossible values, contradictions.
 
     """
-    faults = [_unexpected(text) for text in rest]
+    faults = [unexpected(command, text) for text in rest]
     if bool(given["preset"]) == bool(given["config"]):
         faults.append("--preset, --config: give exactly one of them")
     if given["config"] and not given["config"].endswith(".toml"):
@@ -165,15 +155,6 @@ def _number(text: str) -> int | float | str:
         except ValueError:
             continue
     return text  # the configuration's check says what was expected
-
-
-def _unexpected(text: str) -> str:
-    name = text.partition("=")[0]
-    if not name.startswith("-"):
-        return f"{text!r}: unexpected; everything is named by an option"
-    known = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    return f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else "")
 
 
 if __name__ == "__main__":
