@@ -19,6 +19,9 @@ from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_runtime.manifest import MAX_BATCH
+from qfae_train.config import presets
+from qfae_train.options import config_source, weight_options
+from qfae_train.weight_files import parse_weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,12 +50,16 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     context_settings=CONTEXT,
 )
 @click.argument("rest", nargs=-1, metavar="", type=click.UNPROCESSED)
-@click.option("--ckpt", metavar="FILE", help="Checkpoint that qfae-train wrote.  [required]")
+@click.option("--ckpt", metavar="FILE", help="Checkpoint: qfae-train's, or the authors' last_ckpt.pth.  [required]")
+@click.option("--preset", metavar="NAME", help=f"Architecture of the authors' checkpoint: {', '.join(presets())}.")
+@click.option("--config", metavar="FILE.toml", help="The same as a file of your own.")
+@weight_options
 @click.option("--out", metavar="DIR", help="Folder for the engine.  [default: the checkpoint's folder]")
 @click.option(
     "--parity-images",
     metavar="DIR",
-    help="Real images to measure on, normal and anomalous.  [default: the validation images in the checkpoint]",
+    help="Real images to measure on, normal and anomalous.  [default: the validation images in the checkpoint; "
+    "where it has none, brain slices that come with qfae]",
 )
 @click.option("--name", metavar="NAME", help="Name of the engine.  [default: the checkpoint's, without .pt]")
 @click.option(
@@ -101,7 +108,10 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
     faults = [unexpected(command, text) for text in rest]
     if not given["ckpt"]:
         faults.append("--ckpt: missing; name the checkpoint that qfae-train wrote")
+    weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
     options = Options(
+        config=config_source(given, faults),
+        weights=weights,
         ckpt=Path(given["ckpt"] or "missing.pt"),
         out=Path(given["out"]) if given["out"] else None,
         parity_images=Path(given["parity_images"]) if given["parity_images"] else None,
@@ -139,6 +149,11 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     report, manifest = exported.report, exported.manifest
     console.print(report.table())
     console.print(f"measured on: {report.images.origin}", soft_wrap=True, markup=False)
+    if report.images.stands_in:
+        console.print(
+            "warning: these are not images of your kind; pass --parity-images DIR to measure on your own",
+            soft_wrap=True,
+        )
     if options.max_batch is None and manifest.max_batch < DEFAULT_MAX_BATCH:
         console.print(
             f"largest batch {manifest.max_batch}, the number of images measured on; "

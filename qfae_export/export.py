@@ -19,7 +19,7 @@ import torch
 
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
-from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, largest_batch
+from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, from_slices, largest_batch
 from qfae_export.onnx_file import OPSET, write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, Options
 from qfae_export.parity import ParityError, ParityReport, golden_of, measure, pytorch_scores
@@ -31,7 +31,10 @@ from qfae_runtime.errors import OutputError, UsageError
 from qfae_runtime.golden import save_golden
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, TensorSpec
 from qfae_train.autoencoder import AnomalyScorer
-from qfae_train.checkpoint import Checkpoint, build_scorer, load, portable_config
+from qfae_train.checkpoint import Checkpoint, build_scorer, portable_config
+from qfae_train.config import load as load_config
+from qfae_train.official import open_checkpoint
+from qfae_train.weight_files import WeightFiles
 
 _BUILDERS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -67,7 +70,7 @@ def export(options: Options, say: Callable[[str], None] = lambda step: None) -> 
     `say` is told each step as it begins.
 
     Raises:
-        UsageError: the options contradict themselves.
+        UsageError: the options contradict themselves, or the configuration is faulty or missing.
         OutputError: an engine of that name exists, or the folder cannot be written.
         CheckpointError: the checkpoint is missing, is none, or does not fit its configuration.
         WeightsError: frozen weights cannot be had.
@@ -84,7 +87,7 @@ def export(options: Options, say: Callable[[str], None] = lambda step: None) -> 
         options.folder.mkdir(parents=True, exist_ok=True)
         # Inside the folder itself, so that moving a file to its final name is one step that cannot run out of space.
         with tempfile.TemporaryDirectory(dir=options.folder, prefix=f".{options.engine_name}-") as made:
-            scorer, graph = _graph(source.checkpoint)
+            scorer, graph = _graph(source.checkpoint, options.weights)
             say(f"scoring {len(source.images)} images with PyTorch float32, the reference")
             reference = pytorch_scores(scorer, source.images.pixels)
             say("writing the ONNX file")
@@ -99,7 +102,7 @@ def export(options: Options, say: Callable[[str], None] = lambda step: None) -> 
         ) from error
 
 
-def _graph(checkpoint: Checkpoint) -> tuple[AnomalyScorer, InferenceGraph]:
+def _graph(checkpoint: Checkpoint, files: WeightFiles) -> tuple[AnomalyScorer, InferenceGraph]:
     """Return the model and its inference graph, the same bits however many threads the machine has.
 
     Building them computes constants (resampled kernels, folded queries), whose last digit depends on the threads.
@@ -107,7 +110,7 @@ def _graph(checkpoint: Checkpoint) -> tuple[AnomalyScorer, InferenceGraph]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        scorer = build_scorer(checkpoint)
+        scorer = build_scorer(checkpoint, files)
         return scorer, InferenceGraph(scorer)
     finally:
         torch.set_num_threads(threads)
@@ -124,13 +127,16 @@ def _refuse_existing(options: Options) -> None:
 
 
 def _read(options: Options) -> _Source:
-    checkpoint = load(options.ckpt)
+    config = load_config(options.config) if options.config is not None else None
+    checkpoint = open_checkpoint(options.ckpt, config, options.weights)
     spec, file = checkpoint.config.preprocess_spec(), options.ckpt.name
     if options.parity_images is not None:
         limit = max(FOLDER_LIMIT, options.max_batch or 0)
         images = from_folder(options.parity_images, spec, limit)
-    else:
+    elif len(checkpoint.parity_images):
         images = from_checkpoint(checkpoint.parity_images.numpy(), spec.image_size, file)
+    else:
+        images = from_slices(spec)
     return _Source(checkpoint, file, images, largest_batch(options.max_batch, DEFAULT_MAX_BATCH, images))
 
 

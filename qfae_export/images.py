@@ -6,7 +6,7 @@ Letters: N images, S pixels per side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +24,24 @@ MIN_IMAGES = 3
 FOLDER_LIMIT = 32
 """Images taken from a folder (or as many as the largest batch, if that is more): enough to measure on in minutes."""
 
+SLICES = Path(__file__).parent / "parity_slices.npz"
+"""Brain slices made by this project (demo/parity_slices.py), for checkpoints that bring no images."""
+
 _SHOWN = 8
 _CURE = "pass --parity-images DIR with a folder of real images, normal and anomalous"
 
 
 @dataclass(frozen=True)
 class ParityImages:
-    """`pixels` uint8 (N, S, S, 3), all different; `names` say which is which, `origin` where they come from."""
+    """`pixels` uint8 (N, S, S, 3), all different; `names` say which is which, `origin` where they come from.
+
+    `stands_in`: they are not of the kind the engine is for.
+    """
 
     pixels: UInt8
     names: tuple[str, ...]
     origin: str
+    stands_in: bool = False
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -44,7 +51,7 @@ def from_checkpoint(stored: UInt8, image_size: int, file: str) -> ParityImages:
     """Return the held-out images uint8 (N, S, S, 3) that the trainer stored in the checkpoint `file`.
 
     Raises:
-        ExportError: there are none, too few, or they are not images of this size.
+        ExportError: there are too few, or they are not images of this size.
 
     """
     if (
@@ -56,8 +63,6 @@ def from_checkpoint(stored: UInt8, image_size: int, file: str) -> ParityImages:
             f"{file}: parity images: expected uint8 (N, {image_size}, {image_size}, 3), got {stored.dtype} "
             f"{stored.shape}; {_CURE}"
         )
-    if not len(stored):
-        raise ExportError(f"{file}: holds no parity images, and an engine is certified on real ones; {_CURE}")
     names = [f"image {number} stored in {file}" for number in range(len(stored))]
     return _distinct(stored, names, f"validation images stored in {file}")
 
@@ -92,6 +97,18 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
         )
     origin = f"{len(files)} of the {len(found.images)} images in {folder.absolute().name}/"
     return _distinct(np.stack(prepared), names, origin)
+
+
+def from_slices(spec: PreprocessSpec) -> ParityImages:
+    """Return the brain slices that come with this package, preprocessed as for scoring.
+
+    They are real anatomy, half of them with a lesion, but not the user's: `stands_in` is set.
+    """
+    with np.load(SLICES, allow_pickle=False) as stored:
+        slices = stored["slices"]
+    pixels = np.stack([preprocess(np.repeat(one[:, :, None], 3, axis=2), spec).image for one in slices])
+    names = [f"brain slice {number} of qfae" for number in range(len(pixels))]
+    return replace(_distinct(pixels, names, f"{len(pixels)} brain slices that come with qfae"), stands_in=True)
 
 
 def spread(count: int, limit: int) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from qfae_train.weight_files import WeightFiles
 
 DEFAULT_MAX_BATCH = 32
 
@@ -16,9 +18,11 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 class Options:
     """One export.
 
-    ckpt            checkpoint that qfae-train wrote
+    ckpt            checkpoint that qfae-train wrote, or the authors' last_ckpt.pth
+    config          preset or TOML file that describes the authors' checkpoint; None: qfae-train's brings its own
+    weights         files of frozen weights that the checkpoint lacks; empty: timm's hub
     out             folder for the engine; None: the checkpoint's folder
-    parity_images   folder of images to measure on; None: those stored in the checkpoint
+    parity_images   folder of images to measure on; None: those in the checkpoint, or the slices in this package
     name            NAME of NAME.onnx, NAME.json, NAME.golden.npz; None: the checkpoint's name without suffix
     max_batch       largest batch of the engine; None: DEFAULT_MAX_BATCH, or as many as there are parity images
     overwrite       replace an engine of that name
@@ -30,6 +34,8 @@ class Options:
     name: str | None = None
     max_batch: int | None = None
     overwrite: bool = False
+    config: str | None = None
+    weights: WeightFiles = field(default_factory=WeightFiles)
 
     @property
     def folder(self) -> Path:

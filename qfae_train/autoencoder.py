@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qfae_train.aggregate import Anomaly, anomaly, perceptual_loss
-from qfae_train.backbone import load_frozen
+from qfae_train.backbone import filled, own_image_size, read_frozen
 from qfae_train.config import Backbone, Config
 from qfae_train.decoder import Decoder
 from qfae_train.encoder import Encoder
@@ -42,7 +42,10 @@ class QFormerAutoencoder(nn.Module):
     def __init__(self, config: Config, backbones: list[nn.Module]) -> None:
         super().__init__()
         options = config.model
-        self.encoders = nn.ModuleList(Encoder(b, options.hidden_states, options.qformer.dim) for b in backbones)
+        self.encoders = nn.ModuleList(
+            Encoder(backbone, entry.hidden_states or options.hidden_states, options.qformer.dim)
+            for backbone, entry in zip(backbones, options.encoders, strict=True)
+        )
         self.qformer = QFormer(options.qformer)
         self.decoder = Decoder(options.decoder, options.qformer.dim, options.image_size)
 
@@ -133,24 +136,44 @@ class AnomalyScorer(nn.Module):
 def build(config: Config) -> tuple[AnomalyScorer, list[dict[str, str]]]:
     """Return the scorer with frozen weights loaded and trained parts initialised, and the frozen weights' records.
 
-    The records stand in the order encoders, then perceptual network; see `backbone.load_frozen`.
+    The records stand in the order of `frozen_entries`; see `backbone.read_frozen`.
 
     Raises:
         WeightsError: frozen weights are not to be had.
 
     """
-    size = config.model.image_size
-    loaded = [load_frozen(entry, size) for entry in config.model.encoders]
-    perceptual, record = load_frozen(perceptual_backbone(config), size)
-    records = [*(r for _, r in loaded), record]
-    return assemble(config, [model for model, _ in loaded], perceptual), records
+    models, records = [], []
+    for entry, option in frozen_entries(config):
+        state, record = read_frozen(entry, option)
+        models.append(frozen_model(config, len(models), state, record["source"]))
+        records.append(record)
+    return assemble(config, models[:-1], models[-1]), records
+
+
+def frozen_entries(config: Config) -> list[tuple[Backbone, str]]:
+    """Return every frozen backbone, encoders first, the perceptual network last, and the option that takes its file."""
+    encoders = [(entry, f"--backbone-weights {entry.timm}=FILE") for entry in config.model.encoders]
+    return [*encoders, (perceptual_backbone(config), "--perceptual-weights FILE")]
+
+
+def frozen_model(config: Config, number: int, state: dict[str, Tensor], source: str) -> nn.Module:
+    """Return the backbone of that number among `frozen_entries`, filled with the tensors of its file.
+
+    Raises:
+        WeightsError: the tensors do not fit.
+
+    """
+    if number < len(config.model.encoders):
+        return filled(config.model.encoders[number], state, config.model.image_size, source)
+    entry = perceptual_backbone(config)
+    return filled(entry, state, own_image_size(entry, state, config.model.image_size), source)
 
 
 def assemble(config: Config, encoders: list[nn.Module], perceptual: nn.Module) -> AnomalyScorer:
     """Return the scorer made of backbones that carry their weights already."""
     patch_sizes = [*config.loss.patch_sizes, *config.score.patch_sizes]
     last_block = max([*config.loss.blocks, *config.score.blocks])
-    network = PerceptualNetwork(perceptual, patch_sizes, last_block)
+    network = PerceptualNetwork(perceptual, config.model.image_size, patch_sizes, last_block)
     return AnomalyScorer(config, QFormerAutoencoder(config, encoders), network)
 
 

@@ -1,9 +1,10 @@
-"""Frozen vision transformers: made by timm, their weights from timm's hub or from a file."""
+"""Frozen vision transformers: made by timm, filled from weight files (`weights`)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +16,8 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from qfae_runtime.errors import QfaeError
 from qfae_train.config import Backbone
-
-
-class WeightsError(QfaeError):
-    """A weight file is missing, unreadable or does not fit its model."""
+from qfae_train.weights import fit, hub_file, read_tensors
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,10 @@ class BackboneShape:
     """What keeps the model from being a perceptual network; see `unlike_mae`."""
 
 
-def create(backbone: Backbone, image_size: int, *, pretrained: bool = False) -> nn.Module:
-    """Return timm's model without its head, for square images of `image_size` pixels."""
-    args: dict[str, Any] = {"img_size": image_size, "num_classes": 0, **backbone.args}
-    model: nn.Module = timm.create_model(backbone.timm, pretrained=pretrained, **args)
+def create(backbone: Backbone, image_size: int) -> nn.Module:
+    """Return timm's model without its head, for square images of `image_size` pixels, its weights random."""
+    args: dict[str, Any] = {"num_classes": 0, "patch_size": backbone.patch_size, **backbone.args}
+    model: nn.Module = timm.create_model(backbone.timm, img_size=image_size, **args)
     return model
 
 
@@ -48,13 +45,14 @@ def describe(backbone: Backbone, image_size: int) -> BackboneShape:
         Exception: whatever timm raises at a name or arguments that it does not know.
 
     """
-    return _describe(backbone.timm, json.dumps(backbone.args, sort_keys=True, default=str), image_size)
+    args = json.dumps(backbone.args, sort_keys=True, default=str)
+    return _describe(backbone.timm, backbone.patch_size, args, image_size)
 
 
 @lru_cache(maxsize=64)
-def _describe(name: str, args: str, image_size: int) -> BackboneShape:
+def _describe(name: str, patch_size: int, args: str, image_size: int) -> BackboneShape:
     with torch.device("meta"):
-        model: Any = create(Backbone(name, 0, json.loads(args)), image_size)
+        model: Any = create(Backbone(name, patch_size, json.loads(args)), image_size)
     if not isinstance(model, VisionTransformer):
         raise TypeError(f"it is a {type(model).__name__}, expected a VisionTransformer")
     return BackboneShape(len(model.blocks), model.patch_embed.patch_size[0], tuple(unlike_mae(model)))
@@ -81,96 +79,39 @@ def unlike_mae(vit: Any) -> list[str]:
     return found
 
 
-def load_frozen(backbone: Backbone, image_size: int) -> tuple[nn.Module, dict[str, str]]:
-    """Return the backbone with its weights, in eval mode and without gradients, and where they came from.
+def read_frozen(backbone: Backbone, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a backbone's tensors as its file holds them, and where they came from.
 
-    The record holds `timm`, `source` ('hub' or the file's name) and `sha256` (of the file, or of the tensors when
-    timm's hub supplied them).
+    The record holds `timm`, `source` ('hub' or the file's name) and `sha256` (of the file). `option` is the
+    command-line option that would take a file in place of the hub's.
 
     Raises:
-        WeightsError: the hub or the file cannot supply weights that fit.
+        WeightsError: the hub or the file cannot supply tensors.
 
     """
-    if backbone.weights:
-        path = Path(backbone.weights)
-        state, digest = read_tensors(path)
-        model = create(backbone, image_size)
-        load_into(model, state, path.name)
-        record = {"timm": backbone.timm, "source": path.name, "sha256": digest}
-    else:
-        model = _from_hub(backbone, image_size)
-        record = {"timm": backbone.timm, "source": "hub", "sha256": tensors_sha256(model.state_dict())}
-    return freeze(model), record
+    path = Path(backbone.weights) if backbone.weights else hub_file(backbone.timm, option)
+    state, digest = read_tensors(path)
+    return state, {"timm": backbone.timm, "source": path.name if backbone.weights else "hub", "sha256": digest}
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Switch dropout and gradients off, for good."""
+def filled(backbone: Backbone, state: Mapping[str, Tensor], image_size: int, source: str) -> nn.Module:
+    """Return the backbone for images of `image_size`, holding `state`, in eval mode and without gradients.
+
+    Raises:
+        WeightsError: the tensors do not fit.
+
+    """
+    model = create(backbone, image_size)
+    fit(model, state, source)
     return model.eval().requires_grad_(False)
 
 
-def _from_hub(backbone: Backbone, image_size: int) -> nn.Module:
-    try:
-        return create(backbone, image_size, pretrained=True)
-    except Exception as error:  # every hub client raises its own kind
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(
-            f"weights of {backbone.timm!r}: timm's hub could not supply them ({reason}); "
-            "where there is no network, download the model's file elsewhere and name it in the config "
-            f"(weights = 'FILE' beside timm = {backbone.timm!r})"
-        ) from None
+def own_image_size(backbone: Backbone, state: Mapping[str, Tensor], otherwise: int) -> int:
+    """Return the image size that weights with one class token were trained at, from their position table.
 
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a .safetensors file or of a .pt/.pth state dict, as stored, and the file's SHA-256.
-
-    Raises:
-        WeightsError: no such file, or it is not a plain set of tensors.
-
+    The perceptual network is made at that size, for it resamples the table to several grids and doing so twice would
+    change it. `otherwise` where the table is missing or not square; `filled` then says what is wrong.
     """
-    if not path.is_file():
-        raise WeightsError(f"weights '{path}': no such file")
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load
-
-            state = load(content)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"weights '{path}': not a plain file of tensors ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"weights '{path}': expected names and tensors, got something else")
-    return state, digest
-
-
-def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load tensors of any float type into a float32 backbone, naming everything that does not fit.
-
-    Raises:
-        WeightsError: names are missing or sizes differ.
-
-    """
-    expected = model.state_dict()
-    faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
-    faults += [
-        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in expected and expected[name].shape != tensor.shape
-    ]
-    if faults:
-        shown = "; ".join(sorted(faults)[:8])
-        raise WeightsError(f"weights '{source}' do not fit the model: {shown} ({len(faults)} in all)")
-    model.load_state_dict({name: state[name] for name in expected})
-
-
-def tensors_sha256(state: dict[str, Tensor]) -> str:
-    """Return a digest of names, types, shapes and values that does not depend on any file format."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    table = state.get("pos_embed")
+    side = math.isqrt(table.shape[1] - 1) if table is not None and table.ndim == 3 and table.shape[1] > 1 else 0
+    return side * backbone.patch_size if table is not None and side**2 + 1 == table.shape[1] else otherwise

@@ -16,19 +16,22 @@ One zip of plain tensors, numbers and strings (`torch.save`), read with `weights
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qfae_runtime.errors import QfaeError
+from qfae_runtime.hashing import sha256_of
 from qfae_runtime.preprocess import PreprocessSpec
-from qfae_train.autoencoder import AnomalyScorer, assemble, perceptual_backbone
-from qfae_train.backbone import WeightsError, create, freeze, load_frozen, load_into, read_tensors
+from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries, frozen_model
+from qfae_train.backbone import read_frozen
 from qfae_train.config import Backbone, Config, ConfigError, from_dict
+from qfae_train.weight_files import WeightFiles
+from qfae_train.weights import WeightsError, read_tensors
 
 FORMAT = 1
 
@@ -85,16 +88,18 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`.
+    """Return the checkpoint that this project wrote at `path`; `official.open_checkpoint` also takes the authors'.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, one that would run code, another format version, or
+        CheckpointError: it is missing, damaged, would run code, is of another version, or asks for
             preprocessing that this version does not do.
 
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint '{path}': no such file")
-    content = _read(path)
+    return from_parts(path, read_parts(path))
+
+
+def from_parts(path: Path, content: dict[str, Any]) -> Checkpoint:
+    """Check and take the parts that `read_parts` returned; errors as in `load`."""
     wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise CheckpointError(f"checkpoint '{path}': not written by qfae-train ({', '.join(wrong)} missing or damaged)")
@@ -116,11 +121,19 @@ def load(path: Path) -> Checkpoint:
         parity_images=content["parity_images"],
         record=content["record"],
         resume=content["resume"],
-        sha256=_file_sha256(path),
+        sha256=sha256_of(path),
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_parts(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint file holds, unpickling plain tensors, numbers and strings only.
+
+    Raises:
+        CheckpointError: no such file, it would run code, it is damaged, or it is no table of parts.
+
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint '{path}': no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -159,16 +172,17 @@ def portable_config(config: Config) -> dict[str, Any]:
 
 def embed_frozen(config: Config, frozen: list[dict[str, str]]) -> dict[str, dict[str, Tensor]]:
     """Return the frozen weights that came from files, by SHA-256; equal files are kept once."""
-    entries = [*config.model.encoders, perceptual_backbone(config)]
     return {
         record["sha256"]: read_tensors(Path(entry.weights))[0]
-        for entry, record in zip(entries, frozen, strict=True)
+        for (entry, _), record in zip(frozen_entries(config), frozen, strict=True)
         if entry.weights
     }
 
 
-def build_scorer(checkpoint: Checkpoint) -> AnomalyScorer:
+def build_scorer(checkpoint: Checkpoint, files: WeightFiles = WeightFiles()) -> AnomalyScorer:
     """Return the checkpoint's model on the CPU, in eval mode, float32.
+
+    `files` supply frozen weights that are not in the checkpoint, in place of the hub.
 
     Raises:
         CheckpointError: trained tensors do not fit the configuration.
@@ -176,17 +190,28 @@ def build_scorer(checkpoint: Checkpoint) -> AnomalyScorer:
 
     """
     config = checkpoint.config
-    entries = [*config.model.encoders, perceptual_backbone(config)]
+    entries = frozen_entries(files.applied_to(without_files(config)))
     if len(checkpoint.frozen) != len(entries):
         raise CheckpointError(
             f"checkpoint: {len(entries)} frozen backbones in its config, {len(checkpoint.frozen)} recorded"
         )
-    backbones = [
-        _frozen_backbone(entry, record, checkpoint) for entry, record in zip(entries, checkpoint.frozen, strict=True)
-    ]
+    backbones = []
+    for number, ((entry, option), record) in enumerate(zip(entries, checkpoint.frozen, strict=True)):
+        state, source = _frozen_tensors(checkpoint, entry, option, record)
+        backbones.append(frozen_model(config, number, state, source))
     scorer = assemble(config, backbones[:-1], backbones[-1])
     load_trained(scorer, checkpoint)
     return scorer.eval()
+
+
+def without_files(config: Config) -> Config:
+    """Return the configuration with the hub as the source of all frozen weights: files stayed where it was trained."""
+    encoders = tuple(dataclasses.replace(entry, weights="") for entry in config.model.encoders)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, encoders=encoders),
+        perceptual=dataclasses.replace(config.perceptual, weights=""),
+    )
 
 
 def load_trained(scorer: AnomalyScorer, checkpoint: Checkpoint) -> None:
@@ -210,22 +235,17 @@ def load_trained(scorer: AnomalyScorer, checkpoint: Checkpoint) -> None:
     scorer.autoencoder.load_state_dict(given, strict=False)
 
 
-def _frozen_backbone(entry: Backbone, record: dict[str, str], checkpoint: Checkpoint) -> nn.Module:
-    size = checkpoint.config.model.image_size
+def _frozen_tensors(
+    checkpoint: Checkpoint, entry: Backbone, option: str, record: dict[str, str]
+) -> tuple[dict[str, Tensor], str]:
+    """Return one backbone's tensors, from the checkpoint, a file or the hub, and what to call their source."""
     embedded = checkpoint.embedded.get(record["sha256"])
     if embedded is not None:
-        model = create(entry, size)
-        load_into(model, embedded, f"{record['source']}, embedded in the checkpoint")
-        return freeze(model)
-    model, now = load_frozen(dataclasses.replace(entry, weights=""), size)
+        return embedded, f"{record['source']}, embedded in the checkpoint"
+    state, now = read_frozen(entry, option)
     if now["sha256"] != record["sha256"]:
         raise WeightsError(
-            f"weights of {entry.timm!r}: the hub's have SHA-256 {now['sha256'][:12]}..., "
-            f"the model was trained with {record['sha256'][:12]}...; supply the original file"
+            f"weights of '{entry.timm}': those of {entry.weights or 'the hub'} have SHA-256 {now['sha256'][:12]}..., "
+            f"the model was trained with {record['sha256'][:12]}...; supply the original file ({option})"
         )
-    return model
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return state, now["source"]

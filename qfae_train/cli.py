@@ -15,20 +15,24 @@ from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, fail, unexpected
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_train.config import Config, Train, from_dict, load, presets
+from qfae_train.evaluate_cli import evaluate_command
+from qfae_train.options import DEVICES, config_source, needing_extra, weight_options
+from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-train"
-DEVICES = ("auto", "cpu", "cuda")
 INTERRUPTED = 130
-
-_EXTRA = ("torch", "torchvision", "timm", "safetensors", "lightning_fabric")
 
 _EPILOG = """\b
 Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted.
 
 \b
-Example:
+Examples:
   qfae-train --preset brats --data BMAD/Brain --out runs/brats/brats.pt
+  qfae-train evaluate --ckpt runs/brats/brats.pt --data BMAD/Brain
 """
+
+COMMANDS = {"evaluate": evaluate_command}
+"""Commands beside training itself, by the first word."""
 
 
 def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,28 +62,42 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--resume", is_flag=True, help="Go on from the .last checkpoint beside --out.")
 @click.option("--overwrite", is_flag=True, help="Start anew where --out exists.")
 @click.option("--device", metavar="|".join(DEVICES), default=DEVICES[0], show_default=True, help="Where to train.")
+@click.option("--seeds", metavar="N,N,...", help="Train once per seed and score the test split with each.")
+@weight_options
 @train_options
 @click.version_option(__version__, prog_name=PROGRAM)
 def command(rest: tuple[str, ...], **given: Any) -> None:
     """Train the Q-Former autoencoder on normal images.
 
     Writes the checkpoint with the best validation AUROC to --out and the newest one, to resume from, to
-    NAME.last.pt beside it.
+    NAME.last.pt beside it. With --seeds: NAME.seed42.pt and so on, and NAME.seeds.json with every seed's results on the
+    test split, their means and standard deviations.
     """
     try:
-        options = parse_options(rest, given)
-        from qfae_train.fit import fit  # torch takes seconds to import; --help and most faults need not wait
-
-        result = fit(**options)
+        with needing_extra("training"):
+            options = parse_options(rest, given)
+            _train(options)
     except KeyboardInterrupt:
         click.echo(f"{PROGRAM}: interrupted; go on with --resume", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
-            raise
-        fail(PROGRAM, QfaeError(f"training needs {error.name}, which is not installed: pip install 'qfae[train]'"))
     except QfaeError as error:
         fail(PROGRAM, error)
+
+
+def _train(options: dict[str, Any]) -> None:
+    """Run what was asked for and say what came of it."""
+    seeds = options.pop("seeds")
+    if seeds:
+        from qfae_train.seeds import fit_seeds
+
+        summary = fit_seeds(seeds=seeds, **options)
+        click.echo(summary.text())
+        click.echo(f"results of every seed {summary.file}")
+        click.echo(f"next: qfae-export --ckpt {quote(str(summary.best))}")
+        return
+    from qfae_train.fit import fit  # torch takes seconds to import; --help and most faults need not wait
+
+    result = fit(**options)
     auroc = (
         "" if result.best_auroc is None else f", validation AUROC {result.best_auroc:.4f} at epoch {result.best_epoch}"
     )
@@ -89,7 +107,12 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves through SystemExit with the exit code."""
-    command.main(list(sys.argv[1:] if arguments is None else arguments), prog_name=PROGRAM)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    other = COMMANDS.get(given[0]) if given else None
+    if other is None:
+        command.main(given, prog_name=PROGRAM)
+    else:
+        other.main(given[1:], prog_name=f"{PROGRAM} {given[0]}")
 
 
 def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
@@ -100,12 +123,9 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
 
     """
     faults = [unexpected(command, text) for text in rest]
-    if bool(given["preset"]) == bool(given["config"]):
-        faults.append("--preset, --config: give exactly one of them")
-    if given["config"] and not given["config"].endswith(".toml"):
-        faults.append(f"--config: {given['config']!r} does not end in .toml")
-    if given["preset"] and given["preset"] not in presets():
-        faults.append(f"--preset: got {given['preset']!r}, accepted are {', '.join(presets())}")
+    source = config_source(given, faults)
+    if source is None:
+        faults.append("--preset, --config: give one of them")
     if not given["data"]:
         faults.append("--data: missing; name the data set's folder")
     if not given["out"]:
@@ -116,11 +136,16 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
         faults.append("--resume and --overwrite exclude each other; choose one")
     if given["device"] not in DEVICES:
         faults.append(f"--device: got {given['device']!r}, accepted are {', '.join(DEVICES)}")
+    seeds = _seeds(given["seeds"], faults)
+    if seeds and given["seed"] is not None:
+        faults.append("--seed and --seeds exclude each other; choose one")
+    weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
     config = _configured(given, faults)
     if faults or config is None:
         raise UsageError(faults)
     return {
-        "config": config,
+        "config": weights.applied_to(config),
+        "seeds": seeds,
         "data": Path(given["data"]),
         "out": Path(given["out"]),
         "resume": given["resume"],
@@ -146,6 +171,14 @@ def _configured(given: dict[str, Any], faults: list[str]) -> Config | None:
     except UsageError as error:
         faults += error.faults
         return None
+
+
+def _seeds(text: str | None, faults: list[str]) -> list[int]:
+    words = [word.strip() for word in text.split(",")] if text is not None else []
+    if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) != len(words):
+        faults.append(f"--seeds: got {text!r}, expected different whole numbers with commas between, such as 42,7,13")
+        return []
+    return [int(word) for word in words]
 
 
 def _number(text: str) -> int | float | str:

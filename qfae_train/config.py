@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from qfae_runtime.errors import UsageError
 from qfae_runtime.preprocess import PreprocessSpec
+from qfae_train.bmad import BENCHMARKS
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -37,12 +38,13 @@ def option(help_text: str, default: Any = dataclasses.MISSING, choices: tuple[An
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen vision transformer."""
+    """A frozen vision transformer used as an encoder."""
 
     timm: str = option("timm's name of the model, with its pretrained tag")
-    patch_size: int = option("pixels per side of a patch")
+    patch_size: int = option("pixels per side of a patch; weights of another size are resampled by timm")
     args: dict[str, Any] = option("further arguments of timm.create_model (width, depth, ...)", {})
     weights: str = option("weight file in place of the hub's, relative to the TOML file; '' means the hub", "")
+    hidden_states: tuple[int, ...] = option("this encoder's own, in place of model.hidden_states", ())
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,15 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class Data:
+    """What is known of the data set beforehand."""
+
+    benchmark: str = option(
+        "published data set whose image counts the folder's are held against; '' means none", "", ("", *BENCHMARKS)
+    )
+
+
+@dataclass(frozen=True)
 class Augment:
     """Training augmentations, in the order of the supplement's section 1.4."""
 
@@ -164,6 +175,7 @@ class Config:
     loss: Loss = option("the training loss", Loss())
     score: Score = option("score and anomaly map", Score())
     preprocess: Preprocess = option("preprocessing", Preprocess())
+    data: Data = option("the data set", Data())
     augment: Augment = option("augmentations", Augment())
     train: Train = option("the training run", Train())
 

@@ -111,9 +111,10 @@ def _backbones(config: Config) -> Iterable[str]:
         key = f"model.encoders[{number}]"
         depth, faults = _depth(encoder, size, key)
         yield from faults
-        for state in config.model.hidden_states if depth else ():
+        own = f"{key}.hidden_states" if encoder.hidden_states else "model.hidden_states"
+        for state in (encoder.hidden_states or config.model.hidden_states) if depth else ():
             if not -depth <= state <= -1:
-                yield f"model.hidden_states: {state} for {key}, which has {depth} blocks; accepted are -1 to -{depth}"
+                yield f"{own}: {state} for {key}, which has {depth} blocks; accepted are -1 to -{depth}"
     perceptual = config.perceptual
     entry = Backbone(perceptual.timm, perceptual.patch_size, perceptual.args, perceptual.weights)
     depth, faults = _depth(entry, size, "perceptual")

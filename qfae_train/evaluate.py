@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -10,7 +12,12 @@ from torch import Tensor
 
 from qfae_runtime.writers.metrics import PixelRoc
 from qfae_train.autoencoder import AnomalyScorer
-from qfae_train.data import Split
+from qfae_train.bmad import held_against
+from qfae_train.checkpoint import build_scorer
+from qfae_train.config import Config
+from qfae_train.data import Split, load_split
+from qfae_train.official import open_checkpoint
+from qfae_train.weight_files import WeightFiles
 
 
 @dataclass(frozen=True)
@@ -45,3 +52,31 @@ def image_auroc(scores: Tensor, anomalous: Tensor) -> float | None:
     if anomalous.all() or not anomalous.any():
         return None
     return float(roc_auc_score(anomalous.numpy(), scores.numpy()))
+
+
+def evaluate_checkpoint(
+    path: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    config: Config | None = None,
+    files: WeightFiles = WeightFiles(),
+    batch_size: int | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
+) -> Metrics:
+    """Score a split of the data set at `data` with a checkpoint, in float32, and measure it with its intervals.
+
+    `config` describes the authors' checkpoint; `batch_size` None is the training's; `say` hears the counts.
+
+    Raises:
+        UsageError, CheckpointError, WeightsError: see `official.open_checkpoint` and `checkpoint.build_scorer`.
+        DataError, InputError: see `data.load_split`.
+
+    """
+    checkpoint = open_checkpoint(path, config, files)
+    images = load_split(data, split, checkpoint.config.preprocess_spec())
+    say(held_against(checkpoint.config.data.benchmark, split, len(images)))
+    scorer = build_scorer(checkpoint, files)
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return evaluate(scorer.to(chosen), images, batch_size or checkpoint.config.train.batch_size, intervals=True)

@@ -25,6 +25,7 @@ from qfae_train import checkpoint as files
 from qfae_train.alignment import align
 from qfae_train.augment import augmentation, paste
 from qfae_train.autoencoder import AnomalyScorer, build, normalise
+from qfae_train.bmad import held_against
 from qfae_train.checkpoint import Checkpoint, CheckpointError
 from qfae_train.config import Config, Train, differences
 from qfae_train.data import DataError, Split, TrainingImages, load_split
@@ -211,7 +212,9 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
     if earlier is not None:
         _restore(run, earlier)
     device_name = torch.cuda.get_device_name() if fabric.device.type == "cuda" else fabric.device.type
-    reporter.say(f"{len(train)} training and {len(valid)} validation images, on {device_name}")
+    for name, split in (("train", train), ("valid", valid)):
+        reporter.say(held_against(config.data.benchmark, name, len(split)))
+    reporter.say(f"training on {device_name}")
     return run
 
 

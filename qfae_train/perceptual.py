@@ -28,7 +28,8 @@ class PerceptualNetwork(nn.Module):
     """Frozen features of a vision transformer at several patch sizes.
 
     Args:
-        backbone: timm's ViT with its weights, at its own patch size.
+        backbone: timm's ViT with its weights, at the patch size and the image size they were trained with.
+        image_size: pixels per side of the images to come.
         patch_sizes: every patch size that loss or score will ask for.
         last_block: the last block that will be asked for, numbered from 1; later ones are not kept.
 
@@ -37,17 +38,16 @@ class PerceptualNetwork(nn.Module):
 
     """
 
-    def __init__(self, backbone: nn.Module, patch_sizes: Sequence[int], last_block: int) -> None:
+    def __init__(self, backbone: nn.Module, image_size: int, patch_sizes: Sequence[int], last_block: int) -> None:
         super().__init__()
         vit: Any = backbone
         faults = unlike_mae(vit)
         if faults:
             raise ValueError(f"perceptual network: the backbone has {'; '.join(faults)}")
-        size = vit.patch_embed.img_size[0]
         self.blocks = vit.blocks[:last_block]
         bias = vit.patch_embed.proj.bias
         for patch_size in sorted(set(patch_sizes)):
-            grid = size // patch_size
+            grid = image_size // patch_size
             kernel = resample_patch_embed(vit.patch_embed.proj.weight, [patch_size, patch_size])
             table = resample_abs_pos_embed(vit.pos_embed, new_size=[grid, grid], num_prefix_tokens=1)
             first = vit.cls_token + table[:, :1]

@@ -9,7 +9,7 @@ from demo.pretrain import MaskedAutoencoder, batch_of, pretrain, rescale
 from demo.slices import finish, normal_slice
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_train.autoencoder import perceptual_backbone
-from qfae_train.backbone import create, load_frozen
+from qfae_train.backbone import create, filled, read_frozen
 from qfae_train.config import load
 
 CONFIG = load("demo")
@@ -64,7 +64,8 @@ def test_rescaling_gives_unit_hidden_states_and_changes_no_feature() -> None:
 
 @torch.no_grad()
 def test_the_shipped_backbone_is_rescaled_and_small() -> None:
-    vit, record = load_frozen(CONFIG.model.encoders[0], 112)
+    state, record = read_frozen(CONFIG.model.encoders[0], "")
+    vit = filled(CONFIG.model.encoders[0], state, 112, "the shipped backbone")
     images = batch_of(slices(4), torch.arange(4))
     hidden = vit.forward_intermediates(images, output_fmt="NLC", intermediates_only=True, norm=False)  # type: ignore[operator]
 

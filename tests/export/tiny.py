@@ -11,9 +11,10 @@ from PIL import Image
 
 from qfae_runtime.arrays import UInt8
 from qfae_train.autoencoder import AnomalyScorer, assemble, perceptual_backbone
-from qfae_train.backbone import create, tensors_sha256
+from qfae_train.backbone import create
 from qfae_train.checkpoint import Checkpoint, save
 from qfae_train.config import Config, from_dict
+from qfae_train.weights import tensors_sha256
 
 SIZE = 32
 

@@ -7,8 +7,10 @@ stage in FP32 on a CPU; layers in `meta.json` are numbered from 0.
 from __future__ import annotations
 
 import json
-import re
+import tempfile
 import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,35 +19,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from qfae_train.aggregate import Anomaly, anomaly
-from qfae_train.autoencoder import AnomalyScorer, assemble, normalise, perceptual_backbone
-from qfae_train.backbone import create, freeze
+from qfae_train.autoencoder import AnomalyScorer, normalise
+from qfae_train.checkpoint import build_scorer
 from qfae_train.config import Backbone, Config, Decoder, Loss, Model, Perceptual, QFormer, Score
+from qfae_train.official import POSITIONS, open_checkpoint
 from qfae_train.perceptual import distance_maps
+from qfae_train.positions import sincos_2d
+from qfae_train.weight_files import WeightFiles
 
 FOLDER = Path(__file__).parent.parent / "data" / "official-small"
 
 MAE_SEED_OFFSET = 1000
-
-RENAMES = (
-    (r"^encoders\.(\d+)\.final_projection\.", r"encoders.\1.projection."),
-    (r"^junction\.", "qformer."),
-    (r"\.attn\.Wqkv\.", ".attention.qkv."),
-    (r"\.attn\.out_proj\.", ".attention.out."),
-    (r"\.cross_attn\.to_out\.0\.", ".cross.out."),
-    (r"\.cross_attn\.to_out\.1\.", ".cross.out_norm."),
-    (r"\.cross_attn\.", ".cross."),
-    (r"^(qformer\.blocks\.\d+)\.projection\.0\.", r"\1.norm."),
-    (r"^(qformer\.blocks\.\d+)\.projection\.1\.", r"\1.fc1."),
-    (r"^(qformer\.blocks\.\d+)\.projection\.3\.", r"\1.fc2."),
-    (r"^decoder\.cls_token$", "decoder.class_token"),
-    (r"^decoder\.reg_tokens$", "decoder.register_tokens"),
-    (r"^decoder\.decoder_(embed|blocks|norm)\.", r"decoder.\1."),
-    (r"^decoder\.decoder_prediction\.", "decoder.predict."),
-)
-"""From the authors' names to ours, applied in this order."""
 
 
 def recipe(name: str, shape: list[int], seed: int) -> Tensor:
@@ -62,10 +50,12 @@ def recipe(name: str, shape: list[int], seed: int) -> Tensor:
     return torch.from_numpy(normal)
 
 
-def our_name(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def made_up_state(shapes: Mapping[str, Sequence[int]], seed: int, dim: int, side: int) -> dict[str, Tensor]:
+    """A checkpoint as the authors save it: every weight from its name; the position table is the fixed one."""
+    state = {name: recipe(name, list(shape), seed) for name, shape in shapes.items()}
+    if POSITIONS in state:
+        state[POSITIONS] = sincos_2d(dim, side)[None]
+    return state
 
 
 class Official:
@@ -103,29 +93,28 @@ class Official:
 
     @cached_property
     def authors_state(self) -> dict[str, Tensor]:
-        """The authors' checkpoint as it would be loaded; the position table is fixed and comes from our decoder."""
-        seed = self.meta["weight_seed"]
-        return {name: recipe(name, shape, seed) for name, shape in self.meta["keys"].items()}
+        """The authors' checkpoint as it would be loaded."""
+        decoder = self.config.model.decoder
+        side = self.config.model.image_size // decoder.patch_size
+        return made_up_state(self.meta["keys"], self.meta["weight_seed"], decoder.dim, side)
+
+    @cached_property
+    def mae_state(self) -> dict[str, Tensor]:
+        seed = self.meta["weight_seed"] + MAE_SEED_OFFSET
+        return {name: recipe(name, shape, seed) for name, shape in self.meta["mae_keys"].items()}
+
+    def write(self, folder: Path) -> tuple[Path, WeightFiles]:
+        """Write what a user holds: the authors' checkpoint and the perceptual network's weight file."""
+        checkpoint, weights = folder / "last_ckpt.pth", folder / "mae.safetensors"
+        torch.save(OrderedDict(self.authors_state), checkpoint)
+        save_file(self.mae_state, weights)
+        return checkpoint, WeightFiles(perceptual=weights)
 
     @cached_property
     def scorer(self) -> AnomalyScorer:
-        size = self.config.model.image_size
-        encoders = []
-        for number, entry in enumerate(self.config.model.encoders):
-            prefix = f"encoders.{number}.model."
-            state = {n.removeprefix(prefix): t for n, t in self.authors_state.items() if n.startswith(prefix)}
-            encoders.append(_filled(create(entry, size), state))
-        seed = self.meta["weight_seed"] + MAE_SEED_OFFSET
-        mae = {name: recipe(name, shape, seed) for name, shape in self.meta["mae_keys"].items()}
-        scorer = assemble(self.config, encoders, _filled(create(perceptual_backbone(self.config), size), mae))
-        trained = {
-            our_name(name): tensor
-            for name, tensor in self.authors_state.items()
-            if ".model." not in name and name != "decoder.decoder_pos_embed"
-        }
-        assert trained.keys() == scorer.autoencoder.trained_state().keys()
-        scorer.autoencoder.load_state_dict(trained, strict=False)
-        return scorer.eval()
+        with tempfile.TemporaryDirectory() as folder:
+            path, files = self.write(Path(folder))
+            return build_scorer(open_checkpoint(path, self.config, files), files)
 
     @cached_property
     def input(self) -> Tensor:
@@ -187,11 +176,3 @@ class Official:
             "train_grad_queries_norm": queries.norm(),
             "train_grad_decoder_prediction_norm": last.norm(),
         }
-
-
-def _filled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    faults = model.load_state_dict(state, strict=False)
-    # The backbones are made without a head and the final norm is not read, so nothing else may be missing.
-    assert {name.split(".")[0] for name in faults.missing_keys} <= {"norm", "fc_norm"}, faults.missing_keys
-    assert not faults.unexpected_keys
-    return freeze(model)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from qfae_train.autoencoder import build
-from qfae_train.backbone import WeightsError
 from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, embed_frozen, load, save
 from qfae_train.config import Config, from_dict
+from qfae_train.weights import WeightsError
 
 from . import tiny
 
@@ -250,13 +250,13 @@ def test_tensors_that_do_not_fit_are_listed(checkpoint: Checkpoint) -> None:
 
 def test_frozen_weights_of_another_size_are_listed(checkpoint: Checkpoint) -> None:
     [(digest, state)] = checkpoint.embedded.items()
-    state = {**state, "pos_embed": torch.zeros(1, 5, 32)}
+    state = {**state, "pos_embed": torch.zeros(1, 17, 8)}
     del state["cls_token"]
     with pytest.raises(WeightsError) as caught:
         build_scorer(dataclasses.replace(checkpoint, embedded={digest: state}))
     assert str(caught.value) == (
         "weights 'tiny.safetensors, embedded in the checkpoint' do not fit the model: cls_token is missing; "
-        "pos_embed: expected (1, 17, 32), got (1, 5, 32) (2 in all)"
+        "pos_embed: expected (1, 17, 32), got (1, 17, 8) (2 in all)"
     )
 
 

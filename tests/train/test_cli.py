@@ -114,7 +114,7 @@ def test_one_configuration_is_needed(given: list[str], tmp_path: Path) -> None:
     result = invoke(*given, "--data", tmp_path, "--out", tmp_path, "--epochs", "0")
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
-        "qfae-train: --preset, --config: give exactly one of them",
+        "qfae-train: --preset, --config: give one of them",
         f"qfae-train: --out: {tmp_path} is a folder; name a file, such as {tmp_path / 'model.pt'}",
         "qfae-train: train.epochs: got 0; it must be above 0",
         "Try 'qfae-train --help'.",

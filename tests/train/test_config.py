@@ -122,8 +122,9 @@ def test_every_wrong_key_and_type_at_once() -> None:
     tables["model"]["decoder"] = 7
     tables["model"]["encoders"] = [{"timm": TIMM}, "dino"]
     assert faults_of(tables) == [
-        "colour: unknown key; config accepts model, perceptual, loss, score, preprocess, augment, train",
-        "model.encoders[0].patch_size: missing; it is pixels per side of a patch",
+        "colour: unknown key; config accepts model, perceptual, loss, score, preprocess, data, augment, train",
+        "model.encoders[0].patch_size: missing; it is pixels per side of a patch; weights of another size are "
+        "resampled by timm",
         "model.encoders[1]: expected a table, got 'dino'",
         "model.qformer.width: unknown key; model.qformer accepts "
         "blocks, dim, queries, heads, cross_head_dim, mlp_ratio, dropout, query_init",

@@ -84,6 +84,10 @@ CASES: dict[str, tuple[Callable[[Tables], None], list[str]]] = {
         change("model", "hidden_states", to=[0]),
         ["model.hidden_states: 0 for model.encoders[0], which has 3 blocks; accepted are -1 to -3"],
     ),
+    "an encoder's own hidden state beyond the depth": (
+        encoder(hidden_states=[-1, -5]),
+        ["model.encoders[0].hidden_states: -5 for model.encoders[0], which has 3 blocks; accepted are -1 to -3"],
+    ),
     "no hidden state": (
         change("model", "hidden_states", to=[]),
         ["model.hidden_states: got an empty list; at least one is needed"],

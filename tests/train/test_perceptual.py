@@ -36,7 +36,7 @@ def filled(backbone: Backbone, size: int) -> tuple[nn.Module, dict[str, Tensor]]
 
 def compare(backbone: Backbone, size: int, patch_sizes: Sequence[int], blocks: Sequence[int]) -> None:
     model, state = filled(backbone, size)
-    packed = PerceptualNetwork(model, patch_sizes, max(blocks))
+    packed = PerceptualNetwork(model, size, patch_sizes, max(blocks))
     plain = PlainPerceptual(backbone, state, size, patch_sizes)
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
     expected = plain(images, blocks)
@@ -55,7 +55,7 @@ def test_packed_equals_plain(case: str) -> None:
 def test_a_subset_of_the_patch_sizes_can_be_read_in_any_order() -> None:
     backbone, size, _ = CASES["published"]
     model, _ = filled(backbone, size)
-    packed = PerceptualNetwork(model, (8, 16, 32), last_block=4)
+    packed = PerceptualNetwork(model, size, (8, 16, 32), last_block=4)
     images = torch.randn(2, 3, size, size)
     together = packed(images, (8, 16, 32), (3,))
     alone = packed(images, (32, 8), (3,))
@@ -66,13 +66,13 @@ def test_a_subset_of_the_patch_sizes_can_be_read_in_any_order() -> None:
 
 def test_blocks_behind_the_last_one_read_are_not_kept() -> None:
     model, _ = filled(*CASES["published"][:2])
-    network = PerceptualNetwork(model, (16,), last_block=2)
+    network = PerceptualNetwork(model, 64, (16,), last_block=2)
     assert sum(isinstance(module, Block) for module in network.modules()) == 2
 
 
 def test_frozen_whatever_surrounds_it() -> None:
     model, _ = filled(*CASES["published"][:2])
-    around = nn.Sequential(PerceptualNetwork(model, (16,), last_block=2)).train()
+    around = nn.Sequential(PerceptualNetwork(model, 64, (16,), last_block=2)).train()
     assert not any(module.training for module in around[0].modules())
     assert not any(parameter.requires_grad for parameter in around.parameters())
 
@@ -100,7 +100,7 @@ def test_models_that_would_be_read_wrongly_are_refused(case: str) -> None:
     name, extra, fault = UNLIKE[case]
     model = create(Backbone(name, 16, {**SMALL, **extra}), 64)
     with pytest.raises(ValueError, match=rf"^perceptual network: the backbone has .*{fault}"):
-        PerceptualNetwork(model, (16,), 2)
+        PerceptualNetwork(model, 64, (16,), 2)
 
 
 def test_distance_is_one_minus_cosine_in_float32() -> None:

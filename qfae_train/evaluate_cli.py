@@ -1,0 +1,88 @@
+"""qfae-train evaluate: score a labelled split with a checkpoint, in PyTorch, and measure how well the scores separate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
+from qfae_runtime.errors import QfaeError, UsageError
+from qfae_train.config import load, presets
+from qfae_train.options import DEVICES, config_source, needing_extra, weight_options
+from qfae_train.weight_files import parse_weight_files
+
+PROGRAM = "qfae-train evaluate"
+SPLITS = ("test", "valid")
+_MAX_BATCH = 4096
+
+_EPILOG = """\b
+Exit codes: 0 done; 1 failed; 2 wrong usage.
+
+\b
+Examples:
+  qfae-train evaluate --ckpt runs/brats/brats.pt --data BMAD/Brain
+  qfae-train evaluate --ckpt last_ckpt.pth --preset brats --data BMAD/Brain
+"""
+
+
+# Values arrive as text, so that every fault can be told at once.
+@click.command(PROGRAM, epilog=_EPILOG, context_settings=CONTEXT)
+@click.argument("rest", nargs=-1, metavar="", type=click.UNPROCESSED)
+@click.option("--ckpt", metavar="FILE", help="Checkpoint: qfae-train's, or the authors' last_ckpt.pth.  [required]")
+@click.option("--preset", metavar="NAME", help=f"Architecture of the authors' checkpoint: {', '.join(presets())}.")
+@click.option("--config", metavar="FILE.toml", help="The same as a file of your own.")
+@click.option("--data", metavar="DIR", help="Data set in the BMAD folder layout.  [required]")
+@click.option("--split", metavar="|".join(SPLITS), default=SPLITS[0], show_default=True, help="Which images.")
+@click.option("--batch-size", metavar="N", help="Images at a time.  [default: the training's]")
+@click.option("--device", metavar="|".join(DEVICES), default=DEVICES[0], show_default=True, help="Where to compute.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@weight_options
+def evaluate_command(rest: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Score a split with a checkpoint in PyTorch, float32, and measure it.
+
+    Prints image AUROC, image AP, pixel AUROC, pixel AP and AUPRO at 30 % FPR with bootstrap 95 % intervals. Every
+    image counts, the incomplete last batch too.
+    """
+    try:
+        with needing_extra("evaluating"):
+            options = parse_options(rest, given)
+            from qfae_train.evaluate import evaluate_checkpoint
+
+            result = evaluate_checkpoint(**options, say=lambda line: click.echo(line, err=True))
+    except QfaeError as error:
+        fail(PROGRAM, error)
+    click.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False) if as_json else result.text())
+
+
+def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """Turn the texts of the command line into the arguments of `evaluate_checkpoint`.
+
+    Raises:
+        UsageError: every fault at once.
+
+    """
+    faults = [unexpected(evaluate_command, text) for text in rest]
+    if not given["ckpt"]:
+        faults.append("--ckpt: missing; name the checkpoint to evaluate")
+    if not given["data"]:
+        faults.append("--data: missing; name the data set's folder")
+    for option, accepted in (("split", SPLITS), ("device", DEVICES)):
+        if given[option] not in accepted:
+            faults.append(f"--{option}: got {given[option]!r}, accepted are {', '.join(accepted)}")
+    batch_size = whole_number("--batch-size", given["batch_size"], _MAX_BATCH, faults)
+    files = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
+    source = config_source(given, faults)
+    if faults:
+        raise UsageError(faults)
+    return {
+        "path": Path(given["ckpt"]),
+        "data": Path(given["data"]),
+        "split": given["split"],
+        "config": load(source) if source else None,
+        "files": files,
+        "batch_size": batch_size,
+        "device": given["device"],
+    }

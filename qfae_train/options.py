@@ -1,0 +1,53 @@
+"""Command-line options that training, evaluation and export share. Imports nothing heavy, so that --help is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from qfae_runtime.errors import QfaeError
+from qfae_train.config import presets
+from qfae_train.weight_files import BACKBONE_HELP, BACKBONE_OPTION, PERCEPTUAL_HELP, PERCEPTUAL_OPTION
+
+DEVICES = ("auto", "cpu", "cuda")
+
+_EXTRA = ("torch", "torchvision", "timm", "safetensors", "lightning_fabric")
+
+
+@contextmanager
+def needing_extra(what: str) -> Iterator[None]:
+    """Turn a missing package of the extra `train` into one sentence; `what` is what cannot be done without it.
+
+    Raises:
+        QfaeError: a package is not installed.
+
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        message = f"{what} needs {error.name}, which is not installed: pip install 'qfae[train]'"
+        raise QfaeError(message) from None
+
+
+def weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name files of frozen weights."""
+    command = click.option(PERCEPTUAL_OPTION, metavar="FILE", help=PERCEPTUAL_HELP)(command)
+    return click.option(BACKBONE_OPTION, metavar="NAME=FILE", multiple=True, help=BACKBONE_HELP)(command)
+
+
+def config_source(given: dict[str, Any], faults: list[str]) -> str | None:
+    """Return the preset's name or the TOML file's path that was given; what is wrong is appended to `faults`."""
+    preset, config = given["preset"], given["config"]
+    if preset and config:
+        faults.append("--preset, --config: give one of them, not both")
+    if config and not config.endswith(".toml"):
+        faults.append(f"--config: {config!r} does not end in .toml")
+    if preset and preset not in presets():
+        faults.append(f"--preset: got {preset!r}, accepted are {', '.join(presets())}")
+    source: str | None = config or preset
+    return source

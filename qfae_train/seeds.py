@@ -1,0 +1,97 @@
+"""Train once per seed, score the test split with each, and say how much the results differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qfae_runtime.errors import OutputError
+from qfae_train.config import Config
+from qfae_train.evaluate import evaluate_checkpoint
+from qfae_train.fit import fit
+
+SHOWN = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro_30")
+"""Results whose mean and standard deviation are told, as `evaluate.Evaluation` names them."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of several seeds."""
+
+    runs: list[dict[str, Any]]
+    """One a seed: `seed`, `checkpoint`, `valid_image_auroc`, `epoch`, `test` (the results on the test split)."""
+    file: Path
+    best: Path
+    """The checkpoint with the best validation AUROC: choosing by test results would flatter them."""
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Return mean and sample standard deviation of each result that every seed has."""
+        found = {}
+        for name in SHOWN:
+            values = [run["test"][name] for run in self.runs]
+            if all(value is not None for value in values):
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                found[name] = {"mean": statistics.mean(values), "std": spread}
+        return found
+
+    def text(self) -> str:
+        """Return a line per seed and one of means and standard deviations, in percent."""
+        lines = []
+        for run in self.runs:
+            shown = [f"{name} {100 * run['test'][name]:.2f}" for name in SHOWN if run["test"][name] is not None]
+            lines.append(f"seed {run['seed']}: {', '.join(shown) or '; '.join(run['test']['notes'])}")
+        for name, one in self.statistics().items():
+            lines.append(f"{name}: {100 * one['mean']:.2f} +- {100 * one['std']:.2f} over {len(self.runs)} seeds")
+        return "\n".join(lines)
+
+
+def fit_seeds(
+    config: Config, data: Path, out: Path, *, seeds: list[int], resume: bool, overwrite: bool, device: str
+) -> Summary:
+    """Train with each seed into NAME.seedN.pt, evaluate it on the test split, and write NAME.seeds.json beside.
+
+    With `resume`, seeds that are done are not trained again and the unfinished one goes on.
+
+    Raises:
+        OutputError: results are already there and neither `resume` nor `overwrite` is set.
+        QfaeError: whatever `fit` and `evaluate_checkpoint` raise.
+
+    """
+    file = out.with_name(out.stem + ".seeds.json")
+    if file.exists() and not (resume or overwrite):
+        raise OutputError(f"'{file}': results are already there; add --resume to go on or --overwrite to start anew")
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        own = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        path = out.with_name(f"{out.stem}.seed{seed}{out.suffix}")
+        begun = path.with_name(path.stem + ".last" + path.suffix).exists()
+        result = fit(own, data, path, resume=resume and begun, overwrite=overwrite, device=device)
+        test = evaluate_checkpoint(result.best, data, batch_size=config.train.batch_size, device=device)
+        runs.append(
+            {
+                "seed": seed,
+                "checkpoint": result.best.name,
+                "valid_image_auroc": result.best_auroc,
+                "epoch": result.best_epoch,
+                "test": test.to_dict(),
+            }
+        )
+        best = max(runs, key=lambda run: run["valid_image_auroc"] or 0.0)
+        summary = Summary(list(runs), file, out.with_name(best["checkpoint"]))
+        _write(summary, config)  # after each seed: five of them take days
+    return summary
+
+
+def _write(summary: Summary, config: Config) -> None:
+    content = {
+        "statistics": summary.statistics(),
+        "runs": summary.runs,
+        "benchmark": config.data.benchmark or None,
+    }
+    unfinished = summary.file.with_name(summary.file.name + ".part")
+    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(summary.file)
