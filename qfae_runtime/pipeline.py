@@ -19,8 +19,9 @@ import numpy as np
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import InputError
+from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, mask_path_for
-from qfae_runtime.preprocess import Geometry, Prepared, PreprocessSpec, preprocess
+from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import read_mask, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap

@@ -14,48 +14,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from qfae_runtime.arrays import Bool, Float32, UInt8
+from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import ManifestError, UsageError
+from qfae_runtime.geometry import Geometry
+from qfae_runtime.liver import LIVER_FACTS, fit_liver
 
 SPEC_VERSION = 1
-PREPROCESS_KINDS = ("resize",)
 MAX_IMAGE_SIZE = 4096
 
-# Facts that every spec of version 1 shares. They stand in the hash so that a later change cannot pass unseen.
-_FIXED = {
+# What every spec of a kind holds fixed. It stands in the hash so that a later change cannot pass unseen.
+_RESIZE = {
     "version": SPEC_VERSION,
     "colour": "rgb",
     "bits": 8,
     "resampling": "pillow-bilinear-antialias",
     "layout": "HWC uint8",
 }
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How the (S, S) square an engine sees lies on the (H, W) image it was made from."""
-
-    height: int
-    width: int
-    size: int
-
-    def map_back(self, anomaly_map: Float32) -> Float32:
-        """Bring a map float32 (S, S) to the original float32 (H, W), bilinear; values keep their unit."""
-        square = Image.fromarray(np.ascontiguousarray(anomaly_map, dtype=np.float32))
-        back = square.resize((self.width, self.height), Image.Resampling.BILINEAR)
-        return np.asarray(back, dtype=np.float32)
-
-    def warp_mask(self, mask: Bool | UInt8) -> UInt8:
-        """Bring a mask (H, W), non-zero where anomalous, to uint8 (S, S) of 0 and 1, nearest neighbour.
-
-        Raises:
-            ValueError: the mask does not have the image's height and width.
-
-        """
-        if mask.shape != (self.height, self.width):
-            raise ValueError(f"mask: expected (H, W) = {(self.height, self.width)}, got {mask.shape}")
-        full = Image.fromarray((np.asarray(mask) != 0).astype(np.uint8))
-        return np.asarray(full.resize((self.size, self.size), Image.Resampling.NEAREST), dtype=np.uint8)
+_FIXED: dict[str, dict[str, Any]] = {"resize": _RESIZE, "liver": {**_RESIZE, **LIVER_FACTS}}
+PREPROCESS_KINDS = tuple(_FIXED)
 
 
 class Prepared(NamedTuple):
@@ -90,7 +66,7 @@ class PreprocessSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole specification as plain JSON values, the fixed facts and the version included."""
-        return {**_FIXED, "kind": self.kind, "image_size": self.image_size}
+        return {**_FIXED[self.kind], "kind": self.kind, "image_size": self.image_size}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> PreprocessSpec:
@@ -100,11 +76,15 @@ class PreprocessSpec:
             ManifestError: a key is missing or unknown, or a value is not one this version can honour.
 
         """
-        faults = [f"unknown key {key!r}" for key in stored if key not in _FIXED | {"kind": "", "image_size": 0}]
-        faults += [f"key {key!r} is missing" for key in (*_FIXED, "kind", "image_size") if key not in stored]
+        kind: Any = stored.get("kind")
+        known = kind in PREPROCESS_KINDS  # what an unknown kind holds cannot be judged
+        facts = _FIXED[kind] if known else {"version": SPEC_VERSION}
+        expected = (*facts, "kind", "image_size")
+        faults = [f"key {key!r} is missing" for key in expected if key not in stored]
+        faults += [f"unknown key {key!r}" for key in stored if known and key not in expected]
         faults += [
             f"{key}: got {stored[key]!r}, this version of qfae knows only {fixed!r}"
-            for key, fixed in _FIXED.items()
+            for key, fixed in facts.items()
             if key in stored and stored[key] != fixed
         ]
         if not faults:
@@ -124,14 +104,18 @@ class PreprocessSpec:
     def diff(self, other: PreprocessSpec) -> list[str]:
         """List what differs as 'key: theirs -> ours' lines (`other` is theirs); empty when equal."""
         ours, theirs = self.to_dict(), other.to_dict()
-        return [f"{key}: {theirs[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != theirs[key]]
+        return [
+            f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}"
+            for key in dict.fromkeys((*ours, *theirs))
+            if ours.get(key) != theirs.get(key)
+        ]
 
 
 def preprocess(pixels: UInt8, spec: PreprocessSpec) -> Prepared:
     """Turn decoded pixels uint8 (H, W, 3) into the uint8 (S, S, 3) an engine takes; nothing is normalised.
 
     kind "resize": Pillow's antialiased bilinear on 8-bit values, straight to S x S (aspect not kept).
-    The result owns its memory.
+    kind "liver": see liver.py. The result owns its memory.
 
     Raises:
         ValueError: the pixels are not uint8 (H, W, 3).
@@ -139,8 +123,10 @@ def preprocess(pixels: UInt8, spec: PreprocessSpec) -> Prepared:
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ValueError(f"pixels: expected uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}; see read_image")
+    if spec.kind == "liver":
+        return Prepared(*fit_liver(pixels, spec.image_size))
     height, width, _ = pixels.shape
     square = Image.fromarray(np.ascontiguousarray(pixels)).resize(
         (spec.image_size, spec.image_size), Image.Resampling.BILINEAR
     )
-    return Prepared(np.array(square, dtype=np.uint8), Geometry(height, width, spec.image_size))
+    return Prepared(np.array(square, dtype=np.uint8), Geometry.whole(height, width, spec.image_size))

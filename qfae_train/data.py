@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import QfaeError
+from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, UNGOOD, Scan, label_of, mask_path_for, scan
-from qfae_runtime.preprocess import Geometry, PreprocessSpec, preprocess
+from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image, read_mask
 from qfae_train.augment import Augmentation
 

@@ -9,7 +9,8 @@ from qfae_runtime import Scorer, open_engine, preprocess, read_image
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.errors import EngineError, ManifestError, UsageError
-from qfae_runtime.preprocess import Geometry, Prepared
+from qfae_runtime.geometry import Geometry
+from qfae_runtime.preprocess import Prepared
 
 from .tiny import MAX_BATCH, SIZE, edit_manifest, export_tiny, golden_images, mend_hashes, model_bytes
 
@@ -56,7 +57,7 @@ def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
 
 
 def test_scores_do_not_depend_on_the_batch(engine_path: Path) -> None:
-    images = [Prepared(image, Geometry(SIZE, SIZE, SIZE)) for image in golden_images(37)]
+    images = [Prepared(image, Geometry.whole(SIZE, SIZE, SIZE)) for image in golden_images(37)]
     with open_engine(engine_path) as opened:
         by_size = {
             size: [one.score for one in Scorer(opened.engine, opened.manifest, size).score(iter(images))]
@@ -80,7 +81,7 @@ def test_scorer_refuses_what_does_not_fit(engine_path: Path) -> None:
     with open_engine(engine_path) as opened:
         with pytest.raises(EngineError, match=r"batch size: got 33, this engine takes 1\.\.32"):
             Scorer(opened.engine, opened.manifest, 33)
-        wrong = Prepared(np.zeros((8, 8, 3), np.uint8), Geometry(8, 8, 8))
+        wrong = Prepared(np.zeros((8, 8, 3), np.uint8), Geometry.whole(8, 8, 8))
         with pytest.raises(EngineError, match=r"image: expected uint8 \(32, 32, 3\), got uint8 \(8, 8, 3\); prepare"):
             list(Scorer(opened.engine, opened.manifest).score([wrong]))
     with OnnxRuntimeEngine(model_bytes(16), 16, 4) as small, pytest.raises(ManifestError, match="the engine takes 16"):

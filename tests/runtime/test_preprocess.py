@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import ManifestError, UsageError
-from qfae_runtime.preprocess import Geometry, PreprocessSpec, preprocess
+from qfae_runtime.geometry import Geometry
+from qfae_runtime.preprocess import PreprocessSpec, preprocess
 
 
 def anatomy_like(side: int) -> UInt8:
@@ -37,7 +38,7 @@ def test_result_is_owned_and_keeps_the_size() -> None:
     prepared = preprocess(pixels, PreprocessSpec(image_size=32))
     assert prepared.image.shape == (32, 32, 3)
     assert prepared.image.flags.writeable
-    assert prepared.geometry == Geometry(48, 48, 32)
+    assert prepared.geometry == Geometry.whole(48, 48, 32)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_unknown_kind_and_size_are_told_together() -> None:
     with pytest.raises(UsageError) as caught:
         PreprocessSpec(kind="crop", image_size=0)
     assert caught.value.faults == [
-        "preprocess kind: got 'crop', accepted are 'resize'",
+        "preprocess kind: got 'crop', accepted are 'resize', 'liver'",
         "image_size: got 0, expected a whole number in 1..4096",
     ]
 
@@ -63,6 +64,26 @@ def test_spec_survives_its_dict_and_hash_sees_changes() -> None:
     assert spec.sha256() == PreprocessSpec(image_size=112).sha256() != PreprocessSpec().sha256()
     assert PreprocessSpec(image_size=224).diff(spec) == ["image_size: 112 -> 224"]
     assert spec.diff(spec) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "sha256"),
+    [
+        (224, "da9bc66cb1ff2ef3de6373cdaff2e5ec531ffe9a39ead8a6013eb4f8c50e7dfe"),
+        (64, "90634b277c3ef4fdf60b25b61ff66e1e7bfe486fe8b856b95a4749a741746966"),
+    ],
+)
+def test_the_hash_in_existing_checkpoints_and_manifests_holds(size: int, sha256: str) -> None:
+    assert PreprocessSpec("resize", size).sha256() == sha256
+    assert list(PreprocessSpec().to_dict()) == [
+        "version",
+        "colour",
+        "bits",
+        "resampling",
+        "layout",
+        "kind",
+        "image_size",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +114,7 @@ def test_missing_key_is_named() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 40))
 def test_maps_and_masks_travel_both_ways(height: int, width: int, size: int) -> None:
-    geometry = Geometry(height, width, size)
+    geometry = Geometry.whole(height, width, size)
     back = geometry.map_back(np.full((size, size), 0.25, np.float32))
     assert back.shape == (height, width)
     assert back.dtype == np.float32
@@ -102,8 +123,3 @@ def test_maps_and_masks_travel_both_ways(height: int, width: int, size: int) -> 
     assert warped.shape == (size, size)
     assert warped.dtype == np.uint8
     assert warped.min() == 1
-
-
-def test_mask_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected \(H, W\) = \(10, 20\), got \(20, 10\)"):
-        Geometry(10, 20, 8).warp_mask(np.zeros((20, 10), np.bool_))

@@ -10,6 +10,7 @@ import torch
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import InputError
+from qfae_runtime.pipeline import Job, pixel_truth
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image
 from qfae_train.data import DataError, Split, TrainingImages, load_split
@@ -44,6 +45,31 @@ def test_training_sees_the_pixels_that_scoring_sees(tmp_path: Path) -> None:
     item, number = TrainingImages(split, None)[4]
     assert number == 4
     np.testing.assert_array_equal(item.numpy(), scored[4])
+
+
+def test_liver_images_and_masks_go_one_way_in_training_and_scoring(tmp_path: Path) -> None:
+    spec = PreprocessSpec("liver", 32)
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "test" / "Ungood"
+    paths = []
+    for number, (top, left, height, width) in enumerate([(0, 0, 20, 30), (7, 50, 60, 30), (40, 3, 24, 70)]):
+        image = np.zeros((96, 80), np.uint8)
+        image[top : top + height, left : left + width] = rng.integers(40, 90, (height, width))[:, : 80 - left]
+        lesion = np.s_[top + height // 2 : top + height // 2 + 9, left + 9 : left + 19]
+        image[lesion] = 255
+        mask = np.zeros_like(image)
+        mask[lesion] = 255
+        paths.append(write_png(folder / "img" / f"{number}.png", image))
+        write_png(folder / "label" / f"{number}.png", mask)
+    split = load_split(tmp_path, "test", spec, quiet=True)
+    assert split.images.shape == (3, 32, 32, 1)
+    for path, pixels, truth in zip(paths, split.rgb(slice(None)).numpy(), split.masks.numpy(), strict=True):
+        prepared = preprocess(read_image(path).pixels, spec)
+        np.testing.assert_array_equal(pixels, prepared.image)
+        scored = pixel_truth(Job(path, path.name), prepared.geometry)
+        np.testing.assert_array_equal(truth, scored)
+        bright = pixels[..., 0] > 150
+        assert (bright & (truth > 0)).sum() / (bright | (truth > 0)).sum() > 0.7
 
 
 def test_grey_data_take_one_channel(tmp_path: Path) -> None:
