@@ -142,7 +142,8 @@ def build(config: Config) -> tuple[AnomalyScorer, list[dict[str, str]]]:
         WeightsError: frozen weights are not to be had.
 
     """
-    models, records = [], []
+    models: list[nn.Module] = []
+    records = []
     for entry, option in frozen_entries(config):
         state, record = read_frozen(entry, option)
         models.append(frozen_model(config, len(models), state, record["source"]))

@@ -16,7 +16,6 @@ One zip of plain tensors, numbers and strings (`torch.save`), read with `weights
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from qfae_runtime.preprocess import PreprocessSpec
 from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries, frozen_model
 from qfae_train.backbone import read_frozen
 from qfae_train.config import Backbone, Config, ConfigError, from_dict
-from qfae_train.weight_files import WeightFiles
+from qfae_train.weight_files import FROM_HUB, WeightFiles
 from qfae_train.weights import WeightsError, read_tensors
 
 FORMAT = 1
@@ -179,7 +178,7 @@ def embed_frozen(config: Config, frozen: list[dict[str, str]]) -> dict[str, dict
     }
 
 
-def build_scorer(checkpoint: Checkpoint, files: WeightFiles = WeightFiles()) -> AnomalyScorer:
+def build_scorer(checkpoint: Checkpoint, files: WeightFiles = FROM_HUB) -> AnomalyScorer:
     """Return the checkpoint's model on the CPU, in eval mode, float32.
 
     `files` supply frozen weights that are not in the checkpoint, in place of the hub.

@@ -17,7 +17,7 @@ from qfae_train.checkpoint import build_scorer
 from qfae_train.config import Config
 from qfae_train.data import Split, load_split
 from qfae_train.official import open_checkpoint
-from qfae_train.weight_files import WeightFiles
+from qfae_train.weight_files import FROM_HUB, WeightFiles
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def evaluate_checkpoint(
     *,
     split: str = "test",
     config: Config | None = None,
-    files: WeightFiles = WeightFiles(),
+    files: WeightFiles = FROM_HUB,
     batch_size: int | None = None,
     device: str = "auto",
     say: Callable[[str], None] = lambda line: None,

@@ -1,4 +1,4 @@
-"""qfae-train evaluate: score a labelled split with a checkpoint, in PyTorch, and measure how well the scores separate."""
+"""qfae-train evaluate: score a labelled split with a checkpoint, in PyTorch, and measure how well that separates."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from qfae_train.backbone import create, read_frozen
 from qfae_train.checkpoint import Checkpoint, CheckpointError, from_parts, read_parts
 from qfae_train.config import Config
 from qfae_train.positions import sincos_2d
-from qfae_train.weight_files import WeightFiles
+from qfae_train.weight_files import FROM_HUB, WeightFiles
 from qfae_train.weights import tensors_sha256
 
 NAMES = (
@@ -77,7 +77,7 @@ def is_official(content: Mapping[str, Any]) -> bool:
     return bool(content) and all(str(name).startswith(_THEIR_PARTS) for name in content)
 
 
-def open_checkpoint(path: Path, config: Config | None = None, files: WeightFiles = WeightFiles()) -> Checkpoint:
+def open_checkpoint(path: Path, config: Config | None = None, files: WeightFiles = FROM_HUB) -> Checkpoint:
     """Return a checkpoint of this project, or one of the authors' together with its configuration.
 
     Raises:

@@ -48,6 +48,9 @@ class WeightFiles:
         )
 
 
+FROM_HUB = WeightFiles()
+
+
 def parse_weight_files(backbones: Sequence[str], perceptual: str | None, faults: list[str]) -> WeightFiles:
     """Read the options' texts; what is wrong with them is appended to `faults`."""
     files: dict[str, Path] = {}

@@ -128,7 +128,7 @@ def _without_chatter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
     """Load tensors of any float type into a float32 backbone through timm's filter, naming all that does not fit.
 
     The filter translates the original releases' names and resamples kernel and position table to the model's.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qfae_export.errors import ExportError
-from qfae_export.images import from_checkpoint, from_folder, largest_batch, spread
+from qfae_export.images import from_checkpoint, from_folder, from_slices, largest_batch, spread
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image
 from tests.export.tiny import picture_folder, pictures
@@ -68,9 +68,17 @@ def test_stored_images_and_their_copies() -> None:
     assert images.names[4] == "image 5 stored in demo.pt"
 
 
-def test_checkpoint_without_images_or_with_wrong_ones() -> None:
-    with pytest.raises(ExportError, match=r"demo.pt: holds no parity images, .* pass --parity-images DIR"):
-        from_checkpoint(pictures(3)[:0], 32, "demo.pt")
+def test_slices_stand_in_where_there_are_no_images() -> None:
+    slices = from_slices(SPEC)
+    assert len(slices) == 32
+    assert slices.pixels.shape == (32, 32, 32, 3)
+    assert slices.stands_in
+    assert (slices.origin, slices.names[5]) == ("32 brain slices that come with qfae", "brain slice 5 of qfae")
+    assert len({image.tobytes() for image in slices.pixels}) == 32
+    assert not from_checkpoint(pictures(3), 32, "demo.pt").stands_in
+
+
+def test_checkpoint_with_wrong_images() -> None:
     with pytest.raises(ExportError, match=r"expected uint8 \(N, 64, 64, 3\), got uint8 \(3, 32, 32, 3\); pass"):
         from_checkpoint(pictures(3), 64, "demo.pt")
 

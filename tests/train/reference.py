@@ -28,7 +28,8 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 
 def norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
+    normed: Tensor = F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
+    return normed
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

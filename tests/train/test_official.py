@@ -143,7 +143,7 @@ def test_code_is_refused_and_not_run(small: MadeUp, tmp_path: Path) -> None:
 def test_truncated(small: MadeUp, tmp_path: Path) -> None:
     path = tmp_path / "last_ckpt.pth"
     path.write_bytes(small.checkpoint.read_bytes()[:100_000])
-    with pytest.raises(CheckpointError, match="not a file that torch.save wrote, or cut short"):
+    with pytest.raises(CheckpointError, match=r"not a file that torch\.save wrote, or cut short"):
         open_checkpoint(path, small.config, small.files)
 
 
