@@ -42,13 +42,18 @@ class Job:
 
 
 class Picture(NamedTuple):
-    """A decoded picture, or the `error` that stands for it. `truth` is its mask uint8 (S, S) if known."""
+    """A decoded picture, or the `error` that stands for it. `truth` is its mask uint8 (S, S) if known.
+
+    `thumbnail` uint8 (h, w, 3) is the picture at the size of its heat map, if one is wanted: the pixels as read,
+    which may be many, do not wait in the queues.
+    """
 
     job: Job
     frame: int | None
     prepared: Prepared | None
     truth: UInt8 | None = None
     error: str | None = None
+    thumbnail: UInt8 | None = None
 
 
 class Outcome(NamedTuple):
@@ -115,15 +120,20 @@ class Pipeline:
 
     def _draw(self, outcome: Outcome) -> Outcome:
         row, picture, scored = outcome
-        path, prepared = picture.job.heatmap, picture.prepared
-        if path is None or self.scale is None or prepared is None or scored is None or row.score is None:
+        path, prepared, image = picture.job.heatmap, picture.prepared, picture.thumbnail
+        if prepared is None or scored is None or scored.anomaly_map is None or scored.reconstruction is None:
             return outcome
-        if scored.anomaly_map is None or scored.reconstruction is None:
-            return outcome
-        figure = heatmap.draw(
-            prepared.image, scored.reconstruction, scored.anomaly_map, self.scale, row.score, row.label
-        )
-        heatmap.save(figure, path)
+        if path is not None and image is not None and self.scale is not None and row.score is not None:
+            figure = heatmap.draw(
+                image,
+                prepared.geometry,
+                scored.reconstruction,
+                scored.anomaly_map,
+                self.scale,
+                row.score,
+                row.label,
+            )
+            heatmap.save(figure, path)
         return outcome
 
 
@@ -134,7 +144,8 @@ def decode(job: Job, spec: PreprocessSpec, truth: bool) -> list[Picture]:
         for piece in read_slices(job.path, job.source):
             prepared = preprocess(piece.pixels, spec)
             mask = pixel_truth(job, prepared.geometry) if truth else None
-            pictures.append(Picture(job, piece.frame, prepared, mask))
+            small = heatmap.thumbnail(piece.pixels) if job.heatmap is not None else None
+            pictures.append(Picture(job, piece.frame, prepared, mask, thumbnail=small))
     except InputError as error:
         return [Picture(job, None, None, error=error.reason)]
     return pictures
