@@ -25,6 +25,7 @@ from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import read_mask, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap
+from qfae_runtime.writers.maps import save_map
 from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 
 Item = TypeVar("Item")
@@ -33,12 +34,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Job:
-    """One file to score: where it is, its name in rows, its label if known, its heat map's path if wanted."""
+    """One file to score: where it is, its name in rows, its label if known, where its pictures go if wanted."""
 
     path: Path
     source: str
     label: str | None = None
     heatmap: Path | None = None
+    saved_map: Path | None = None
 
 
 class Picture(NamedTuple):
@@ -76,11 +78,11 @@ class Pipeline:
     workers: int = min(4, os.cpu_count() or 1)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
-        """Yield one outcome per picture, in the order of the jobs, after its heat map has been written.
+        """Yield one outcome per picture, in the order of the jobs, after its heat map and map have been written.
 
         Raises:
             EngineError: the backend failed.
-            OSError: a heat map cannot be written.
+            OSError: a heat map or map cannot be written.
 
         """
         spec = self.scorer.manifest.preprocess
@@ -134,6 +136,8 @@ class Pipeline:
                 row.label,
             )
             heatmap.save(figure, path)
+        if picture.job.saved_map is not None:
+            save_map(prepared.geometry.map_back(scored.anomaly_map), picture.job.saved_map)
         return outcome
 
 
