@@ -45,6 +45,9 @@ Example:
 @click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]")
 @click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]")
 @click.option("--no-maps", is_flag=True, help="Scores only: no heat maps, no pixel AUROC.")
+@click.option(
+    "--save-maps", is_flag=True, help="Keep every anomaly map in maps/, float16 .npy in the image's own size."
+)
 @click.option("--labels", metavar="FILE.csv", help="Labels (source,label) in place of the folder names good/Ungood.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --out; removes only what qfae-run wrote.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
@@ -57,8 +60,8 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
     """Score images with an exported engine.
 
     IMAGES are files or folders (walked recursively). Writes scores.csv, scores.jsonl, heatmaps/, report.html and
-    run.json, and metrics.json where labels are known from folders named good and Ungood. For research use; not a
-    medical device.
+    run.json, metrics.json where labels are known from folders named good and Ungood, and maps/ on request. For
+    research use; not a medical device.
     """
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a file stands in its row
     try:
@@ -115,6 +118,8 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         faults.append("--engine: missing; name the engine file that qfae-export wrote")
     if given["overwrite"] and given["resume"]:
         faults.append("--overwrite and --resume exclude each other; choose one")
+    if given["no_maps"] and given["save_maps"]:
+        faults.append("--no-maps and --save-maps exclude each other; choose one")
     batch_size = whole_number("--batch-size", given["batch_size"], _MAX_WHOLE, faults)
     threads = whole_number("--threads", given["threads"], _MAX_WHOLE, faults)
     backend = _choice("--backend", given["backend"] or Options.backend, BACKENDS, faults)
@@ -133,6 +138,7 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         device=device,
         threads=threads,
         maps=not given["no_maps"],
+        save_maps=given["save_maps"],
         overwrite=given["overwrite"],
         resume=given["resume"],
         selftest=given["selftest"],

@@ -25,6 +25,7 @@ from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import read_mask, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap
+from qfae_runtime.writers.maps import save_map
 from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 
 Item = TypeVar("Item")
@@ -33,22 +34,28 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Job:
-    """One file to score: where it is, its name in rows, its label if known, its heat map's path if wanted."""
+    """One file to score: where it is, its name in rows, its label if known, where its pictures go if wanted."""
 
     path: Path
     source: str
     label: str | None = None
     heatmap: Path | None = None
+    saved_map: Path | None = None
 
 
 class Picture(NamedTuple):
-    """A decoded picture, or the `error` that stands for it. `truth` is its mask uint8 (S, S) if known."""
+    """A decoded picture, or the `error` that stands for it. `truth` is its mask uint8 (S, S) if known.
+
+    `thumbnail` uint8 (h, w, 3) is the picture at the size of its heat map, if one is wanted: the pixels as read,
+    which may be many, do not wait in the queues.
+    """
 
     job: Job
     frame: int | None
     prepared: Prepared | None
     truth: UInt8 | None = None
     error: str | None = None
+    thumbnail: UInt8 | None = None
 
 
 class Outcome(NamedTuple):
@@ -71,11 +78,11 @@ class Pipeline:
     workers: int = min(4, os.cpu_count() or 1)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
-        """Yield one outcome per picture, in the order of the jobs, after its heat map has been written.
+        """Yield one outcome per picture, in the order of the jobs, after its heat map and map have been written.
 
         Raises:
             EngineError: the backend failed.
-            OSError: a heat map cannot be written.
+            OSError: a heat map or map cannot be written.
 
         """
         spec = self.scorer.manifest.preprocess
@@ -115,15 +122,22 @@ class Pipeline:
 
     def _draw(self, outcome: Outcome) -> Outcome:
         row, picture, scored = outcome
-        path, prepared = picture.job.heatmap, picture.prepared
-        if path is None or self.scale is None or prepared is None or scored is None or row.score is None:
+        path, prepared, image = picture.job.heatmap, picture.prepared, picture.thumbnail
+        if prepared is None or scored is None or scored.anomaly_map is None or scored.reconstruction is None:
             return outcome
-        if scored.anomaly_map is None or scored.reconstruction is None:
-            return outcome
-        figure = heatmap.draw(
-            prepared.image, scored.reconstruction, scored.anomaly_map, self.scale, row.score, row.label
-        )
-        heatmap.save(figure, path)
+        if path is not None and image is not None and self.scale is not None and row.score is not None:
+            figure = heatmap.draw(
+                image,
+                prepared.geometry,
+                scored.reconstruction,
+                scored.anomaly_map,
+                self.scale,
+                row.score,
+                row.label,
+            )
+            heatmap.save(figure, path)
+        if picture.job.saved_map is not None:
+            save_map(prepared.geometry.map_back(scored.anomaly_map), picture.job.saved_map)
         return outcome
 
 
@@ -134,7 +148,8 @@ def decode(job: Job, spec: PreprocessSpec, truth: bool) -> list[Picture]:
         for piece in read_slices(job.path, job.source):
             prepared = preprocess(piece.pixels, spec)
             mask = pixel_truth(job, prepared.geometry) if truth else None
-            pictures.append(Picture(job, piece.frame, prepared, mask))
+            small = heatmap.thumbnail(piece.pixels) if job.heatmap is not None else None
+            pictures.append(Picture(job, piece.frame, prepared, mask, thumbnail=small))
     except InputError as error:
         return [Picture(job, None, None, error=error.reason)]
     return pictures

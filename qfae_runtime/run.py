@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy
 import PIL
 
@@ -27,6 +28,7 @@ from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import Verdict, self_test
 from qfae_runtime.writers.folder import ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
+from qfae_runtime.writers.maps import map_name
 from qfae_runtime.writers.metrics import PixelRoc, compute_metrics
 from qfae_runtime.writers.records import OK, RowWriter, read_rows, write_csv
 from qfae_runtime.writers.report import write_report
@@ -44,6 +46,7 @@ class Options:
     device: str = "cpu"
     threads: int | None = None
     maps: bool = True
+    save_maps: bool = False
     overwrite: bool = False
     resume: bool = False
     selftest: bool = False
@@ -186,7 +189,9 @@ class _Run:
         jobs = []
         for path, source, name in zip(self.found.images, self.sources, names, strict=True):
             label = labels.get(source) if labels is not None else label_of(path, self.found.root)
-            jobs.append(Job(path, source, label, None if name is None else self.folder.heatmaps / name))
+            heatmap = None if name is None else self.folder.heatmaps / name
+            saved = self.folder.maps / map_name(source) if self.options.save_maps else None
+            jobs.append(Job(path, source, label, heatmap, saved))
         return jobs
 
     def _score(self, jobs: list[Job], counts: Counts, pixels: PixelRoc | None, progress: Progress) -> None:
@@ -233,6 +238,7 @@ class _Run:
             "device": opened.engine.device,
             "batch_size": self.scorer.batch_size,
             "maps": options.maps,
+            "save_maps": options.save_maps,
             "threshold": threshold.value if threshold else None,
             "labels_sha256": sha256_of(options.labels) if options.labels else None,
             "inputs": len(self.sources),
@@ -257,6 +263,7 @@ class _Run:
                 "python": platform.python_version(),
                 "numpy": numpy.__version__,
                 "pillow": PIL.__version__,
+                "opencv": cv2.__version__,
                 opened.engine.backend: opened.engine.version,
             },
             "platform": platform.platform(),

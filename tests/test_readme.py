@@ -15,6 +15,7 @@ import pytest
 
 from demo.dataset import items, write
 from demo.spread import with_results
+from qfae_runtime.cli import run_command
 from qfae_train.config import Backbone, Perceptual
 from tests.commands import ROOT, run
 
@@ -55,7 +56,11 @@ def test_train_export_run(tmp_path: Path) -> None:
         done = run(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
-    listed = re.findall(r"^\| (`[^|]+`) \|", README.partition("`qfae-run` writes into")[2], flags=re.MULTILINE)
+    table = re.findall(r"^\| (`[^|]+`) \| (.+) \|$", README.partition("`qfae-run` writes into")[2], flags=re.MULTILINE)
+    on_request = [option for _, what in table for option in re.findall(r"^with `(--[a-z-]+)`: ", what)]
+    assert on_request == ["--save-maps"]
+    assert set(on_request) <= {option for parameter in run_command.params for option in parameter.opts}
+    listed = [cell for cell, what in table if not what.startswith("with `--")]
     names = {name.rstrip("/") for cell in listed for name in re.findall(r"`([^`]+)`", cell)}
     assert names == {path.name for path in (tmp_path / "results").iterdir()}
     assert {"demo.pt", "demo.last.pt", "demo.onnx", "demo.json", "demo.golden.npz"} <= {

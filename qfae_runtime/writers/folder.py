@@ -1,17 +1,20 @@
 """The results folder: what this tool writes there, when it may, and the record of a run (run.json).
 
 scores.csv  scores.jsonl  heatmaps/  report.html  run.json  metrics.json (only where labels are known)
+maps/ (only on request)
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qfae_runtime.errors import OutputError
 from qfae_runtime.writers.heatmap import is_ours
+from qfae_runtime.writers.maps import is_map, listed_names
 from qfae_runtime.writers.records import drop_torn_line, read_rows
 
 _FILES = ("scores.csv", "scores.jsonl", "report.html", "run.json", "metrics.json")
@@ -23,7 +26,7 @@ class ResultsFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.csv, self.jsonl, self.report, self.run, self.metrics = (root / name for name in _FILES)
-        self.heatmaps = root / "heatmaps"
+        self.heatmaps, self.maps = root / "heatmaps", root / "maps"
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
         """Make the folder ready: create it, or clear it of what this tool wrote, or leave it to be resumed.
@@ -38,8 +41,9 @@ class ResultsFolder:
                 f"{self.root}: already holds results ({', '.join(present)}); add --resume to go on with that run, "
                 "--overwrite to replace it, or choose another --out"
             )
-        if self.heatmaps.is_symlink():
-            raise OutputError(f"{self.heatmaps}: is a symbolic link; remove it, results stay inside --out")
+        for folder in (self.heatmaps, self.maps):
+            if folder.is_symlink():
+                raise OutputError(f"{folder}: is a symbolic link; remove it, results stay inside --out")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if overwrite:
@@ -102,17 +106,27 @@ class ResultsFolder:
         temporary.replace(path)
 
     def _own_files(self) -> list[Path]:
-        return [self.csv, self.jsonl, self.report, self.run, self.metrics, self.heatmaps]
+        return [*self._single_files(), self.heatmaps, self.maps]
+
+    def _single_files(self) -> list[Path]:
+        return [self.csv, self.jsonl, self.report, self.run, self.metrics]
 
     def _clear(self) -> None:
-        for path in self._own_files():
-            if path != self.heatmaps:
-                path.unlink(missing_ok=True)
+        # Pictures go first: scores.jsonl says which maps are ours, and a clearing that is cut short can be repeated.
+        maps = listed_names(self.jsonl)
+        _remove(self.heatmaps, is_ours)
+        _remove(self.maps, lambda path: path.relative_to(self.maps).as_posix() in maps and is_map(path))
+        for path in self._single_files():
+            path.unlink(missing_ok=True)
             path.with_name(f".{path.name}.part").unlink(missing_ok=True)
-        for folder, _, names in os.walk(self.heatmaps, topdown=False):
-            for name in names:
-                path = Path(folder) / name
-                if not path.is_symlink() and is_ours(path):
-                    path.unlink()
-            if not any(Path(folder).iterdir()):
-                Path(folder).rmdir()
+
+
+def _remove(root: Path, ours: Callable[[Path], bool]) -> None:
+    """Remove the files below `root` that are `ours`, and every folder that is empty then."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            path = Path(folder) / name
+            if not path.is_symlink() and ours(path):
+                path.unlink()
+        if not any(Path(folder).iterdir()):
+            Path(folder).rmdir()

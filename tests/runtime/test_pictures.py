@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,13 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.geometry import Box, Geometry
 from qfae_runtime.golden import Golden
+from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.run import Options, execute
 from qfae_runtime.writers import histogram
 from qfae_runtime.writers import report as report_module
 from qfae_runtime.writers.colours import colour_table, overlay
-from qfae_runtime.writers.heatmap import ColourScale, draw, heatmap_names, is_ours, panels_box, save
+from qfae_runtime.writers.heatmap import ColourScale, Figure, draw, heatmap_names, is_ours, read_panels, save, thumbnail
 
 from .conftest import write_png
 from .tiny import SIZE
@@ -49,19 +54,104 @@ def test_scale_comes_from_the_golden_images() -> None:
     assert ColourScale.of(None).high == 1.0
 
 
+def grey(levels: UInt8) -> UInt8:
+    return np.repeat(levels[:, :, None], 3, axis=2)
+
+
+def parts(figure: Figure, width: int) -> list[UInt8]:
+    """The three panels of a figure, each `width` wide and no taller than its cell."""
+    strip = np.asarray(figure.picture.crop(figure.panels))
+    return [strip[:, n * (width + 8) : n * (width + 8) + width] for n in range(3)]
+
+
 def test_figure_holds_three_panels_and_is_known_as_ours(tmp_path: Path) -> None:
     image, reconstruction = np.full((2, SIZE, SIZE, 3), [[[[10]]], [[[200]]]], np.uint8)
-    figure = draw(image, reconstruction, np.zeros((SIZE, SIZE), np.float32), ColourScale(0, 1, ""), 0.5, "good")
-    left, top, right, bottom = panels_box(SIZE)
-    strip = np.asarray(figure.crop((left, top, right, bottom)))
-    assert strip[5, 5].tolist() == [10] * 3
-    assert strip[5, strip.shape[1] // 2].tolist() == [200] * 3
-    assert strip[5, -5].tolist() == [10] * 3
+    flat, geometry = np.zeros((SIZE, SIZE), np.float32), Geometry.whole(SIZE, SIZE, SIZE)
+    figure = draw(thumbnail(image), geometry, reconstruction, flat, ColourScale(0, 1, ""), 0.5, "good")
+    assert [part[5, 5].tolist() for part in parts(figure, 224)] == [[10] * 3, [200] * 3, [10] * 3]
     save(figure, tmp_path / "a" / "x.png")
     assert is_ours(tmp_path / "a" / "x.png")
     write_png(tmp_path / "y.png", image[:, :, 0])
     assert not is_ours(tmp_path / "y.png")
     assert not is_ours(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("shape", "drawn"),
+    [
+        ((240, 240), (240, 240)),
+        ((112, 112), (224, 224)),
+        ((512, 1024), (168, 336)),
+        ((1024, 512), (336, 168)),
+        ((1, 1), (224, 224)),
+        ((20, 3000), (32, 336)),
+        ((3000, 20), (336, 32)),
+    ],
+)
+def test_thumbnails_keep_the_aspect_unless_nothing_would_be_seen(
+    shape: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    small = thumbnail(pixels)
+    assert small.shape == (*drawn, 3)
+    assert shape != drawn or small.tobytes() == pixels.tobytes()
+    values = np.zeros((SIZE, SIZE), np.float32)
+    square = np.zeros((SIZE, SIZE, 3), np.uint8)
+    picture, panels = draw(
+        small, Geometry.whole(*shape, SIZE), square, values, ColourScale(0, 1, ""), 0.123456, "Ungood"
+    )
+    left, top, right, bottom = panels
+    assert right - left >= 3 * max(drawn[1], 104) + 16
+    assert bottom - top >= max(drawn[0], 64)
+    assert picture.width > right
+    assert picture.height > bottom
+
+
+def test_what_the_engine_saw_is_drawn_where_it_was() -> None:
+    """A wide image, a box low and right in it: the bright pixels of both squares land on the spot in the image."""
+    pixels = np.zeros((200, 320, 3), np.uint8)
+    pixels[90:190, 200:310] = 40
+    pixels[150:160, 280:290] = 255
+    square, geometry = preprocess(pixels, PreprocessSpec("liver", 224))
+    assert geometry.place == Box(62, 57, 100, 110)
+    values = np.zeros((224, 224), np.float32)
+    spot = np.s_[62 + 60 : 62 + 70, 57 + 80 : 57 + 90]
+    values[spot] = 1.0
+    values[0, 0] = 1.0  # on the padding: it lies nowhere on the image
+    reconstruction = np.full_like(square, 99)
+    reconstruction[spot] = 200
+    image, rebuilt, mapped = parts(
+        draw(thumbnail(pixels), geometry, reconstruction, values, ColourScale(0, 1, ""), 1, None), 320
+    )
+    np.testing.assert_array_equal(image, pixels)
+    expected = np.zeros((200, 320), np.uint8)
+    expected[90:190, 200:310] = 99
+    expected[150:160, 280:290] = 200
+    np.testing.assert_array_equal(rebuilt, grey(expected))
+    changed = (mapped != image).any(axis=2)
+    assert changed[150:160, 280:290].all()
+    changed[150:160, 280:290] = False
+    assert not changed.any()
+
+
+def test_panels_are_found_in_the_file_itself(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 300, 3), dtype=np.uint8)
+    square, values = np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((SIZE, SIZE), np.float32)
+    figure = draw(thumbnail(pixels), Geometry.whole(100, 300, SIZE), square, values, ColourScale(0, 1, ""), 1, None)
+    save(figure, tmp_path / "x.png")
+    strip = read_panels(tmp_path / "x.png")
+    assert strip is not None
+    assert strip.size == (3 * 300 + 16, 100)
+    assert np.asarray(strip)[:, :300].tobytes() == pixels.tobytes()
+    for number, box in enumerate([(0, 0, 99999, 99999), (-1, 0, 5, 5), (5, 5, 5, 9)]):
+        save(Figure(figure.picture, box), tmp_path / f"{number}.png")
+        assert read_panels(tmp_path / f"{number}.png") is None
+    whole = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "older.png").write_bytes(whole.replace(b"Panels", b"Others"))
+    write_png(tmp_path / "foreign.png", pixels)
+    for name in ("cut.png", "older.png", "foreign.png", "none.png"):
+        assert read_panels(tmp_path / name) is None, name
 
 
 def test_heatmap_names_never_collide() -> None:
@@ -155,10 +245,16 @@ def test_report_stays_bounded(dataset: Path, engine_path: Path, tmp_path: Path, 
     assert "The 5 highest of 12 are shown; all rows are in scores.csv, all pictures in heatmaps/." in text
 
 
-def test_panels_are_what_the_engine_saw(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+def test_heat_maps_have_the_aspect_of_their_images(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    write_png(dataset / "good" / "img" / "wide.png", np.full((20, 3000), 90, np.uint8))
     execute(Options((dataset,), engine_path, tmp_path / "out"))
-    with Image.open(tmp_path / "out" / "heatmaps" / "Ungood" / "img" / "0.png") as figure:
-        left, top, right, bottom = panels_box(SIZE)
-        assert figure.width > right
-        assert figure.height > bottom
-        assert (right - left, bottom - top) == (3 * 224 + 16, 224)
+    sizes = {}
+    for path in (tmp_path / "out" / "heatmaps").rglob("*.png"):
+        strip = read_panels(path)
+        assert strip is not None
+        sizes[path.stem] = strip.size
+    assert sizes == {"wide": (3 * 336 + 16, 64), **{str(n): (3 * 224 + 16, 187) for n in range(6)}}
+    text = (tmp_path / "out" / "report.html").read_text()
+    strips = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
+    shown = {Image.open(io.BytesIO(base64.b64decode(strip))).size for strip in strips}
+    assert shown == {(688, 187), (690, 43)}

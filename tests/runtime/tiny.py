@@ -76,7 +76,13 @@ def golden_images(count: int = 5, size: int = SIZE) -> UInt8:
 
 
 def export_tiny(
-    folder: Path, name: str = "tiny", *, certified: bool = True, max_batch: int = MAX_BATCH, size: int = SIZE
+    folder: Path,
+    name: str = "tiny",
+    *,
+    certified: bool = True,
+    max_batch: int = MAX_BATCH,
+    size: int = SIZE,
+    kind: str = "resize",
 ) -> Path:
     """Write tiny.onnx, tiny.json and tiny.golden.npz as qfae-export would; the engine's path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +102,7 @@ def export_tiny(
     square = ("batch", size, size)
     manifest = Manifest(
         name=name,
-        preprocess=PreprocessSpec(image_size=size),
+        preprocess=PreprocessSpec(kind, size),
         max_batch=max_batch,
         files={
             engine_path.name: FileEntry.of(engine_path, "engine", "onnx", "fp32"),

@@ -1,0 +1,72 @@
+"""maps/, on request: one anomaly map per picture in the picture's own geometry, float16 (H, W), as .npy.
+
+float16 keeps three digits of a value. Below 6e-5 its steps are 6e-8 wide, so that smaller values become 0; the largest
+it holds is 65504, and no map comes near. `numpy.load(path, allow_pickle=False)` reads a map.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from qfae_runtime.arrays import Float32
+
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(\d+, \d+\), \} *\n", re.DOTALL
+)
+_HEADER_BYTES = 128
+
+
+def map_name(source: str) -> str:
+    """Name a source's map below maps/: the whole path of the source, so that no two are alike, and .npy."""
+    return f"{source}.npy"
+
+
+def save_map(anomaly_map: Float32, path: Path) -> None:
+    """Write a map float32 (H, W) as float16, whole or not at all, creating folders below maps/ as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, anomaly_map.astype("<f2"), allow_pickle=False)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def listed_names(rows_path: Path) -> set[str]:
+    """Name the maps of all sources in scores.jsonl; lines that are no rows are passed over.
+
+    A .npy holds no mark of who wrote it. Its name in this list, and what is_map says, make it ours.
+    """
+    return {map_name(source) for source in _sources(rows_path)}
+
+
+def is_map(path: Path) -> bool:
+    """Say whether a file begins as every map does: a .npy of a float16 matrix."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return _HEADER.match(file.read(_HEADER_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def _sources(rows_path: Path) -> Iterator[str]:
+    try:
+        with rows_path.open("rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and isinstance(row.get("source"), str):
+                    yield row["source"]
+    except OSError:
+        return
