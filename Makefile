@@ -5,20 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-DATA := build/demo/data
+DEMO_DATA := build/demo/data
 RESULTS := build/demo/results
 
 # glibc gives large blocks back to the system after every use; training on a CPU then spends a fifth of its time
 # on page faults. These settings keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=500000000
 
-.PHONY: help demo demo-train demo-spread test lint format clean
+.PHONY: help demo demo-train demo-spread reproduce test lint format clean
 
 help:
 	@echo "make demo         find lesions in brain slices with a certified engine (no GPU, no download of weights)"
 	@echo "make test         prove that the checkout is sound: format, lint, types, tests"
 	@echo "make demo-train   make the demo's weights again, from scratch (hours)"
 	@echo "make demo-spread  measure the demo on three data seeds"
+	@echo "make reproduce DATA=DIR  the published tables with our column, on the BMAD data sets in DIR (days, on a GPU)"
 	@echo "make clean        remove build/"
 
 $(INSTALLED): pyproject.toml
@@ -32,14 +33,19 @@ demo: $(INSTALLED)
 	$(BIN)/python -m demo.run
 
 demo-train: $(INSTALLED)
-	$(BIN)/python -m demo.dataset --out $(DATA)
-	$(KEEP_MEMORY) $(BIN)/python -m demo.pretrain --data $(DATA) --out qfae_train/presets/demo_vit.safetensors
-	$(KEEP_MEMORY) $(BIN)/qfae-train --preset demo --data $(DATA) --out build/demo/train/demo.pt --overwrite
+	$(BIN)/python -m demo.dataset --out $(DEMO_DATA)
+	$(KEEP_MEMORY) $(BIN)/python -m demo.pretrain --data $(DEMO_DATA) --out qfae_train/presets/demo_vit.safetensors
+	$(KEEP_MEMORY) $(BIN)/qfae-train --preset demo --data $(DEMO_DATA) --out build/demo/train/demo.pt --overwrite
 	cp build/demo/train/demo.pt demo/weights/demo.pt
 	$(MAKE) demo-spread
 
 demo-spread: $(INSTALLED)
 	$(BIN)/python -m demo.spread
+
+# CKPTS="BraTS2021=brain/last_ckpt.pth ..." takes checkpoints in place of training; ARGS go to benchmarks.reproduce.
+reproduce: $(INSTALLED)
+	@test -n "$(DATA)" || { echo "make: name the data: make reproduce DATA=DIR" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.reproduce --data "$(DATA)" $(foreach one,$(CKPTS),--ckpt $(one)) $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/ruff format --check .

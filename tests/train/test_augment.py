@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from qfae_train.augment import PASTE_RADIUS, Augmentation, augmentation, ellipses, paste
 from qfae_train.config import Augment
@@ -43,6 +45,38 @@ def test_size_and_type_are_kept_and_the_seed_decides() -> None:
         assert torch.equal(one, again)
         assert not torch.equal(one, other)
     assert not torch.equal(series(1)[0], series(1)[1])
+
+
+PUBLISHED_ORDER = ("RandomResizedCrop", "RandomRotation", "RandomVerticalFlip", "ColorJitter")
+
+
+def test_the_published_steps_in_their_order_with_their_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Supplement 1.4; the image comes resized and is normalised afterwards."""
+    seen: list[tuple[str, Any]] = []
+
+    def spied(name: str) -> type:
+        original: Any = getattr(v2, name)
+
+        class Spy(original):  # type: ignore[misc]
+            def forward(self, *inputs: Any) -> Any:
+                seen.append((name, self))
+                return super().forward(*inputs)
+
+        return Spy
+
+    for name in PUBLISHED_ORDER:
+        monkeypatch.setattr(v2, name, spied(name))
+    change = augmentation(Augment(), 224)
+    assert change is not None
+    change(torch.zeros(224, 224, 3, dtype=torch.uint8))
+
+    assert tuple(name for name, _ in seen) == PUBLISHED_ORDER
+    crop, rotation, flip, jitter = (step for _, step in seen)
+    assert (tuple(crop.size), crop.scale, crop.ratio) == ((224, 224), (0.9, 1.0), (0.8, 1.2))
+    assert list(rotation.degrees) == [-10, 10]
+    assert flip.p == 0.5
+    assert (jitter.brightness, jitter.contrast) == (pytest.approx((0.9, 1.1)), pytest.approx((0.9, 1.1)))
+    assert jitter.saturation is jitter.hue is None
 
 
 def test_nothing_to_do_changes_nothing() -> None:

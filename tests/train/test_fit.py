@@ -96,8 +96,8 @@ def test_best_and_last_checkpoint(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.last.pt", "tiny.pt"]
     assert best.parity_images.shape == (12, tiny.SIZE, tiny.SIZE, 3)
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "20 training and 12 validation images, on cpu"
-    assert [line.split(":")[0] for line in said[1:]] == ["epoch 2", "epoch 4", "epoch 6"]
+    assert said[:3] == ["train: 20 images", "valid: 12 images", "training on cpu"]
+    assert [line.split(":")[0] for line in said[3:]] == ["epoch 2", "epoch 4", "epoch 6"]
 
 
 def test_the_record_is_what_evaluation_says(weights: Path, data: Path, tmp_path: Path) -> None:
@@ -384,6 +384,37 @@ def test_the_order_is_a_permutation_that_drops_the_incomplete_batch(weights: Pat
         epochs.append(torch.cat([numbers for _, numbers in batches]).tolist())
         assert len(set(epochs[-1])) == 16
     assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_the_incomplete_batch_is_dropped_from_augmented_epochs_too(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, augment={"enabled": True})
+    started = fit_module._start(config, data, tmp_path / "tiny.pt", False, False, "cpu")
+    assert len(started.train) == 20
+    batches = list(fit_module._batches(started))
+    assert [len(numbers) for _, numbers in batches] == [8, 8] == [8] * started.steps_per_epoch
+    assert len(set(torch.cat([numbers for _, numbers in batches]).tolist())) == 16
+
+
+def test_the_learning_rate_moves_with_every_batch_to_the_end_of_its_course(
+    weights: Path, data: Path, tmp_path: Path
+) -> None:
+    result = run(tiny.config(weights, train={"epochs": 3, "lr": 1e-3}), data, tmp_path / "tiny.pt")
+    schedule = load(result.last).resume["schedule"]
+    assert (schedule["last_epoch"], schedule["total_steps"]) == (3 * 2, 3 * 2)
+    assert load(result.last).resume["optimizer"]["param_groups"][0]["max_lr"] == pytest.approx(1e-3)
+
+
+def test_the_optimizer_holds_projections_qformer_and_decoder_and_nothing_else(
+    weights: Path, data: Path, tmp_path: Path
+) -> None:
+    started = fit_module._start(tiny.config(weights), data, tmp_path / "tiny.pt", False, False, "cpu")
+    model = started.step.scorer.autoencoder
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    [group] = started.optimizer.param_groups
+    held = {names[id(parameter)] for parameter in group["params"]}
+    parts = ("encoders.0.projection.", "qformer.", "decoder.")
+    assert held == {name for name in names.values() if name.startswith(parts)}
+    assert {part for part in parts for name in held if name.startswith(part)} == set(parts)
 
 
 def test_optimizer_and_schedule(weights: Path, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What can be measured against published numbers, and how fast it is."""

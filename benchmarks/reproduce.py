@@ -1,0 +1,210 @@
+"""Tables 3 and 7 of the supplement with a column of our own, for each BMAD data set that is at hand.
+
+    make reproduce DATA=BMAD                                        trains five seeds of each; days on a GPU
+    make reproduce DATA=BMAD CKPTS="BraTS2021=brain/last_ckpt.pth"  takes given checkpoints instead
+
+Every model is evaluated twice on the test images: in PyTorch, and through the engine that qfae-export made of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.tables import Measured, Step, print_tables, to_json
+from benchmarks.through_engine import engine_scores
+from qfae_export.export import export
+from qfae_export.options import Options
+from qfae_runtime.errors import QfaeError, UsageError
+from qfae_runtime.metrics import Metrics
+from qfae_train.bmad import BENCHMARKS, Benchmark, benchmark_of_folder
+from qfae_train.checkpoint import Checkpoint, CheckpointError, save
+from qfae_train.checkpoint import load as load_checkpoint
+from qfae_train.config import Config, load
+from qfae_train.evaluate import evaluate_checkpoint
+from qfae_train.fit import fit
+from qfae_train.official import is_official, open_checkpoint
+from qfae_train.checkpoint import read_parts
+from qfae_train.weight_files import WeightFiles, parse_weight_files
+
+PUBLISHED_SEEDS = "42,7,13,65,91"
+MAIN_PATCH_SIZES = (16, 32, 56)
+
+
+def steps_of(benchmark: Benchmark, config: Config) -> list[Step]:
+    """Return what is measured on a data set: the preset itself; for LiverCT the three steps of Table 3, it being last."""
+    if benchmark.name != "LiverCT":
+        return [Step("preset", config)]
+    coarse = dataclasses.replace(config, score=dataclasses.replace(config.score, patch_sizes=MAIN_PATCH_SIZES))
+    main = dataclasses.replace(coarse, preprocess=dataclasses.replace(config.preprocess, kind="resize"))
+    return [Step("main", main), Step("preprocessing", coarse), Step("preset", config)]
+
+
+def find_roots(data: Path) -> dict[str, Path]:
+    """Return the BMAD roots at or directly below a folder, by data set.
+
+    Raises:
+        UsageError: there is none, or two for one data set.
+
+    """
+    if not data.is_dir():
+        raise UsageError(f"--data: {data}: no such folder; name the one that holds the BMAD data sets")
+    found: dict[str, Path] = {}
+    for folder in [data.absolute(), *sorted(path for path in data.absolute().iterdir() if path.is_dir())]:
+        benchmark = benchmark_of_folder(folder.name)
+        if benchmark is None or not (folder / "test").is_dir():
+            continue
+        if benchmark.name in found:
+            raise UsageError(f"--data: both {found[benchmark.name]} and {folder} are {benchmark.name}; keep one")
+        found[benchmark.name] = folder
+    if not found:
+        names = ", ".join(sorted(name for one in BENCHMARKS.values() for name in one.folders))
+        raise UsageError(f"--data: {data}: no BMAD data set in it; a root is called one of {names}, and holds test/")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What was asked for; `configs` replace the presets, `checkpoints` the training, by data set."""
+
+    out: Path
+    seeds: list[int]
+    device: str
+    configs: dict[str, Config]
+    checkpoints: dict[str, list[Path]]
+    files: WeightFiles
+
+    def measure(self, benchmark: Benchmark, root: Path) -> list[Measured]:
+        """Return the results of every step on one data set."""
+        folder = self.out / benchmark.name
+        given = self.checkpoints.get(benchmark.name)
+        config = self.configs.get(benchmark.name) or load(benchmark.presets[0])
+        if given:
+            models = [
+                (path.stem, taken(path, benchmark, self.configs.get(benchmark.name), self.files)) for path in given
+            ]
+            steps = steps_of(benchmark, models[0][1].config)
+        else:
+            models, steps = [], steps_of(benchmark, config)
+        results = []
+        for step in steps:
+            own = models or list(self._trained(step, root, folder))
+            fitting = [(name, one) for name, one in own if one.config.preprocess == step.config.preprocess]
+            measured = Measured(benchmark.name, step.name, [], [])
+            for name, checkpoint in fitting:
+                torch_result, engine_result = self._both(name, with_score(checkpoint, step.config), root, folder, step)
+                measured.torch.append(torch_result)
+                measured.engine.append(engine_result)
+            results.append(measured)
+        return results
+
+    def _trained(self, step: Step, root: Path, folder: Path) -> Iterable[tuple[str, Checkpoint]]:
+        """Train, or go on training, one model per seed; steps that differ in the score alone share their models."""
+        config = self.files.applied_to(step.config)
+        kind = config.preprocess.kind
+        for seed in self.seeds:
+            own = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+            out = folder / f"{kind}.seed{seed}.pt"
+            # The score decides nothing of the training but the validation: the first step's models serve all.
+            if not out.with_suffix(".done").exists():
+                begun = out.with_name(f"{out.stem}.last.pt").exists()
+                fit(own, root, out, resume=begun, device=self.device)
+                out.with_suffix(".done").touch()
+            yield out.stem, load_checkpoint(out)
+
+    def _both(self, name: str, checkpoint: Checkpoint, root: Path, folder: Path, step: Step) -> tuple[Metrics, Metrics]:
+        path = folder / step.name / f"{name}.pt"
+        save(path, checkpoint)
+        in_torch = evaluate_checkpoint(path, root, files=self.files, device=self.device, say=click.echo)
+        exported = export(
+            Options(path, parity_images=root / "test", overwrite=True, weights=self.files),
+            lambda text: click.echo(f"{benchmark_line(root, step)}: {text}", err=True),
+        )
+        return in_torch, engine_scores(exported.engine, root / "test")
+
+
+def benchmark_line(root: Path, step: Step) -> str:
+    """Return which model is being worked on."""
+    return f"{root.name}, {step.name}"
+
+
+def with_score(checkpoint: Checkpoint, config: Config) -> Checkpoint:
+    """Return the model with another configuration of its score, which no weight depends on."""
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, score=config.score), resume={})
+
+
+def taken(path: Path, benchmark: Benchmark, config: Config | None, files: WeightFiles) -> Checkpoint:
+    """Return a given checkpoint: ours as it is, the authors' with the first preset of the data set that fits it.
+
+    Raises:
+        CheckpointError: it fits none; the faults of the last one are told.
+
+    """
+    if not is_official(read_parts(path)):
+        return open_checkpoint(path)
+    candidates = [config] if config else [load(preset) for preset in benchmark.presets]
+    for candidate in candidates[:-1]:
+        try:
+            return open_checkpoint(path, candidate, files)
+        except CheckpointError:
+            continue
+    return open_checkpoint(path, candidates[-1], files)
+
+
+def pairs(texts: Iterable[str], option: str, faults: list[str]) -> list[tuple[str, Path]]:
+    """Read NAME=FILE options whose names are data sets; what is wrong is appended to `faults`."""
+    found = []
+    for text in texts:
+        name, _, file = text.partition("=")
+        if name not in BENCHMARKS or not Path(file).is_file():
+            faults.append(
+                f"{option}: got {text!r}, expected NAME=FILE, NAME one of {', '.join(BENCHMARKS)}, FILE there"
+            )
+        else:
+            found.append((name, Path(file)))
+    return found
+
+
+@click.command()
+@click.option("--data", required=True, metavar="DIR", help="A BMAD root, or the folder that holds them.")
+@click.option("--out", default="build/reproduce", show_default=True, help="Folder for models, engines and results.")
+@click.option("--ckpt", multiple=True, metavar="NAME=FILE", help="Take a checkpoint in place of training. [repeatable]")
+@click.option("--config", multiple=True, metavar="NAME=FILE.toml", help="In place of the preset. [repeatable]")
+@click.option("--seeds", default=PUBLISHED_SEEDS, show_default=True, help="Seeds to train with.")
+@click.option("--device", default="auto", show_default=True, help="Where PyTorch computes: auto, cpu or cuda.")
+@click.option("--backbone-weights", multiple=True, metavar="NAME=FILE", help="As in qfae-train.")
+@click.option("--perceptual-weights", metavar="FILE", help="As in qfae-train.")
+def main(data: str, out: str, seeds: str, device: str, **given: Any) -> None:
+    """Measure the published data sets that are at hand, and print Tables 3 and 7 with our column."""
+    faults: list[str] = []
+    checkpoints: dict[str, list[Path]] = {}
+    for name, path in pairs(given["ckpt"], "--ckpt", faults):
+        checkpoints.setdefault(name, []).append(path)
+    configs = dict(pairs(given["config"], "--config", faults))
+    files = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
+    try:
+        if faults:
+            raise UsageError(faults)
+        run = Run(
+            Path(out), [int(seed) for seed in seeds.split(",")], device,
+            {name: load(path) for name, path in configs.items()}, checkpoints, files,
+        )  # fmt: skip
+        results = []
+        for name, root in find_roots(Path(data)).items():
+            click.echo(f"{name}: {root}", err=True)
+            results += run.measure(BENCHMARKS[name], root)
+            file = Path(out) / "results.json"  # after each data set: one takes days to train
+            file.write_text(json.dumps(to_json(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except QfaeError as error:
+        raise click.ClickException(str(error)) from None
+    print_tables(results)
+    click.echo(f"all of it as JSON: {file}")
+
+
+if __name__ == "__main__":
+    main()
