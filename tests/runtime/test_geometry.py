@@ -124,6 +124,13 @@ def test_a_thumbnail_has_the_box_where_the_image_has_it(geometry: Geometry, heig
     assert black == Geometry(height, width, 8, None, Box(0, 0, 0, 0))
 
 
+def test_images_come_back_smooth() -> None:
+    ramp = np.repeat(np.arange(0, 200, 50, dtype=np.uint8)[None, :, None].repeat(4, axis=0), 3, axis=2)
+    back = Geometry.whole(16, 16, 4).image_back(ramp)
+    assert len(np.unique(back)) > 8
+    assert (np.diff(back[:, 2:14, 0].astype(int), axis=1) > 0).all()
+
+
 def test_mask_of_another_size_is_refused() -> None:
     for geometry in (Geometry.whole(10, 20, 8), Geometry(10, 20, 8, Box(2, 3, 4, 5), Box(2, 1, 4, 5))):
         with pytest.raises(ValueError, match=r"expected \(H, W\) = \(10, 20\), got \(20, 10\)"):
