@@ -29,6 +29,13 @@ ERROR_LIMIT = 200
 _JPEG_QUALITY = 88
 _MAX_STRIP_WIDTH = 690
 _UNKNOWN = "no label"
+_AREAS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image average precision",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel average precision",
+    "aupro_30": "AUPRO to 30 % FPR",
+}
 
 
 @dataclass
@@ -65,9 +72,11 @@ def write_report(
     )
     environment.filters["number"] = "{:.4g}".format
     environment.filters["score"] = _score
+    environment.filters["area"] = _area
     page = environment.get_template("report.html").render(
         record=record,
         metrics=metrics,
+        areas=_AREAS.items(),
         manifest=opened.manifest,
         certificate=opened.certificate,
         threshold=threshold,
@@ -124,3 +133,7 @@ def _gradient() -> str:
 
 def _score(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")  # "#" keeps the zeros: 0.6400, so that a column of scores lines up
+
+
+def _area(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
