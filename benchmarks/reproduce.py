@@ -23,13 +23,12 @@ from qfae_export.options import Options
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_runtime.metrics import Metrics
 from qfae_train.bmad import BENCHMARKS, Benchmark, benchmark_of_folder
-from qfae_train.checkpoint import Checkpoint, CheckpointError, save
+from qfae_train.checkpoint import Checkpoint, CheckpointError, read_parts, save
 from qfae_train.checkpoint import load as load_checkpoint
 from qfae_train.config import Config, load
 from qfae_train.evaluate import evaluate_checkpoint
 from qfae_train.fit import fit
 from qfae_train.official import is_official, open_checkpoint
-from qfae_train.checkpoint import read_parts
 from qfae_train.weight_files import WeightFiles, parse_weight_files
 
 PUBLISHED_SEEDS = "42,7,13,65,91"
@@ -37,7 +36,7 @@ MAIN_PATCH_SIZES = (16, 32, 56)
 
 
 def steps_of(benchmark: Benchmark, config: Config) -> list[Step]:
-    """Return what is measured on a data set: the preset itself; for LiverCT the three steps of Table 3, it being last."""
+    """Return what is measured on a data set: the preset itself, and before it, for LiverCT, the steps of Table 3."""
     if benchmark.name != "LiverCT":
         return [Step("preset", config)]
     coarse = dataclasses.replace(config, score=dataclasses.replace(config.score, patch_sizes=MAIN_PATCH_SIZES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ Example:
 @click.option("--backend", metavar="|".join(BACKENDS), help=f"What runs it.  [default: {Options.backend}]")
 @click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]")
 @click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]")
-@click.option("--no-maps", is_flag=True, help="Scores only: no heat maps, no pixel AUROC.")
+@click.option("--no-maps", is_flag=True, help="Scores only: no heat maps, no pixel metrics.")
 @click.option(
     "--save-maps", is_flag=True, help="Keep every anomaly map in maps/, float16 .npy in the image's own size."
 )
@@ -175,18 +175,24 @@ def _summary_text(summary: Summary) -> str:
     if counts.resumed:
         lines[0] += f"; {counts.resumed} had been done before"
     lines.append(f"self-test {summary.verdict.status}: {summary.verdict.summary}")
-    shown: list[tuple[str, Callable[[float], str]]] = [
-        ("image_auroc", "image AUROC {:.4f}".format),
-        ("pixel_auroc", "pixel AUROC {:.4f}".format),
-    ]
-    metrics = summary.metrics or {}
-    found = [text(metrics[key]) for key, text in shown if metrics.get(key) is not None]
-    if found:
-        lines.append(", ".join(found))
+    if summary.metrics:
+        lines += _metrics_lines(summary.metrics)
     if counts.errors:
         lines.append(f"{counts.errors} files could not be scored; see status and error in {folder.csv}")
     lines += [f"scores   {folder.csv}", f"report   {folder.report}   (open it in a browser)"]
     return "\n".join(lines)
+
+
+def _metrics_lines(metrics: dict[str, Any]) -> list[str]:
+    """Return the AUROCs that are defined, on one line, and the notes."""
+    found = []
+    for key, name in (("image_auroc", "image AUROC"), ("pixel_auroc", "pixel AUROC")):
+        if metrics[key] is not None:
+            interval = metrics["intervals_95"][key]
+            ends = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+            found.append(f"{name} {metrics[key]:.4f}{ends}")
+    text = ", ".join(found) + (" (95 % intervals)" if any("[" in one for one in found) else "")
+    return [*([text] if found else []), *(f"note: {note}" for note in metrics["notes"])]
 
 
 if __name__ == "__main__":

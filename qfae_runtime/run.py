@@ -23,13 +23,14 @@ from qfae_runtime.golden import golden_bytes, load_golden
 from qfae_runtime.hashing import sha256_of
 from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, label_of, scan
+from qfae_runtime.metrics import PixelMetrics
 from qfae_runtime.pipeline import Job, Outcome, Pipeline
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import Verdict, self_test
 from qfae_runtime.writers.folder import ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
-from qfae_runtime.writers.metrics import PixelRoc, compute_metrics
+from qfae_runtime.writers.metrics import compute_metrics
 from qfae_runtime.writers.records import OK, RowWriter, read_rows, write_csv
 from qfae_runtime.writers.report import write_report
 
@@ -152,7 +153,7 @@ class _Run:
         counts = Counts(total=len(self.jobs), resumed=done, done=done)
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
-        pixels = PixelRoc() if self._wants_pixels() and not done else None
+        pixels = PixelMetrics() if self._wants_pixels() and not done else None
         try:
             self._score(self.jobs[done:], counts, pixels, progress)
         except KeyboardInterrupt:
@@ -194,7 +195,7 @@ class _Run:
             jobs.append(Job(path, source, label, heatmap, saved))
         return jobs
 
-    def _score(self, jobs: list[Job], counts: Counts, pixels: PixelRoc | None, progress: Progress) -> None:
+    def _score(self, jobs: list[Job], counts: Counts, pixels: PixelMetrics | None, progress: Progress) -> None:
         threshold = self.opened.manifest.threshold
         pipeline = Pipeline(
             self.scorer,
@@ -221,9 +222,9 @@ class _Run:
 
     def _pixel_note(self, resumed: int) -> str | None:
         if not self.options.maps:
-            return "pixel_auroc needs the anomaly maps; run without --no-maps"
+            return "the pixel metrics need the anomaly maps; run without --no-maps"
         if resumed:
-            return "pixel_auroc needs every map in one run, and this one was resumed; run again with --overwrite"
+            return "the pixel metrics need every map in one run, and this one was resumed; run again with --overwrite"
         return None
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -270,10 +271,10 @@ class _Run:
         }
 
 
-def _count_pixels(outcome: Outcome, pixels: PixelRoc | None) -> None:
-    scored, truth = outcome.scored, outcome.picture.truth
-    if pixels is not None and truth is not None and scored is not None and scored.anomaly_map is not None:
-        pixels.add(scored.anomaly_map, truth)
+def _count_pixels(outcome: Outcome, pixels: PixelMetrics | None) -> None:
+    scored = outcome.scored
+    if pixels is not None and scored is not None and scored.anomaly_map is not None:
+        pixels.add(scored.anomaly_map, outcome.picture.truth)
 
 
 def _counts(counts: Counts) -> dict[str, int]:

@@ -43,6 +43,8 @@ class Split:
     """bool (N,)."""
     masks: Tensor
     """uint8 (N, S, S), 1 where anomalous; all zero for normal images and for anomalous ones without a mask."""
+    has_truth: Tensor
+    """bool (N,): the mask says where the image is anomalous. Not so for an anomalous image without a mask."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,12 +100,15 @@ def _read(
     size = spec.image_size
     images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     masks = np.zeros((len(paths), size, size), dtype=np.uint8)
+    has_truth = np.ones(len(paths), dtype=np.bool_)
 
     def read(number: int) -> None:
         prepared = preprocess(read_image(paths[number]).pixels, spec)
         images[number] = prepared.image
         if labels[number] == UNGOOD:
-            masks[number] = _mask(paths[number], prepared.geometry)
+            mask = _mask(paths[number], prepared.geometry)
+            has_truth[number] = mask is not None
+            masks[number] = 0 if mask is None else mask
 
     console = Console(stderr=True)
     quiet = quiet or not console.is_terminal
@@ -114,14 +119,14 @@ def _read(
     if (images == images[..., :1]).all():  # grey: a third of the memory
         images = np.ascontiguousarray(images[..., :1])
     anomalous = torch.tensor([label == UNGOOD for label in labels])
-    return Split(torch.from_numpy(images), anomalous, torch.from_numpy(masks))
+    return Split(torch.from_numpy(images), anomalous, torch.from_numpy(masks), torch.from_numpy(has_truth))
 
 
-def _mask(image: Path, geometry: Geometry) -> UInt8 | int:
-    """Return the mask beside an image, uint8 (S, S) of 0 and 1, or 0 where there is none."""
+def _mask(image: Path, geometry: Geometry) -> UInt8 | None:
+    """Return the mask beside an image, uint8 (S, S) of 0 and 1, or None where there is none."""
     path = mask_path_for(image)
     if path is None:
-        return 0
+        return None
     mask = read_mask(path)
     if mask.shape != (geometry.height, geometry.width):
         raise DataError(

@@ -54,7 +54,22 @@ def evaluate_command(rest: tuple[str, ...], as_json: bool, **given: Any) -> None
             result = evaluate_checkpoint(**options, say=lambda line: click.echo(line, err=True))
     except QfaeError as error:
         fail(PROGRAM, error)
-    click.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False) if as_json else result.text())
+    values = result.to_dict()
+    click.echo(json.dumps(values, indent=2, allow_nan=False) if as_json else "\n".join(_lines(values)))
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+    """Return a line per metric with its 95 % interval, the counts, and why something is undefined."""
+    from qfae_runtime.metrics import TITLES
+
+    lines = []
+    for name, title in TITLES.items():
+        value, ends = values[name], values["intervals_95"].get(name)
+        interval = f"   95 % interval {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
+        lines.append(f"{title:<18} {'undefined' if value is None else f'{value:.4f}{interval}'}")
+    counts = values["counts"]
+    lines.append(f"{counts['good']} good and {counts['ungood']} Ungood images, every one counted")
+    return [*lines, *(f"note: {note}" for note in values["notes"])]
 
 
 def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qfae_runtime.errors import OutputError
+from qfae_runtime.metrics import TITLES
 from qfae_train.config import Config
 from qfae_train.evaluate import evaluate_checkpoint
 from qfae_train.fit import fit
-
-SHOWN = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro_30")
-"""Results whose mean and standard deviation are told, as `evaluate.Evaluation` names them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Summary:
     def statistics(self) -> dict[str, dict[str, float]]:
         """Return mean and sample standard deviation of each result that every seed has."""
         found = {}
-        for name in SHOWN:
+        for name in TITLES:
             values = [run["test"][name] for run in self.runs]
             if all(value is not None for value in values):
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -39,13 +37,15 @@ class Summary:
         return found
 
     def text(self) -> str:
-        """Return a line per seed and one of means and standard deviations, in percent."""
+        """Return a line per seed, and one per metric with mean and standard deviation, in percent."""
         lines = []
         for run in self.runs:
-            shown = [f"{name} {100 * run['test'][name]:.2f}" for name in SHOWN if run["test"][name] is not None]
-            lines.append(f"seed {run['seed']}: {', '.join(shown) or '; '.join(run['test']['notes'])}")
+            test = run["test"]
+            shown = [f"{title} {100 * test[name]:.2f}" for name, title in TITLES.items() if test[name] is not None]
+            lines.append(f"seed {run['seed']}: {', '.join(shown) or '; '.join(test['notes'])}")
         for name, one in self.statistics().items():
-            lines.append(f"{name}: {100 * one['mean']:.2f} +- {100 * one['std']:.2f} over {len(self.runs)} seeds")
+            spread = f"{100 * one['mean']:.2f} ± {100 * one['std']:.2f}"
+            lines.append(f"{TITLES[name]}: {spread} over {len(self.runs)} seeds")
         return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.hashing import sha256_of

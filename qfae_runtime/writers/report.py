@@ -17,6 +17,7 @@ from PIL import Image
 
 from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.layout import GOOD, UNGOOD
+from qfae_runtime.metrics import TITLES
 from qfae_runtime.pipeline import Job
 from qfae_runtime.writers import histogram
 from qfae_runtime.writers.colours import colour_table
@@ -64,9 +65,11 @@ def write_report(
     )
     environment.filters["number"] = "{:.4g}".format
     environment.filters["score"] = _score
+    environment.filters["area"] = _area
     page = environment.get_template("report.html").render(
         record=record,
         metrics=metrics,
+        areas=TITLES.items(),
         manifest=opened.manifest,
         certificate=opened.certificate,
         threshold=threshold,
@@ -122,3 +125,7 @@ def _gradient() -> str:
 
 def _score(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")  # "#" keeps the zeros: 0.6400, so that a column of scores lines up
+
+
+def _area(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

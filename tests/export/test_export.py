@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 import qfae_export.export
-from qfae_export.export import Exported, ExportError, Options, ParityError, export
+from qfae_export.export import Exported, Options, ParityError, export
 from qfae_export.options import is_plain_name
 from qfae_runtime.engines import open_engine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, UsageError

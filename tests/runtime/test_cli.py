@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,21 @@ def test_summary_as_json_and_quiet(tmp_path: Path, dataset: Path, engine_path: P
     assert values["metrics"]["image_auroc"] == 1.0
     shown = qfae_run(dataset, "--engine", engine_path, "--out", tmp_path / "out2", "--quiet")
     assert (shown.exit_code, shown.output) == (0, "")
+
+
+def test_summary_shows_intervals_and_says_what_is_undefined(tmp_path: Path, dataset: Path, engine_path: Path) -> None:
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", tmp_path / "out")
+    number = r"[01]\.\d{4}"
+    line = rf"image AUROC 1.0000 \[1.0000, 1.0000\], pixel AUROC {number} \[{number}, {number}\] \(95 % intervals\)"
+    assert re.fullmatch(line, shown.stdout.splitlines()[2])
+    assert shown.stdout.splitlines()[3].startswith("note: every resample gives the same image_auroc and image_ap")
+    shown = qfae_run(dataset / "good", "--engine", engine_path, "--out", tmp_path / "good")
+    assert shown.stdout.splitlines()[2] == (
+        "note: image_auroc and image_ap are undefined: all 6 scored images are normal, and it takes both normal and "
+        "anomalous ones"
+    )
+    assert "AUROC" not in shown.stdout
+    assert "nan" not in (shown.stdout + (tmp_path / "good" / "metrics.json").read_text()).lower()
 
 
 def test_module_runs_as_a_program(tmp_path: Path, dataset: Path, engine_path: Path) -> None:

@@ -220,6 +220,21 @@ def test_report_is_one_file_sorted_and_offline(dataset: Path, engine_path: Path,
     assert "0 to the 99.9th percentile on the engine&#39;s 5 golden images" in text
 
 
+def test_report_shows_areas_with_their_intervals(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    summary = execute(Options((dataset,), engine_path, tmp_path / "out"))
+    assert summary.metrics is not None
+    text = (tmp_path / "out" / "report.html").read_text()
+    for key, name in (("pixel_auroc", "pixel AUROC"), ("aupro_30", "AUPRO to 30 % FPR")):
+        low, high = summary.metrics["intervals_95"][key]
+        assert f"<b>{summary.metrics[key]:.4f}</b><span>{name}<br>95 %: {low:.4f} to {high:.4f}</span>" in text
+    assert "95 % intervals from 1000 bootstrap resamples of the images." in text
+    execute(Options((dataset / "good",), engine_path, tmp_path / "good"))
+    text = (tmp_path / "good" / "report.html").read_text()
+    assert "<b>–</b><span>image AUROC</span>" in text
+    assert "all 6 scored images are normal" in text
+    assert "95 %" not in text
+
+
 def test_report_escapes_file_names(engine_path: Path, tmp_path: Path) -> None:
     name = "<script>alert(1)</script> & \"'.png".replace("/", "_")
     write_png(tmp_path / "in" / name, np.zeros((8, 8), np.uint8))

@@ -50,11 +50,13 @@ def test_a_whole_run_without_torch(engine_path: Path, dataset: Path, tmp_path: P
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_scikit_learn_is_not_imported_without_labels(engine_path: Path, dataset: Path, tmp_path: Path) -> None:
+def test_neither_scikit_learn_nor_scipy_is_imported_without_labels(
+    engine_path: Path, dataset: Path, tmp_path: Path
+) -> None:
     script = (
         "import sys; from qfae_runtime.cli import main\n"
         "try: main(sys.argv[1:])\n"
-        "finally: print('sklearn' in sys.modules)"
+        "finally: print('sklearn' in sys.modules or 'scipy' in sys.modules)"
     )
     image = dataset / "good" / "img" / "0.png"
     done = subprocess.run(

@@ -37,7 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     weights = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if mask is not None:
         weights = weights.masked_fill(~mask, -torch.inf)
-    return weights.softmax(dim=-1) @ v
+    attended: Tensor = weights.softmax(dim=-1) @ v
+    return attended
 
 
 class Reference:

@@ -105,6 +105,8 @@ def test_variants_of_the_layout(images: str, masks: str, folder: str, tmp_path: 
     assert split.anomalous.tolist() == [True, True, False]
     assert split.masks.dtype == torch.uint8
     assert [int(mask.sum()) > 0 for mask in split.masks] == [False, True, False]
+    # A normal image needs no mask; an anomalous one without a mask says nothing about its pixels.
+    assert split.has_truth.tolist() == [False, True, True]
 
 
 def test_masks_are_zero_and_one_and_lie_on_their_images(tmp_path: Path) -> None:
