@@ -16,6 +16,8 @@ from qfae_runtime.metrics import Metrics
 from qfae_train.config import Config
 
 NOT_MEASURED = "-"
+_FILE_WIDTH = 140
+"""Columns where there is no terminal: no row is wrapped."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def table_3(results: list[Measured]) -> Table:
 def print_tables(results: list[Measured]) -> None:
     """Print both tables, and how far the engines' scores lie from PyTorch's."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     console.print(table_3(results))
     console.print(table_7(results))
     for one in results:

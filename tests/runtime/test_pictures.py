@@ -224,7 +224,7 @@ def test_report_shows_areas_with_their_intervals(dataset: Path, engine_path: Pat
     summary = execute(Options((dataset,), engine_path, tmp_path / "out"))
     assert summary.metrics is not None
     text = (tmp_path / "out" / "report.html").read_text()
-    for key, name in (("pixel_auroc", "pixel AUROC"), ("aupro_30", "AUPRO to 30 % FPR")):
+    for key, name in (("pixel_auroc", "pixel AUROC"), ("aupro_30", "AUPRO at 30 % FPR")):
         low, high = summary.metrics["intervals_95"][key]
         assert f"<b>{summary.metrics[key]:.4f}</b><span>{name}<br>95 %: {low:.4f} to {high:.4f}</span>" in text
     assert "95 % intervals from 1000 bootstrap resamples of the images." in text
