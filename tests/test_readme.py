@@ -12,12 +12,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from demo.dataset import items, write
 from demo.spread import with_results
 from qfae_runtime.cli import run_command
-from qfae_train.config import Backbone, Perceptual
+from qfae_train.config import Backbone, Perceptual, load
+from tests.benchmarks.test_reproduce import tree
 from tests.commands import ROOT, run
+from tests.train.made_up import DINOV2, MAE, made_up
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEW = {("train", "good"): 8, ("valid", "good"): 3, ("valid", "Ungood"): 3, ("test", "good"): 3, ("test", "Ungood"): 3}
@@ -41,8 +44,8 @@ def test_no_command_is_left_untested() -> None:
 
 
 def test_train_export_run(tmp_path: Path) -> None:
-    [activate], [build], [train] = commands("."), commands("python"), commands("qfae-train")
-    [export], [score] = commands("qfae-export"), commands("qfae-run")
+    [activate], [build], [score] = commands("."), commands("python"), commands("qfae-run")
+    train, export = commands("qfae-train")[0], commands("qfae-export")[0]
     assert activate == [".", ".venv/bin/activate"]
     assert run(*build, "--splits", "valid", cwd=tmp_path).returncode == 0
     shutil.rmtree(tmp_path / "build/demo/data/valid")
@@ -68,14 +71,74 @@ def test_train_export_run(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "demo-train"])
+def test_the_published_models(tmp_path: Path) -> None:
+    """The commands as they stand, but for the preset's 700 million weights, in whose place a small model is named."""
+    (tmp_path / "small.toml").write_text(SMALL_TOML, encoding="utf-8")
+    tree(tmp_path / "BMAD/Brain", train=4, masks="label", images="img")
+    made = made_up(tmp_path, load(tmp_path / "small.toml"))
+    files = ["--perceptual-weights", str(made.files.perceptual)]
+    save_file({name.removeprefix("encoders.0.model."): tensor for name, tensor in made.state.items()
+               if ".model." in name}, tmp_path / "encoder.safetensors")  # fmt: skip
+    encoder = ["--backbone-weights", f"{DINOV2}={tmp_path / 'encoder.safetensors'}"]
+
+    def small(words: list[str], *more: str) -> list[str]:
+        at = words.index("--preset")
+        assert words[at + 1] == "brats"
+        return [*words[:at], "--config", "small.toml", *words[at + 2 :], *more]
+
+    export, (evaluate, seeds) = commands("qfae-export")[1], commands("qfae-train")[1:3]
+    for words in (small(export, *files), small(evaluate, *files), small(seeds, *files, *encoder, "--batch-size", "4")):
+        done = run(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "last_ckpt.onnx").is_file()
+    assert json.loads((tmp_path / "runs/brats/brats.seeds.json").read_text(encoding="utf-8"))["statistics"]
+    assert ["make", "reproduce", "DATA=BMAD"] in commands("make")  # tests/benchmarks/test_reproduce.py runs it
+
+
+SMALL_TOML = f"""
+[model]
+image_size = 112
+hidden_states = [-1]
+encoders = [{{ timm = "{DINOV2}", patch_size = 14, args = {{ embed_dim = 48, depth = 2, num_heads = 3 }} }}]
+[model.qformer]
+dim = 48
+queries = 196
+heads = 4
+cross_head_dim = 8
+[model.decoder]
+dim = 48
+depth = 1
+heads = 3
+[perceptual]
+timm = "{MAE}"
+args = {{ embed_dim = 48, depth = 2, num_heads = 3 }}
+[loss]
+patch_sizes = [28, 56]
+blocks = [1, 2]
+[score]
+patch_sizes = [16, 28]
+blocks = [1, 2]
+[train]
+epochs = 1
+workers = 0
+"""
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "demo-train", "reproduce"])
 def test_make_knows_its_targets(target: str) -> None:
     """`make test` runs this very test and tests/test_road.py runs the demo's program; here, that make calls them."""
-    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
-    expected = {"demo": "python -m demo.run", "test": "bin/pytest", "demo-train": "qfae-train --preset demo"}
+    done = subprocess.run(
+        ["make", "--dry-run", target, "DATA=BMAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    expected = {
+        "demo": "python -m demo.run",
+        "test": "bin/pytest",
+        "demo-train": "qfae-train --preset demo",
+        "reproduce": 'python -m benchmarks.reproduce --data "BMAD"',
+    }
     assert done.returncode == 0, done.stderr
     assert expected[target] in done.stdout
-    assert target == "demo-train" or ["make", target] in commands("make")
+    assert target == "demo-train" or target in {words[1] for words in commands("make")}
 
 
 def test_pip_install(tmp_path: Path) -> None:
