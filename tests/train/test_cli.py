@@ -72,7 +72,8 @@ def toml(weights: Path, tmp_path: Path) -> Path:
 def test_help_ends_with_the_example_and_shows_each_option() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert result.output.rstrip().endswith("qfae-train --preset brats --data BMAD/Brain --out runs/brats/brats.pt")
+    assert "  qfae-train --preset brats --data BMAD/Brain --out runs/brats/brats.pt\n" in result.output
+    assert result.output.rstrip().endswith("qfae-train evaluate --ckpt runs/brats/brats.pt --data BMAD/Brain")
     own = ["preset", "config", "data", "out", "resume", "overwrite", "device", "version", "help"]
     for option in [*own, *(spec.name for spec in dataclasses.fields(Train))]:
         assert f"--{option.replace('_', '-')}" in result.output
@@ -95,7 +96,7 @@ def test_every_fault_at_once() -> None:
         "qfae-train: --epoch: no such option; did you mean --epochs?",
         "qfae-train: '3': unexpected; everything is named by an option",
     ]
-    assert lines[2].startswith("qfae-train: --preset: got 'nosuch', accepted are demo")
+    assert lines[2].startswith("qfae-train: --preset: got 'nosuch', accepted are brats, brats-dual, demo")
     assert lines[3:] == [
         "qfae-train: --data: missing; name the data set's folder",
         "qfae-train: --out: missing; name the checkpoint to write",
@@ -109,12 +110,15 @@ def test_every_fault_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("given", [[], ["--preset", "demo", "--config", "my.toml"]])
-def test_one_configuration_is_needed(given: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [([], "give one of them"), (["--preset", "demo", "--config", "my.toml"], "give one of them, not both")],
+)
+def test_one_configuration_is_needed(given: list[str], fault: str, tmp_path: Path) -> None:
     result = invoke(*given, "--data", tmp_path, "--out", tmp_path, "--epochs", "0")
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
-        "qfae-train: --preset, --config: give one of them",
+        f"qfae-train: --preset, --config: {fault}",
         f"qfae-train: --out: {tmp_path} is a folder; name a file, such as {tmp_path / 'model.pt'}",
         "qfae-train: train.epochs: got 0; it must be above 0",
         "Try 'qfae-train --help'.",
