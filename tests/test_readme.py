@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from demo.dataset import items, write
 from demo.spread import with_results
 from qfae_runtime.cli import run_command
-from qfae_train.config import Backbone, Perceptual, load
+from qfae_train.config import Backbone, Perceptual
 from tests.benchmarks.test_reproduce import tree
 from tests.commands import ROOT, run
-from tests.train.made_up import DINOV2, MAE, made_up
+from tests.train.made_up import DINOV2, config, made_up, toml
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEW = {("train", "good"): 8, ("valid", "good"): 3, ("valid", "Ungood"): 3, ("test", "good"): 3, ("test", "Ungood"): 3}
@@ -73,9 +73,9 @@ def test_train_export_run(tmp_path: Path) -> None:
 
 def test_the_published_models(tmp_path: Path) -> None:
     """The commands as they stand, but for the preset's 700 million weights, in whose place a small model is named."""
-    (tmp_path / "small.toml").write_text(SMALL_TOML, encoding="utf-8")
+    made = made_up(tmp_path, config(train={"epochs": 1, "workers": 0}, score={"patch_sizes": [16, 28]}))
+    (tmp_path / "small.toml").write_text(toml(made.config), encoding="utf-8")
     tree(tmp_path / "BMAD/Brain", train=4, masks="label", images="img")
-    made = made_up(tmp_path, load(tmp_path / "small.toml"))
     files = ["--perceptual-weights", str(made.files.perceptual)]
     save_file({name.removeprefix("encoders.0.model."): tensor for name, tensor in made.state.items()
                if ".model." in name}, tmp_path / "encoder.safetensors")  # fmt: skip
@@ -93,35 +93,6 @@ def test_the_published_models(tmp_path: Path) -> None:
     assert (tmp_path / "last_ckpt.onnx").is_file()
     assert json.loads((tmp_path / "runs/brats/brats.seeds.json").read_text(encoding="utf-8"))["statistics"]
     assert ["make", "reproduce", "DATA=BMAD"] in commands("make")  # tests/benchmarks/test_reproduce.py runs it
-
-
-SMALL_TOML = f"""
-[model]
-image_size = 112
-hidden_states = [-1]
-encoders = [{{ timm = "{DINOV2}", patch_size = 14, args = {{ embed_dim = 48, depth = 2, num_heads = 3 }} }}]
-[model.qformer]
-dim = 48
-queries = 196
-heads = 4
-cross_head_dim = 8
-[model.decoder]
-dim = 48
-depth = 1
-heads = 3
-[perceptual]
-timm = "{MAE}"
-args = {{ embed_dim = 48, depth = 2, num_heads = 3 }}
-[loss]
-patch_sizes = [28, 56]
-blocks = [1, 2]
-[score]
-patch_sizes = [16, 28]
-blocks = [1, 2]
-[train]
-epochs = 1
-workers = 0
-"""
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "demo-train", "reproduce"])

@@ -13,37 +13,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from tests.commands import run
-from tests.train.made_up import DINO, DINOV2, MAE, SMALL, MadeUp, config, images, made_up
+from tests.train.made_up import DINO, DINOV2, MAE, SMALL, MadeUp, config, images, made_up, toml
 
 SCORE_ABSOLUTE = 2e-5
-
-TOML = f"""
-[model]
-image_size = 112
-hidden_states = [-1, -3]
-encoders = [
-    {{ timm = "{DINOV2}", patch_size = 14, args = {{ embed_dim = 48, depth = 4, num_heads = 3 }} }},
-    {{ timm = "{DINO}", patch_size = 8, args = {{ embed_dim = 48, depth = 4, num_heads = 3 }} }},
-]
-[model.qformer]
-dim = 48
-queries = 196
-heads = 4
-cross_head_dim = 8
-[model.decoder]
-dim = 36
-depth = 2
-heads = 3
-[perceptual]
-timm = "{MAE}"
-args = {{ embed_dim = 48, depth = 4, num_heads = 3 }}
-[loss]
-patch_sizes = [14, 28]
-blocks = [3, 4]
-[score]
-patch_sizes = [16, 28, 56]
-blocks = [2, 3, 4]
-"""
 
 SIZES = ((112, 112), (240, 240), (300, 150), (64, 200))
 
@@ -58,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeUp:
 
 
 def test_from_the_authors_checkpoint_to_scores(made: MadeUp, tmp_path: Path) -> None:
-    (tmp_path / "my.toml").write_text(TOML, encoding="utf-8")
+    (tmp_path / "my.toml").write_text(toml(made.config), encoding="utf-8")
     (tmp_path / "scans").mkdir()
     resized = []
     for number, (height, width) in enumerate(SIZES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,26 @@ def config(size: int = 112, **sections: dict[str, Any]) -> Config:
     for name, section in sections.items():
         tables[name] = {**tables.get(name, {}), **section}
     return from_dict(tables)
+
+
+def toml(config: Config) -> str:
+    """The configuration as a user would write it."""
+
+    def value(one: Any) -> str:
+        if isinstance(one, dict):
+            return "{ " + ", ".join(f"{key} = {value(item)}" for key, item in one.items()) + " }"
+        if isinstance(one, list):
+            return "[" + ", ".join(value(item) for item in one) + "]"
+        return json.dumps(one)
+
+    def table(name: str, entries: dict[str, Any]) -> list[str]:
+        below = {key: one for key, one in entries.items() if isinstance(one, dict) and key != "args"}
+        lines = [f"[{name}]", *(f"{key} = {value(one)}" for key, one in entries.items() if key not in below)]
+        for key, one in below.items():
+            lines += table(f"{name}.{key}", one)
+        return lines
+
+    return "\n".join(line for name, entries in config.to_dict().items() for line in table(name, entries)) + "\n"
 
 
 ARCHITECTURES: dict[str, Config] = {

@@ -11,6 +11,7 @@ import pytest
 from qfae_runtime.preprocess import PreprocessSpec
 from qfae_train.config import ConfigError, differences, from_dict, load, presets
 
+from .made_up import ARCHITECTURES, toml
 from .tiny import SIZE, TIMM, config, table
 
 
@@ -39,6 +40,13 @@ def test_round_trip_through_plain_tables_and_json() -> None:
         plain = original.to_dict()
         assert from_dict(plain) == original
         assert from_dict(json.loads(json.dumps(plain))) == original
+
+
+def test_a_toml_file_of_everything_gives_the_same_configuration(tmp_path: Path) -> None:
+    for name, original in ARCHITECTURES.items():
+        path = tmp_path / "my.toml"
+        path.write_text(toml(original), encoding="utf-8")
+        assert load(path) == original, name
 
 
 def test_defaults_are_the_published_method() -> None:
