@@ -242,8 +242,10 @@ class _Run:
             "save_maps": options.save_maps,
             "threshold": threshold.value if threshold else None,
             "labels_sha256": sha256_of(options.labels) if options.labels else None,
+            "root": str(self.found.root),
             "inputs": len(self.sources),
             "inputs_sha256": _digest_of_list(self.sources),
+            "inputs_state_sha256": _digest_of_list([_state_of(path) for path in self.found.images]),
         }
 
     def _record(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -290,6 +292,15 @@ def _counts(counts: Counts) -> dict[str, int]:
 def _digest_of_list(sources: list[str]) -> str:
     text = "\0".join(sources).encode("utf-8", errors="surrogateescape")
     return hashlib.sha256(text).hexdigest()
+
+
+def _state_of(path: Path) -> str:
+    # Size and time of change instead of the content: a run must not read its inputs twice to find them unchanged.
+    try:
+        status = path.stat()
+    except OSError:
+        return "none"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _now() -> str:

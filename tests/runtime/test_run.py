@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from qfae_runtime.errors import OutputError
-from qfae_runtime.run import Options, Summary, execute
+from qfae_runtime.run import Options, Summary, execute, find_inputs
 
 from .conftest import write_png
 from .test_cli import qfae_run
@@ -230,6 +230,40 @@ def test_resume_refuses_another_run_and_says_what_changed(dataset: Path, engine_
         run(dataset, engine_path, out, resume=True)
     (out / "run.json").unlink()
     with pytest.raises(OutputError, match=r"run\.json: missing or damaged, so the run cannot be resumed"):
+        run(dataset, engine_path, out, resume=True)
+
+
+def test_resume_refuses_another_folder_with_the_same_names(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    run(dataset, engine_path, out)
+    before = (out / "scores.jsonl").read_bytes()
+    shutil.copytree(dataset, other)
+    with pytest.raises(OutputError) as caught:
+        run(other, engine_path, out, resume=True)
+    assert f"  root: was {str(dataset)!r}, now {str(other)!r}\n" in str(caught.value)
+    assert str(caught.value).endswith(
+        "repeat the options of the first run on the same files in the same place, or start afresh with --overwrite"
+    )
+    assert (out / "scores.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["size", "time", "gone"])
+def test_resume_refuses_inputs_that_have_changed(
+    dataset: Path, engine_path: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, image = tmp_path / "out", dataset / "good" / "img" / "0.png"
+    run(dataset, engine_path, out)
+    status = image.stat()
+    if change == "size":
+        image.write_bytes(image.read_bytes() + b"more")
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif change == "time":
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    else:  # between the search for images and the look at them
+        found = find_inputs(Options((dataset,), engine_path, out))
+        monkeypatch.setattr("qfae_runtime.run.find_inputs", lambda _: found)
+        image.unlink()
+    with pytest.raises(OutputError, match="inputs_state_sha256: the size or time of change of an input is not what"):
         run(dataset, engine_path, out, resume=True)
 
 
