@@ -172,7 +172,11 @@ def _summary_text(summary: Summary) -> str:
     counts, folder = summary.counts, summary.folder
     new = counts.done - counts.resumed
     lines = [f"{new} images in {summary.seconds:.1f} s ({new / summary.seconds:.1f} a second)"]
-    if counts.resumed:
+    if summary.nothing_left:
+        lines = [
+            f"nothing was left to do: all {counts.total} images had been scored before; the results are as they were"
+        ]
+    elif counts.resumed:
         lines[0] += f"; {counts.resumed} had been done before"
     lines.append(f"self-test {summary.verdict.status}: {summary.verdict.summary}")
     if summary.metrics:

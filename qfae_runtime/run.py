@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class Summary:
     seconds: float
     metrics: dict[str, Any] | None
     verdict: Verdict
+    nothing_left: bool = False  # the run in the folder was finished, and nothing was written
 
 
 Progress = Callable[[Counts], None]
@@ -148,14 +149,18 @@ class _Run:
         fingerprint = self._fingerprint()
         folder.prepare(overwrite=options.overwrite, resume=options.resume)
         done = folder.finished_sources(fingerprint, self.sources) if options.resume else 0
-        record = self._record(fingerprint)
-        folder.write_json(folder.run, {**record, "status": "running"})
         counts = Counts(total=len(self.jobs), resumed=done, done=done)
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
-        pixels = PixelMetrics() if self._wants_pixels() and not done else None
+        if done == len(self.jobs) and folder.is_finished():
+            return Summary(
+                folder, counts, time.perf_counter() - start, folder.read_metrics(), self.verdict, nothing_left=True
+            )
+        record = self._record(fingerprint)
+        folder.write_json(folder.run, {**record, "status": "running"})
+        pixels = PixelMetrics() if self._wants_pixels() else None
         try:
-            self._score(self.jobs[done:], counts, pixels, progress)
+            self._score(done, counts, pixels, progress)
         except KeyboardInterrupt:
             folder.write_json(folder.run, {**record, "status": "interrupted", "counts": _counts(counts)})
             raise RunInterruptedError(
@@ -164,7 +169,7 @@ class _Run:
             ) from None
         scored_seconds = time.perf_counter() - start
         write_csv(folder.jsonl, folder.csv)
-        metrics = compute_metrics(read_rows(folder.jsonl), pixels, self._pixel_note(done))
+        metrics = compute_metrics(read_rows(folder.jsonl), pixels, self._pixel_note())
         if metrics is not None:
             folder.write_json(folder.metrics, metrics)
         record |= {
@@ -195,7 +200,13 @@ class _Run:
             jobs.append(Job(path, source, label, heatmap, saved))
         return jobs
 
-    def _score(self, jobs: list[Job], counts: Counts, pixels: PixelMetrics | None, progress: Progress) -> None:
+    def _score(self, finished: int, counts: Counts, pixels: PixelMetrics | None, progress: Progress) -> None:
+        """Score and write the files after the `finished` ones, whose maps are made again if `pixels` must count them.
+
+        All of them are, in the batches of an uninterrupted run: the last digits of a map depend on its batch.
+        """
+        again = finished if pixels is not None else 0
+        jobs = [replace(job, heatmap=None, saved_map=None) for job in self.jobs[:again]] + self.jobs[finished:]
         threshold = self.opened.manifest.threshold
         pipeline = Pipeline(
             self.scorer,
@@ -208,10 +219,11 @@ class _Run:
         try:
             # closing(): an interruption ends the pipeline's threads before anything else is written.
             with closing(pipeline.run(jobs)) as outcomes:
-                for outcome in outcomes:
-                    rows.write(outcome.row)
-                    counts.done += 1
-                    counts.errors += outcome.row.status != OK
+                for number, outcome in enumerate(outcomes):
+                    if number >= again:
+                        rows.write(outcome.row)
+                        counts.done += 1
+                        counts.errors += outcome.row.status != OK
                     _count_pixels(outcome, pixels)
                     progress(counts)
         finally:
@@ -220,12 +232,8 @@ class _Run:
     def _wants_pixels(self) -> bool:
         return self.options.maps and any(job.label is not None for job in self.jobs)
 
-    def _pixel_note(self, resumed: int) -> str | None:
-        if not self.options.maps:
-            return "the pixel metrics need the anomaly maps; run without --no-maps"
-        if resumed:
-            return "the pixel metrics need every map in one run, and this one was resumed; run again with --overwrite"
-        return None
+    def _pixel_note(self) -> str | None:
+        return None if self.options.maps else "the pixel metrics need the anomaly maps; run without --no-maps"
 
     def _fingerprint(self) -> dict[str, Any]:
         """Everything that decides what the rows hold: a run is resumed only if all of it is unchanged."""

@@ -96,6 +96,28 @@ class ResultsFolder:
             return {}
         return stored if isinstance(stored, dict) else {}
 
+    def is_finished(self) -> bool:
+        """Say whether the run in this folder came to its end and its files are all there, metrics.json apart."""
+        whole = all(path.is_file() for path in (self.csv, self.jsonl, self.report))
+        return whole and self.read_run().get("status") == "done"
+
+    def read_metrics(self) -> dict[str, Any] | None:
+        """Return metrics.json; None when there is none.
+
+        Raises:
+            OutputError: it is illegible.
+
+        """
+        try:
+            stored = json.loads(self.metrics.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise OutputError(f"{self.metrics}: cannot be read or is damaged; start afresh with --overwrite")
+        return stored
+
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Write one JSON file of this folder, atomically."""
         self.write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

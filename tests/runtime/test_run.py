@@ -1,28 +1,22 @@
-"""Whole runs: what is written, what survives damage, resuming, and interruption."""
+"""Whole runs: what is written, what survives damage."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from qfae_runtime.errors import OutputError
-from qfae_runtime.run import Options, Summary, execute, find_inputs
+from qfae_runtime.run import Options, Summary, execute
 
 from .conftest import write_png
 from .test_cli import qfae_run
-from .tiny import SIZE, edit_manifest
+from .tiny import edit_manifest
 
 
 def run(images: Path, engine: Path, out: Path, **options: Any) -> Summary:
@@ -188,97 +182,6 @@ def test_output_inside_the_input_is_not_scored(dataset: Path, engine_path: Path)
     assert len(table(dataset / "results")) == 12
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"source": "good/img', b"{}"])
-@pytest.mark.parametrize("kept", [0, 1, 7, 12])
-def test_resume_goes_on_after_a_torn_line(
-    dataset: Path, engine_path: Path, tmp_path: Path, kept: int, torn: bytes
-) -> None:
-    damage(dataset)
-    out = tmp_path / "out"
-    run(dataset, engine_path, tmp_path / "whole", maps=False)
-    shutil.copytree(tmp_path / "whole", out)
-    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "scores.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
-    (out / "scores.csv").unlink()
-    summary = run(dataset, engine_path, out, maps=False, resume=True)
-    assert (summary.counts.resumed, summary.counts.done, summary.counts.errors) == (kept, 15, 3)
-    for name in ("scores.csv", "scores.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_resume_of_nothing_starts(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    assert run(dataset, engine_path, tmp_path / "out", resume=True).counts.done == 12
-
-
-def test_resumed_run_says_why_pixel_auroc_is_missing(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    run(dataset, engine_path, tmp_path / "out")
-    summary = run(dataset, engine_path, tmp_path / "out", resume=True)
-    assert summary.metrics is not None
-    assert summary.metrics["pixel_auroc"] is None
-    assert "this one was resumed; run again with --overwrite" in summary.metrics["notes"][0]
-
-
-def test_resume_refuses_another_run_and_says_what_changed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(dataset, engine_path, out)
-    with pytest.raises(OutputError) as caught:
-        run(dataset, engine_path, out, resume=True, maps=False, batch_size=3)
-    assert "maps: was True, now False" in str(caught.value)
-    assert "batch_size: was 16, now 3" in str(caught.value)
-    (dataset / "good" / "img" / "0.png").unlink()
-    with pytest.raises(OutputError, match="inputs: was 12, now 11"):
-        run(dataset, engine_path, out, resume=True)
-    (out / "run.json").unlink()
-    with pytest.raises(OutputError, match=r"run\.json: missing or damaged, so the run cannot be resumed"):
-        run(dataset, engine_path, out, resume=True)
-
-
-def test_resume_refuses_another_folder_with_the_same_names(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    out, other = tmp_path / "out", tmp_path / "other"
-    run(dataset, engine_path, out)
-    before = (out / "scores.jsonl").read_bytes()
-    shutil.copytree(dataset, other)
-    with pytest.raises(OutputError) as caught:
-        run(other, engine_path, out, resume=True)
-    assert f"  root: was {str(dataset)!r}, now {str(other)!r}\n" in str(caught.value)
-    assert str(caught.value).endswith(
-        "repeat the options of the first run on the same files in the same place, or start afresh with --overwrite"
-    )
-    assert (out / "scores.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("change", ["size", "time", "gone"])
-def test_resume_refuses_inputs_that_have_changed(
-    dataset: Path, engine_path: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, image = tmp_path / "out", dataset / "good" / "img" / "0.png"
-    run(dataset, engine_path, out)
-    status = image.stat()
-    if change == "size":
-        image.write_bytes(image.read_bytes() + b"more")
-        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
-    elif change == "time":
-        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    else:  # between the search for images and the look at them
-        found = find_inputs(Options((dataset,), engine_path, out))
-        monkeypatch.setattr("qfae_runtime.run.find_inputs", lambda _: found)
-        image.unlink()
-    with pytest.raises(OutputError, match="inputs_state_sha256: the size or time of change of an input is not what"):
-        run(dataset, engine_path, out, resume=True)
-
-
-def test_damaged_rows_are_not_resumed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(dataset, engine_path, out)
-    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "scores.jsonl").write_bytes(b"".join([lines[0], b"nonsense\n", *lines[2:]]))
-    with pytest.raises(OutputError, match=r"line 2 is no row of qfae-run"):
-        run(dataset, engine_path, out, resume=True)
-    (out / "scores.jsonl").write_bytes(b"".join([lines[1], lines[0]]))
-    with pytest.raises(OutputError, match="row 1 is of another file"):
-        run(dataset, engine_path, out, resume=True)
-
-
 def test_folder_that_cannot_be_written(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\); choose another --out"):
@@ -322,32 +225,3 @@ def test_score_that_is_not_finite_becomes_an_error_row(
     summary = run(dataset, engine_path, tmp_path / "out")
     assert summary.counts.errors == 1
     assert "not finite (nan)" in table(tmp_path / "out")[3]["error"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_leaves_whole_rows_and_can_be_resumed(engine_path: Path, tmp_path: Path) -> None:
-    images, out = tmp_path / "many", tmp_path / "out"
-    images.mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(images / "0.png")
-    for number in range(1, 160):
-        shutil.copy(images / "0.png", images / f"{number}.png")
-    command = [sys.executable, "-m", "qfae_runtime.cli", str(images), "--engine", str(engine_path), "--batch-size", "4"]
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
-    rows = out / "scores.jsonl"
-    deadline = time.monotonic() + 240
-    while not (rows.exists() and rows.stat().st_size > 2000) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130, errors
-    assert "of 160 files have whole rows" in errors
-    assert "go on with the same command and --resume" in errors
-    assert "Traceback" not in errors
-    written = rows.read_bytes()
-    assert written.endswith(b"}\n")
-    done = [json.loads(line) for line in written.splitlines()]
-    assert 0 < len(done) < 160
-    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
-    summary = run(images, engine_path, out, batch_size=4, resume=True)
-    assert (summary.counts.resumed, summary.counts.done) == (len(done), 160)
-    assert len({row["source"] for row in table(out)}) == 160
