@@ -1,4 +1,4 @@
-"""Whole runs: what is written, what survives damage."""
+"""Whole runs: what is written, and what damage does to them."""
 
 from __future__ import annotations
 
