@@ -46,6 +46,8 @@ class Job:
 class Picture(NamedTuple):
     """A decoded picture, or the `error` that stands for it. `truth` is its mask uint8 (S, S) if known.
 
+    `mask_fault` says of a mask that is there why it could not be used.
+
     `thumbnail` uint8 (h, w, 3) is the picture at the size of its heat map, if one is wanted: the pixels as read,
     which may be many, do not wait in the queues.
     """
@@ -56,6 +58,7 @@ class Picture(NamedTuple):
     truth: UInt8 | None = None
     error: str | None = None
     thumbnail: UInt8 | None = None
+    mask_fault: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -147,26 +150,30 @@ def decode(job: Job, spec: PreprocessSpec, truth: bool) -> list[Picture]:
         pictures = []
         for piece in read_slices(job.path, job.source):
             prepared = preprocess(piece.pixels, spec)
-            mask = pixel_truth(job, prepared.geometry) if truth else None
+            mask, fault = pixel_truth(job, prepared.geometry) if truth else (None, None)
             small = heatmap.thumbnail(piece.pixels) if job.heatmap is not None else None
-            pictures.append(Picture(job, piece.frame, prepared, mask, thumbnail=small))
+            pictures.append(Picture(job, piece.frame, prepared, mask, thumbnail=small, mask_fault=fault))
     except InputError as error:
         return [Picture(job, None, None, error=error.reason)]
     return pictures
 
 
-def pixel_truth(job: Job, geometry: Geometry) -> UInt8 | None:
+def pixel_truth(job: Job, geometry: Geometry) -> tuple[UInt8 | None, str | None]:
     """Return a picture's mask as uint8 (S, S), all zero for a good one without a mask; None where unknown.
 
-    A mask that cannot be read, or has another size than its image, says nothing.
+    A mask that cannot be read, or has another size than its image, says nothing: with None comes the reason.
     """
     path = mask_path_for(job.path)
     if path is None:
-        return np.zeros((geometry.size, geometry.size), np.uint8) if job.label == GOOD else None
+        return (np.zeros((geometry.size, geometry.size), np.uint8) if job.label == GOOD else None), None
     try:
-        return geometry.warp_mask(read_mask(path))
-    except (InputError, ValueError):
-        return None
+        mask = read_mask(path)
+    except InputError as error:
+        return None, f"{path}: {error.reason}"
+    if mask.shape != (geometry.height, geometry.width):
+        sizes = [f"{width} x {height}" for height, width in (mask.shape, (geometry.height, geometry.width))]
+        return None, f"{path}: got {sizes[0]} pixels, expected {sizes[1]}, the size of its image"
+    return geometry.warp_mask(mask), None
 
 
 def in_order(

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from qfae_runtime.selftest import Verdict, self_test
 from qfae_runtime.writers.folder import ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
-from qfae_runtime.writers.metrics import compute_metrics
+from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
 from qfae_runtime.writers.records import OK, RowWriter, read_rows, write_csv
 from qfae_runtime.writers.report import write_report
 
@@ -75,6 +75,21 @@ class Summary:
     metrics: dict[str, Any] | None
     verdict: Verdict
     nothing_left: bool = False  # the run in the folder was finished, and nothing was written
+
+
+@dataclass
+class _Truth:
+    """What the maps were counted against: `pixels`, and the masks that could not be used."""
+
+    pixels: PixelMetrics = field(default_factory=PixelMetrics)
+    unusable: UnusableMasks = field(default_factory=UnusableMasks)
+
+    def count(self, outcome: Outcome) -> None:
+        """Count the map of a scored picture; the others have none."""
+        scored = outcome.scored
+        if scored is not None and scored.anomaly_map is not None:
+            self.pixels.add(scored.anomaly_map, outcome.picture.truth)
+            self.unusable.count(outcome.picture.mask_fault)
 
 
 Progress = Callable[[Counts], None]
@@ -158,9 +173,9 @@ class _Run:
             )
         record = self._record(fingerprint)
         folder.write_json(folder.run, {**record, "status": "running"})
-        pixels = PixelMetrics() if self._wants_pixels() else None
+        truth = _Truth() if self._wants_pixels() else None
         try:
-            self._score(done, counts, pixels, progress)
+            self._score(done, counts, truth, progress)
         except KeyboardInterrupt:
             folder.write_json(folder.run, {**record, "status": "interrupted", "counts": _counts(counts)})
             raise RunInterruptedError(
@@ -169,7 +184,12 @@ class _Run:
             ) from None
         scored_seconds = time.perf_counter() - start
         write_csv(folder.jsonl, folder.csv)
-        metrics = compute_metrics(read_rows(folder.jsonl), pixels, self._pixel_note())
+        metrics = compute_metrics(
+            read_rows(folder.jsonl),
+            truth.pixels if truth else None,
+            self._pixel_note(),
+            truth.unusable if truth else None,
+        )
         if metrics is not None:
             folder.write_json(folder.metrics, metrics)
         record |= {
@@ -200,18 +220,18 @@ class _Run:
             jobs.append(Job(path, source, label, heatmap, saved))
         return jobs
 
-    def _score(self, finished: int, counts: Counts, pixels: PixelMetrics | None, progress: Progress) -> None:
-        """Score and write the files after the `finished` ones, whose maps are made again if `pixels` must count them.
+    def _score(self, finished: int, counts: Counts, truth: _Truth | None, progress: Progress) -> None:
+        """Score and write the files after the `finished` ones, whose maps are made again if `truth` must count them.
 
         All of them are, in the batches of an uninterrupted run: the last digits of a map depend on its batch.
         """
-        again = finished if pixels is not None else 0
+        again = finished if truth is not None else 0
         jobs = [replace(job, heatmap=None, saved_map=None) for job in self.jobs[:again]] + self.jobs[finished:]
         threshold = self.opened.manifest.threshold
         pipeline = Pipeline(
             self.scorer,
             maps=self.options.maps,
-            truth=pixels is not None,
+            truth=truth is not None,
             scale=self.scale,
             threshold=threshold.value if threshold else None,
         )
@@ -224,7 +244,8 @@ class _Run:
                         rows.write(outcome.row)
                         counts.done += 1
                         counts.errors += outcome.row.status != OK
-                    _count_pixels(outcome, pixels)
+                    if truth is not None:
+                        truth.count(outcome)
                     progress(counts)
         finally:
             rows.close()
@@ -279,12 +300,6 @@ class _Run:
             },
             "platform": platform.platform(),
         }
-
-
-def _count_pixels(outcome: Outcome, pixels: PixelMetrics | None) -> None:
-    scored = outcome.scored
-    if pixels is not None and scored is not None and scored.anomaly_map is not None:
-        pixels.add(scored.anomaly_map, outcome.picture.truth)
 
 
 def _counts(counts: Counts) -> dict[str, int]:

@@ -114,6 +114,32 @@ def test_bad_files_get_rows_and_the_others_are_scored(
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["counts"]["labelled_but_not_scored"] == 3
 
 
+def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out, masks = tmp_path / "out", dataset / "Ungood" / "label"
+    write_png(masks / "1.png", np.ones((40, 47), np.uint8))
+    (masks / "2.png").write_text("no picture")
+    (masks / "3.png").unlink()  # none at all is another matter
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
+    assert shown.exit_code == 0
+    note = (
+        f"2 masks could not be used, the first is {masks}/1.png: got 47 x 40 pixels, expected 48 x 40, "
+        "the size of its image"
+    )
+    assert f"note: {note}\n" in shown.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["notes"][0] == note
+    counts = metrics["counts"]
+    assert (counts["images_with_pixel_truth"], counts["images_without_pixel_truth"]) == (9, 3)
+    assert counts["masks_unusable"] == 2
+    write_png(masks / "1.png", np.ones((40, 48), np.uint8))
+    summary = run(dataset, engine_path, out, overwrite=True)
+    assert summary.metrics is not None
+    assert summary.metrics["notes"][0] == (
+        f"1 mask could not be used, the first is {masks}/2.png: "
+        "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
+    )
+
+
 def test_only_bad_files_still_end_orderly(engine_path: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").touch()
