@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qfae_runtime.results import ROWS_NAME, RUN_NAME, holds_run
+
 GOOD = "good"
 UNGOOD = "Ungood"
 MASK_FOLDERS = ("label", "anomaly_mask")
@@ -53,6 +55,9 @@ NON_IMAGE_SUFFIXES = frozenset(
     | {".pdf", ".doc", ".docx", ".xls", ".xlsx", ".db", ".zip", ".gz", ".tar", ".7z", ".sha256", ".md5"}
 )
 
+RESULTS = "results of qfae-run"
+"""What a results folder is counted as: its heat maps are pictures, but none to score."""
+
 _LABELS = {GOOD.lower(): GOOD, UNGOOD.lower(): UNGOOD}
 
 
@@ -87,7 +92,7 @@ class Scan:
 
     root: Path
     images: list[Path]
-    ignored: dict[str, int] = field(default_factory=dict)  # suffix (or hidden name) -> count
+    ignored: dict[str, int] = field(default_factory=dict)  # suffix (or hidden name, or RESULTS) -> count
     mask_files: int = 0
 
     def source_of(self, image: Path) -> str:
@@ -101,7 +106,9 @@ def find_images(inputs: Path | Iterable[Path]) -> list[Path]:
 
 
 def scan(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> Scan:
-    """Walk folders recursively and take named files as they are. Folders in `exclude` are not entered.
+    """Walk folders recursively and take named files as they are.
+
+    Folders in `exclude` are not entered, nor are results folders of qfae-run, which are counted as ignored.
 
     A folder that cannot be listed is returned as if it were an image, so that it gets its own error row.
 
@@ -147,6 +154,9 @@ class _Walk:
             if (status.st_dev, status.st_ino) in self._entered:
                 continue
             self._entered.add((status.st_dev, status.st_ino))
+            if {RUN_NAME, ROWS_NAME} <= {entry.name for entry in entries} and holds_run(here):
+                self.ignored[RESULTS] += 1
+                continue
             folders = [Path(entry.path) for entry in entries if entry.is_dir()]
             for entry in entries:
                 if not entry.is_dir():

@@ -128,9 +128,11 @@ def find_inputs(options: Options) -> Scan:
     """List the images of a run; the output folder is not searched.
 
     Raises:
-        QfaeError: an input does not exist, or there is no image at all.
+        QfaeError: an input does not exist, is the output folder itself, or there is no image at all.
 
     """
+    if same := [str(path) for path in options.images if _is_same_folder(path, options.out)]:
+        raise UsageError(f"--out {options.out}: is the input folder {same[0]} itself; choose another --out")
     try:
         found = scan(options.images, exclude=[options.out])
     except FileNotFoundError as error:
@@ -315,6 +317,13 @@ def _counts(counts: Counts) -> dict[str, int]:
 def _digest_of_list(sources: list[str]) -> str:
     text = "\0".join(sources).encode("utf-8", errors="surrogateescape")
     return hashlib.sha256(text).hexdigest()
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    try:
+        return one.is_dir() and one.samefile(other)
+    except OSError:  # one of them is not there, or is out of reach: each has its own message later
+        return False
 
 
 def _state_of(path: Path) -> str:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qfae_runtime.errors import OutputError
+from qfae_runtime.results import ROWS_NAME, RUN_NAME, read_record
 from qfae_runtime.writers.heatmap import is_ours
 from qfae_runtime.writers.maps import is_map, listed_names
 from qfae_runtime.writers.records import drop_torn_line, read_rows
 
-_FILES = ("scores.csv", "scores.jsonl", "report.html", "run.json", "metrics.json")
+_FILES = ("scores.csv", ROWS_NAME, "report.html", RUN_NAME, "metrics.json")
 
 
 class ResultsFolder:
@@ -89,12 +90,8 @@ class ResultsFolder:
         return done
 
     def read_run(self) -> dict[str, Any]:
-        """Return run.json; empty when it is missing or illegible."""
-        try:
-            stored = json.loads(self.run.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return stored if isinstance(stored, dict) else {}
+        """Return run.json; empty when it is missing, illegible or not ours."""
+        return read_record(self.run)
 
     def is_finished(self) -> bool:
         """Say whether the run in this folder came to its end and its files are all there, metrics.json apart."""

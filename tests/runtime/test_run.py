@@ -208,6 +208,26 @@ def test_output_inside_the_input_is_not_scored(dataset: Path, engine_path: Path)
     assert len(table(dataset / "results")) == 12
 
 
+def test_results_of_earlier_runs_are_not_scored(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, dataset / "first")
+    run(dataset, engine_path, tmp_path / "out")
+    assert len(table(tmp_path / "out")) == 12
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["inputs"]["ignored"] == {"results of qfae-run": 1}
+    shown = qfae_run(dataset / "first", "--engine", engine_path, "--out", tmp_path / "other")
+    assert shown.exit_code == 1
+    assert "no image in it (ignored: 1 x results of qfae-run; mask files: 0)" in shown.stderr
+
+
+def test_output_folder_that_is_an_input_is_refused(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dataset)
+    for out in (dataset, tmp_path / "link"):
+        shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
+        assert shown.exit_code == 2
+        assert f"qfae-run: --out {out}: is the input folder {dataset} itself; choose another --out\n" in shown.stderr
+    assert sorted(path.name for path in dataset.iterdir()) == ["Ungood", "good"]
+
+
 def test_folder_that_cannot_be_written(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\); choose another --out"):
