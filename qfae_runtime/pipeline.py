@@ -25,6 +25,7 @@ from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import read_mask, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap
+from qfae_runtime.writers.folder import make_parent
 from qfae_runtime.writers.maps import save_map
 from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 
@@ -71,13 +72,17 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The settings of one run. `truth` asks for masks; `scale` is needed where jobs ask for heat maps."""
+    """The settings of one run. `truth` asks for masks; jobs that ask for heat maps need a `scale`.
+
+    `inside` is the folder that no heat map or map may leave, not even by a link; needed where jobs ask for them.
+    """
 
     scorer: Scorer
     maps: bool = True
     truth: bool = False
     scale: heatmap.ColourScale | None = None
     threshold: float | None = None
+    inside: Path | None = None
     workers: int = min(4, os.cpu_count() or 1)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
@@ -86,6 +91,7 @@ class Pipeline:
         Raises:
             EngineError: the backend failed.
             OSError: a heat map or map cannot be written.
+            OutputError: a link would lead one out of the folder `inside`.
 
         """
         spec = self.scorer.manifest.preprocess
@@ -138,8 +144,12 @@ class Pipeline:
                 row.score,
                 row.label,
             )
+            if self.inside is not None:
+                make_parent(path, self.inside)
             heatmap.save(figure, path)
         if picture.job.saved_map is not None:
+            if self.inside is not None:
+                make_parent(picture.job.saved_map, self.inside)
             save_map(prepared.geometry.map_back(scored.anomaly_map), picture.job.saved_map)
         return outcome
 

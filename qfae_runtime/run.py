@@ -236,6 +236,7 @@ class _Run:
             truth=truth is not None,
             scale=self.scale,
             threshold=threshold.value if threshold else None,
+            inside=self.folder.root,
         )
         rows = RowWriter(self.folder.jsonl)
         try:

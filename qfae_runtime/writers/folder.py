@@ -33,18 +33,25 @@ class ResultsFolder:
         """Make the folder ready: create it, or clear it of what this tool wrote, or leave it to be resumed.
 
         Raises:
-            OutputError: it holds results and neither `overwrite` nor `resume` was asked for, or cannot be written.
+            OutputError: it holds results and neither `overwrite` nor `resume` was asked for, or holds files of their
+                names that are not this tool's, or a link that leads out of it, or cannot be written.
 
         """
+        for path in self._own_files():
+            refuse_link(path)
         present = [path.name for path in self._own_files() if os.path.lexists(path)]
+        ours = bool(self.read_run())
+        # Rows without a run.json are refused by finished_sources, which knows what is missing.
+        if present and not ours and (overwrite or not self.jsonl.exists()):
+            raise OutputError(
+                f"{self.root}: holds {', '.join(present)}, but no run.json of qfae-run, so they may be someone else's "
+                "and are not touched; move them away or choose another --out"
+            )
         if present and not (overwrite or resume):
             raise OutputError(
                 f"{self.root}: already holds results ({', '.join(present)}); add --resume to go on with that run, "
                 "--overwrite to replace it, or choose another --out"
             )
-        for folder in (self.heatmaps, self.maps):
-            if folder.is_symlink():
-                raise OutputError(f"{folder}: is a symbolic link; remove it, results stay inside --out")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if overwrite:
@@ -64,7 +71,8 @@ class ResultsFolder:
         before = self.read_run().get("fingerprint")
         if not isinstance(before, dict):
             raise OutputError(
-                f"{self.run}: missing or damaged, so the run cannot be resumed; start afresh with --overwrite"
+                f"{self.run}: missing or damaged, so the run cannot be resumed; "
+                "remove the results or choose another --out"
             )
         changed = [
             _change(key, before.get(key), fingerprint.get(key))
@@ -126,10 +134,11 @@ class ResultsFolder:
         temporary.replace(path)
 
     def _own_files(self) -> list[Path]:
-        return [*self._single_files(), self.heatmaps, self.maps]
+        return [self.csv, self.jsonl, self.report, self.run, self.metrics, self.heatmaps, self.maps]
 
     def _single_files(self) -> list[Path]:
-        return [self.csv, self.jsonl, self.report, self.run, self.metrics]
+        # run.json goes last, for without it nothing here would be ours, and a clearing could not be repeated.
+        return [self.csv, self.jsonl, self.report, self.metrics, self.run]
 
     def _clear(self) -> None:
         # Pictures go first: scores.jsonl says which maps are ours, and a clearing that is cut short can be repeated.
@@ -139,6 +148,28 @@ class ResultsFolder:
         for path in self._single_files():
             path.unlink(missing_ok=True)
             path.with_name(f".{path.name}.part").unlink(missing_ok=True)
+
+
+def make_parent(path: Path, inside: Path) -> None:
+    """Create the folders above a file that is to be written, none of which may lead out of the folder `inside`.
+
+    Raises:
+        OutputError: the file, or a folder between it and `inside`, is a symbolic link.
+
+    """
+    for one in (path, *path.parents):
+        if one == inside:
+            break
+        refuse_link(one)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.resolve().is_relative_to(inside.resolve()):
+        raise OutputError(f"{path}: lies outside {inside}; results stay inside --out, name the images by plain paths")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise OutputError if a path is a symbolic link, dangling or not."""
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a symbolic link; remove it, results stay inside --out")
 
 
 def _change(key: str, before: Any, now: Any) -> str:

@@ -202,6 +202,71 @@ def test_overwrite_removes_only_our_own_files(dataset: Path, engine_path: Path, 
     assert len(table(out)) == 6
 
 
+@pytest.mark.parametrize("option", ["overwrite", "resume", None])
+def test_files_of_others_are_never_replaced(
+    dataset: Path, engine_path: Path, tmp_path: Path, option: str | None
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("metrics.json", "report.html"):
+        (out / name).write_text("{}")
+    (out / "run.json").write_text('{"fingerprint": "of another program"}')
+    with pytest.raises(OutputError) as caught:
+        run(dataset, engine_path, out, **({option: True} if option else {}))
+    assert str(caught.value) == (
+        f"{out}: holds report.html, run.json, metrics.json, but no run.json of qfae-run, so they may be someone "
+        "else's and are not touched; move them away or choose another --out"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "report.html", "run.json"]
+    assert (out / "metrics.json").read_text() == "{}"
+
+
+def test_a_clearing_that_was_cut_short_can_be_repeated(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    genuine, removed = Path.unlink, []
+
+    def cut_short(self: Path, missing_ok: bool = False) -> None:
+        if len(removed) == 20:  # 12 heat maps, and of the 5 single files 4 with their temporary ones
+            raise OSError(5, "Input/output error")
+        removed.append(self)
+        genuine(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", cut_short)
+    with pytest.raises(OutputError, match="Input/output error"):
+        run(dataset, engine_path, out, overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+    run(dataset, engine_path, out, overwrite=True)
+    assert len(table(out)) == 12
+
+
+@pytest.mark.parametrize("place", ["heatmaps/good", "heatmaps/good/img/0.png", "maps/Ungood/img"])
+def test_links_below_the_results_lead_nowhere(dataset: Path, engine_path: Path, tmp_path: Path, place: str) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    run(dataset / "good" / "img" / "1.png", engine_path, out)
+    elsewhere.mkdir()
+    (out / place).parent.mkdir(parents=True, exist_ok=True)
+    (out / place).symlink_to(elsewhere / "file.png" if place.endswith("png") else elsewhere)
+    with pytest.raises(OutputError) as caught:
+        run(dataset, engine_path, out, overwrite=True, save_maps=True)
+    assert str(caught.value) == f"{out}/{place}: is a symbolic link; remove it, results stay inside --out"
+    assert not any(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl", "metrics.json", "run.json"])
+def test_results_that_are_links_are_refused(dataset: Path, engine_path: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    (out / name).rename(tmp_path / name)
+    (out / name).symlink_to(tmp_path / name)
+    for option in ("overwrite", "resume"):
+        with pytest.raises(OutputError, match="is a symbolic link; remove it, results stay inside --out"):
+            run(dataset, engine_path, out, **{option: True})
+
+
 def test_output_inside_the_input_is_not_scored(dataset: Path, engine_path: Path) -> None:
     for _ in range(2):
         run(dataset, engine_path, dataset / "results", overwrite=True)
