@@ -58,6 +58,8 @@ NON_IMAGE_SUFFIXES = frozenset(
 RESULTS = "results of qfae-run"
 """What a results folder is counted as: its heat maps are pictures, but none to score."""
 
+UNREADABLE_MASKS = "mask folder that cannot be listed"
+
 _LABELS = {GOOD.lower(): GOOD, UNGOOD.lower(): UNGOOD}
 
 
@@ -83,7 +85,7 @@ def mask_path_for(image_path: Path) -> Path | None:
         base = base.parent
     names = dict.fromkeys((image_path.name, image_path.stem + ".png"))
     candidates = (base / folder / name for folder in MASK_FOLDERS for name in names)
-    return next((path for path in candidates if path != image_path and path.is_file()), None)
+    return next((path for path in candidates if path != image_path and _is_file(path)), None)
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,13 @@ def scan(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> Scan:
     tops = [Path(os.path.normpath(path.absolute())) for path in inputs]
     walk = _Walk(frozenset(Path(os.path.normpath(path.absolute())) for path in exclude))
     for top in tops:
-        if top.is_dir():
+        if _is_dir(top):
             walk.folder(top)
         elif os.path.lexists(top):
             walk.found[top] = None
         else:
             raise FileNotFoundError(str(top))
-    anchors = [top if top.is_dir() else top.parent for top in tops]
+    anchors = [top if _is_dir(top) else top.parent for top in tops]
     root = Path(os.path.commonpath(anchors)) if anchors else Path.cwd()
     images = sorted(walk.found, key=lambda path: path.relative_to(root).as_posix())
     return Scan(root, images, dict(sorted(walk.ignored.items())), walk.mask_files)
@@ -157,18 +159,24 @@ class _Walk:
             if {RUN_NAME, ROWS_NAME} <= {entry.name for entry in entries} and holds_run(here):
                 self.ignored[RESULTS] += 1
                 continue
-            folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+            folders = [Path(entry.path) for entry in entries if _is_dir(entry)]
             for entry in entries:
-                if not entry.is_dir():
+                if not _is_dir(entry):
                     self._file(Path(entry.path))
             has_images_folder = any(folder.name.lower() == IMAGE_FOLDER for folder in folders)
             for folder in folders:
                 if folder in self.exclude or folder.name.startswith("."):
                     continue
                 if _holds_masks(folder, has_images_folder):
-                    self.mask_files += sum(1 for entry in os.scandir(folder) if entry.is_file())
+                    self._masks(folder)
                 else:
                     pending.append(folder)
+
+    def _masks(self, folder: Path) -> None:
+        try:
+            self.mask_files += sum(1 for entry in os.scandir(folder) if _is_file(entry))
+        except OSError:  # images can be scored without their masks
+            self.ignored[UNREADABLE_MASKS] += 1
 
     def _file(self, path: Path) -> None:
         suffix = path.suffix.lower()
@@ -178,6 +186,21 @@ class _Walk:
             self.ignored[suffix] += 1
         else:
             self.found[path] = None
+
+
+def _is_dir(place: Path | os.DirEntry[str]) -> bool:
+    # What may not even be looked at raises in Python's own is_dir and is_file.
+    try:
+        return place.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(place: Path | os.DirEntry[str]) -> bool:
+    try:
+        return place.is_file()
+    except OSError:
+        return False
 
 
 def _holds_masks(folder: Path, beside_images_folder: bool) -> bool:

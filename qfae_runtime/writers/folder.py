@@ -37,12 +37,21 @@ class ResultsFolder:
                 names that are not this tool's, or a link that leads out of it, or cannot be written.
 
         """
+        try:
+            self._check(overwrite=overwrite, resume=resume)
+            self.root.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                self._clear()
+        except OSError as error:
+            raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def _check(self, *, overwrite: bool, resume: bool) -> None:
         for path in self._own_files():
             refuse_link(path)
         present = [path.name for path in self._own_files() if os.path.lexists(path)]
         ours = bool(self.read_run())
         # Rows without a run.json are refused by finished_sources, which knows what is missing.
-        if present and not ours and (overwrite or not self.jsonl.exists()):
+        if present and not ours and not (resume and self.jsonl.exists()):
             raise OutputError(
                 f"{self.root}: holds {', '.join(present)}, but no run.json of qfae-run, so they may be someone else's "
                 "and are not touched; move them away or choose another --out"
@@ -52,12 +61,6 @@ class ResultsFolder:
                 f"{self.root}: already holds results ({', '.join(present)}); add --resume to go on with that run, "
                 "--overwrite to replace it, or choose another --out"
             )
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                self._clear()
-        except OSError as error:
-            raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from None
 
     def finished_sources(self, fingerprint: dict[str, Any], sources: list[str]) -> int:
         """Return how many files of an interrupted run are done; an unfinished last row is dropped.

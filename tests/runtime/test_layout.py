@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,28 @@ def test_results_folders_are_known_by_their_content_and_passed_over(tmp_path: Pa
     assert found.ignored["results of qfae-run"] == 1
     assert scan([ours]).images == []
     assert [path.name for path in scan([ours / "y.png"]).images] == ["y.png"]
+
+
+def test_mask_folder_that_cannot_be_listed_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "Ungood" / "img" / "x.png", tmp_path / "Ungood" / "label" / "x.png")
+    genuine_scan, genuine_is_file = os.scandir, Path.is_file
+
+    def forbidden_scan(path: Path) -> Any:
+        if Path(path).name == "label":
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine_scan(path)
+
+    def forbidden_is_file(path: Path) -> bool:
+        if path.parent.name == "label":
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine_is_file(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden_scan)
+    monkeypatch.setattr(Path, "is_file", forbidden_is_file)
+    found = scan([tmp_path])
+    assert [found.source_of(path) for path in found.images] == ["Ungood/img/x.png"]
+    assert (found.mask_files, found.ignored) == (0, {"mask folder that cannot be listed": 1})
+    assert mask_path_for(found.images[0]) is None
 
 
 def test_missing_input_is_an_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,8 @@ def test_a_clearing_that_was_cut_short_can_be_repeated(
 ) -> None:
     out = tmp_path / "out"
     run(dataset, engine_path, out)
-    genuine, removed = Path.unlink, []
+    genuine = Path.unlink
+    removed: list[Path] = []
 
     def cut_short(self: Path, missing_ok: bool = False) -> None:
         if len(removed) == 20:  # 12 heat maps, and of the 5 single files 4 with their temporary ones
@@ -302,6 +304,23 @@ def test_folder_that_cannot_be_written(dataset: Path, engine_path: Path, tmp_pat
     (tmp_path / "out" / "heatmaps").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="is a symbolic link; remove it"):
         run(dataset, engine_path, tmp_path / "out", overwrite=True)
+
+
+def test_output_folder_out_of_reach_is_told_in_words(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, genuine = tmp_path / "out", os.lstat
+
+    def forbidden(path: Path, **given: Any) -> os.stat_result:
+        if str(path).startswith(str(out)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine(path, **given)
+
+    monkeypatch.setattr(Path, "exists", lambda path: bool(forbidden(path)))
+    monkeypatch.setattr(Path, "is_symlink", lambda path: bool(forbidden(path)) and False)
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
+    assert shown.exit_code == 1
+    assert shown.stderr == f"qfae-run: {out}: cannot be written (Permission denied); choose another --out\n"
 
 
 def test_full_disk_is_told_in_words(
