@@ -210,7 +210,7 @@ def test_files_of_others_are_never_replaced(
     out = tmp_path / "out"
     out.mkdir()
     for name in ("metrics.json", "report.html"):
-        (out / name).write_text("{}")
+        (out / name).write_text("{}")  # nothing says that a run of ours wrote them
     (out / "run.json").write_text('{"fingerprint": "of another program"}')
     with pytest.raises(OutputError) as caught:
         run(dataset, engine_path, out, **({option: True} if option else {}))
