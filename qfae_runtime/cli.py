@@ -125,7 +125,7 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
     backend = _choice("--backend", given["backend"] or Options.backend, BACKENDS, faults)
     device = _choice("--device", given["device"] or Options.device, DEVICES, faults)
     out = Path(given["out"]) if given["out"] else Options.out
-    if out.exists() and not out.is_dir():
+    if _is_file(out):
         faults.append(f"--out: {out} is a file; name a folder")
     if faults:
         raise UsageError(faults)
@@ -145,6 +145,13 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         allow_uncertified=given["allow_uncertified"],
         labels=Path(given["labels"]) if given["labels"] else None,
     )
+
+
+def _is_file(out: Path) -> bool:
+    try:
+        return out.exists() and not out.is_dir()
+    except OSError:  # out of reach: the run says so when it makes the folder
+        return False
 
 
 def _choice(option: str, text: str, accepted: Sequence[str], faults: list[str]) -> str:
@@ -172,7 +179,11 @@ def _summary_text(summary: Summary) -> str:
     counts, folder = summary.counts, summary.folder
     new = counts.done - counts.resumed
     lines = [f"{new} images in {summary.seconds:.1f} s ({new / summary.seconds:.1f} a second)"]
-    if counts.resumed:
+    if summary.nothing_left:
+        lines = [
+            f"nothing was left to do: all {counts.total} images had been scored before; the results are as they were"
+        ]
+    elif counts.resumed:
         lines[0] += f"; {counts.resumed} had been done before"
     lines.append(f"self-test {summary.verdict.status}: {summary.verdict.summary}")
     if summary.metrics:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qfae_runtime.results import ROWS_NAME, RUN_NAME, holds_run
+
 GOOD = "good"
 UNGOOD = "Ungood"
 MASK_FOLDERS = ("label", "anomaly_mask")
@@ -53,6 +55,11 @@ NON_IMAGE_SUFFIXES = frozenset(
     | {".pdf", ".doc", ".docx", ".xls", ".xlsx", ".db", ".zip", ".gz", ".tar", ".7z", ".sha256", ".md5"}
 )
 
+RESULTS = "results of qfae-run"
+"""What a results folder is counted as: its heat maps are pictures, but none to score."""
+
+UNREADABLE_MASKS = "mask folder that cannot be listed"
+
 _LABELS = {GOOD.lower(): GOOD, UNGOOD.lower(): UNGOOD}
 
 
@@ -78,7 +85,7 @@ def mask_path_for(image_path: Path) -> Path | None:
         base = base.parent
     names = dict.fromkeys((image_path.name, image_path.stem + ".png"))
     candidates = (base / folder / name for folder in MASK_FOLDERS for name in names)
-    return next((path for path in candidates if path != image_path and path.is_file()), None)
+    return next((path for path in candidates if path != image_path and _is_file(path)), None)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Scan:
 
     root: Path
     images: list[Path]
-    ignored: dict[str, int] = field(default_factory=dict)  # suffix (or hidden name) -> count
+    ignored: dict[str, int] = field(default_factory=dict)  # suffix (or hidden name, or RESULTS) -> count
     mask_files: int = 0
 
     def source_of(self, image: Path) -> str:
@@ -101,7 +108,9 @@ def find_images(inputs: Path | Iterable[Path]) -> list[Path]:
 
 
 def scan(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> Scan:
-    """Walk folders recursively and take named files as they are. Folders in `exclude` are not entered.
+    """Walk folders recursively and take named files as they are.
+
+    Folders in `exclude` are not entered, nor are results folders of qfae-run, which are counted as ignored.
 
     A folder that cannot be listed is returned as if it were an image, so that it gets its own error row.
 
@@ -112,13 +121,13 @@ def scan(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> Scan:
     tops = [Path(os.path.normpath(path.absolute())) for path in inputs]
     walk = _Walk(frozenset(Path(os.path.normpath(path.absolute())) for path in exclude))
     for top in tops:
-        if top.is_dir():
+        if _is_dir(top):
             walk.folder(top)
         elif os.path.lexists(top):
             walk.found[top] = None
         else:
             raise FileNotFoundError(str(top))
-    anchors = [top if top.is_dir() else top.parent for top in tops]
+    anchors = [top if _is_dir(top) else top.parent for top in tops]
     root = Path(os.path.commonpath(anchors)) if anchors else Path.cwd()
     images = sorted(walk.found, key=lambda path: path.relative_to(root).as_posix())
     return Scan(root, images, dict(sorted(walk.ignored.items())), walk.mask_files)
@@ -147,18 +156,27 @@ class _Walk:
             if (status.st_dev, status.st_ino) in self._entered:
                 continue
             self._entered.add((status.st_dev, status.st_ino))
-            folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+            if {RUN_NAME, ROWS_NAME} <= {entry.name for entry in entries} and holds_run(here):
+                self.ignored[RESULTS] += 1
+                continue
+            folders = [Path(entry.path) for entry in entries if _is_dir(entry)]
             for entry in entries:
-                if not entry.is_dir():
+                if not _is_dir(entry):
                     self._file(Path(entry.path))
             has_images_folder = any(folder.name.lower() == IMAGE_FOLDER for folder in folders)
             for folder in folders:
                 if folder in self.exclude or folder.name.startswith("."):
                     continue
                 if _holds_masks(folder, has_images_folder):
-                    self.mask_files += sum(1 for entry in os.scandir(folder) if entry.is_file())
+                    self._masks(folder)
                 else:
                     pending.append(folder)
+
+    def _masks(self, folder: Path) -> None:
+        try:
+            self.mask_files += sum(1 for entry in os.scandir(folder) if _is_file(entry))
+        except OSError:  # images can be scored without their masks
+            self.ignored[UNREADABLE_MASKS] += 1
 
     def _file(self, path: Path) -> None:
         suffix = path.suffix.lower()
@@ -168,6 +186,21 @@ class _Walk:
             self.ignored[suffix] += 1
         else:
             self.found[path] = None
+
+
+def _is_dir(place: Path | os.DirEntry[str]) -> bool:
+    # What may not even be looked at raises in Python's own is_dir and is_file.
+    try:
+        return place.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(place: Path | os.DirEntry[str]) -> bool:
+    try:
+        return place.is_file()
+    except OSError:
+        return False
 
 
 def _holds_masks(folder: Path, beside_images_folder: bool) -> bool:

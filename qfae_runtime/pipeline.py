@@ -25,6 +25,7 @@ from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import read_mask, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap
+from qfae_runtime.writers.folder import make_parent
 from qfae_runtime.writers.maps import save_map
 from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 
@@ -46,6 +47,8 @@ class Job:
 class Picture(NamedTuple):
     """A decoded picture, or the `error` that stands for it. `truth` is its mask uint8 (S, S) if known.
 
+    `mask_fault` says of a mask that is there why it could not be used.
+
     `thumbnail` uint8 (h, w, 3) is the picture at the size of its heat map, if one is wanted: the pixels as read,
     which may be many, do not wait in the queues.
     """
@@ -56,6 +59,7 @@ class Picture(NamedTuple):
     truth: UInt8 | None = None
     error: str | None = None
     thumbnail: UInt8 | None = None
+    mask_fault: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -68,13 +72,17 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The settings of one run. `truth` asks for masks; `scale` is needed where jobs ask for heat maps."""
+    """The settings of one run. `truth` asks for masks; jobs that ask for heat maps need a `scale`.
+
+    `inside` is the folder that no heat map or map may leave, not even by a link; needed where jobs ask for them.
+    """
 
     scorer: Scorer
     maps: bool = True
     truth: bool = False
     scale: heatmap.ColourScale | None = None
     threshold: float | None = None
+    inside: Path | None = None
     workers: int = min(4, os.cpu_count() or 1)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
@@ -83,6 +91,7 @@ class Pipeline:
         Raises:
             EngineError: the backend failed.
             OSError: a heat map or map cannot be written.
+            OutputError: a link would lead one out of the folder `inside`.
 
         """
         spec = self.scorer.manifest.preprocess
@@ -135,8 +144,12 @@ class Pipeline:
                 row.score,
                 row.label,
             )
+            if self.inside is not None:
+                make_parent(path, self.inside)
             heatmap.save(figure, path)
         if picture.job.saved_map is not None:
+            if self.inside is not None:
+                make_parent(picture.job.saved_map, self.inside)
             save_map(prepared.geometry.map_back(scored.anomaly_map), picture.job.saved_map)
         return outcome
 
@@ -147,26 +160,30 @@ def decode(job: Job, spec: PreprocessSpec, truth: bool) -> list[Picture]:
         pictures = []
         for piece in read_slices(job.path, job.source):
             prepared = preprocess(piece.pixels, spec)
-            mask = pixel_truth(job, prepared.geometry) if truth else None
+            mask, fault = pixel_truth(job, prepared.geometry) if truth else (None, None)
             small = heatmap.thumbnail(piece.pixels) if job.heatmap is not None else None
-            pictures.append(Picture(job, piece.frame, prepared, mask, thumbnail=small))
+            pictures.append(Picture(job, piece.frame, prepared, mask, thumbnail=small, mask_fault=fault))
     except InputError as error:
         return [Picture(job, None, None, error=error.reason)]
     return pictures
 
 
-def pixel_truth(job: Job, geometry: Geometry) -> UInt8 | None:
+def pixel_truth(job: Job, geometry: Geometry) -> tuple[UInt8 | None, str | None]:
     """Return a picture's mask as uint8 (S, S), all zero for a good one without a mask; None where unknown.
 
-    A mask that cannot be read, or has another size than its image, says nothing.
+    A mask that cannot be read, or has another size than its image, says nothing: with None comes the reason.
     """
     path = mask_path_for(job.path)
     if path is None:
-        return np.zeros((geometry.size, geometry.size), np.uint8) if job.label == GOOD else None
+        return (np.zeros((geometry.size, geometry.size), np.uint8) if job.label == GOOD else None), None
     try:
-        return geometry.warp_mask(read_mask(path))
-    except (InputError, ValueError):
-        return None
+        mask = read_mask(path)
+    except InputError as error:
+        return None, f"{path}: {error.reason}"
+    if mask.shape != (geometry.height, geometry.width):
+        sizes = [f"{width} x {height}" for height, width in (mask.shape, (geometry.height, geometry.width))]
+        return None, f"{path}: got {sizes[0]} pixels, expected {sizes[1]}, the size of its image"
+    return geometry.warp_mask(mask), None
 
 
 def in_order(

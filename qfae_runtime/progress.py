@@ -37,11 +37,7 @@ class Reporter:
             self._bar.update(self._task, completed=counts.done, rate=rate, errors=counts.errors)
         elif not self._quiet and now >= self._next_line:
             self._next_line = now + _SECONDS_BETWEEN_LINES
-            left = (counts.total - counts.done) / rate
-            self._console.print(
-                f"{counts.done}/{counts.total} files, {rate:.1f} a second, {left:.0f} s left, {counts.errors} errors",
-                highlight=False,
-            )
+            self._console.print(_line(counts, rate), highlight=False)
 
     def __enter__(self) -> Self:
         return self
@@ -64,3 +60,10 @@ class Reporter:
         )
         self._task = self._bar.add_task("", total=counts.total, completed=counts.resumed, rate=0.0, errors=0)
         self._bar.start()
+
+
+def _line(counts: Counts, rate: float) -> str:
+    if counts.done == counts.resumed:  # a resumed run makes the maps of its first part again before it goes on
+        return f"{counts.done}/{counts.total} files, their maps are being made again for the pixel metrics"
+    left = (counts.total - counts.done) / rate
+    return f"{counts.done}/{counts.total} files, {rate:.1f} a second, {left:.0f} s left, {counts.errors} errors"

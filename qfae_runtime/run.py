@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from qfae_runtime.selftest import Verdict, self_test
 from qfae_runtime.writers.folder import ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
-from qfae_runtime.writers.metrics import compute_metrics
+from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
 from qfae_runtime.writers.records import OK, RowWriter, read_rows, write_csv
 from qfae_runtime.writers.report import write_report
 
@@ -74,6 +74,22 @@ class Summary:
     seconds: float
     metrics: dict[str, Any] | None
     verdict: Verdict
+    nothing_left: bool = False  # the run in the folder was finished, and nothing was written
+
+
+@dataclass
+class _Truth:
+    """What the maps were counted against: `pixels`, and the masks that could not be used."""
+
+    pixels: PixelMetrics = field(default_factory=PixelMetrics)
+    unusable: UnusableMasks = field(default_factory=UnusableMasks)
+
+    def count(self, outcome: Outcome) -> None:
+        """Count the map of a scored picture; the others have none."""
+        scored = outcome.scored
+        if scored is not None and scored.anomaly_map is not None:
+            self.pixels.add(scored.anomaly_map, outcome.picture.truth)
+            self.unusable.count(outcome.picture.mask_fault)
 
 
 Progress = Callable[[Counts], None]
@@ -112,9 +128,11 @@ def find_inputs(options: Options) -> Scan:
     """List the images of a run; the output folder is not searched.
 
     Raises:
-        QfaeError: an input does not exist, or there is no image at all.
+        QfaeError: an input does not exist, is the output folder itself, or there is no image at all.
 
     """
+    if same := [str(path) for path in options.images if _is_same_folder(path, options.out)]:
+        raise UsageError(f"--out {options.out}: is the input folder {same[0]} itself; choose another --out")
     try:
         found = scan(options.images, exclude=[options.out])
     except FileNotFoundError as error:
@@ -148,14 +166,18 @@ class _Run:
         fingerprint = self._fingerprint()
         folder.prepare(overwrite=options.overwrite, resume=options.resume)
         done = folder.finished_sources(fingerprint, self.sources) if options.resume else 0
-        record = self._record(fingerprint)
-        folder.write_json(folder.run, {**record, "status": "running"})
         counts = Counts(total=len(self.jobs), resumed=done, done=done)
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
-        pixels = PixelMetrics() if self._wants_pixels() and not done else None
+        if done == len(self.jobs) and folder.is_finished():
+            return Summary(
+                folder, counts, time.perf_counter() - start, folder.read_metrics(), self.verdict, nothing_left=True
+            )
+        record = self._record(fingerprint)
+        folder.write_json(folder.run, {**record, "status": "running"})
+        truth = _Truth() if self._wants_pixels() else None
         try:
-            self._score(self.jobs[done:], counts, pixels, progress)
+            self._score(done, counts, truth, progress)
         except KeyboardInterrupt:
             folder.write_json(folder.run, {**record, "status": "interrupted", "counts": _counts(counts)})
             raise RunInterruptedError(
@@ -164,7 +186,12 @@ class _Run:
             ) from None
         scored_seconds = time.perf_counter() - start
         write_csv(folder.jsonl, folder.csv)
-        metrics = compute_metrics(read_rows(folder.jsonl), pixels, self._pixel_note(done))
+        metrics = compute_metrics(
+            read_rows(folder.jsonl),
+            truth.pixels if truth else None,
+            self._pixel_note(),
+            truth.unusable if truth else None,
+        )
         if metrics is not None:
             folder.write_json(folder.metrics, metrics)
         record |= {
@@ -195,24 +222,33 @@ class _Run:
             jobs.append(Job(path, source, label, heatmap, saved))
         return jobs
 
-    def _score(self, jobs: list[Job], counts: Counts, pixels: PixelMetrics | None, progress: Progress) -> None:
+    def _score(self, finished: int, counts: Counts, truth: _Truth | None, progress: Progress) -> None:
+        """Score and write the files after the `finished` ones, whose maps are made again if `truth` must count them.
+
+        All of them are, in the batches of an uninterrupted run: the last digits of a map depend on its batch.
+        """
+        again = finished if truth is not None else 0
+        jobs = [replace(job, heatmap=None, saved_map=None) for job in self.jobs[:again]] + self.jobs[finished:]
         threshold = self.opened.manifest.threshold
         pipeline = Pipeline(
             self.scorer,
             maps=self.options.maps,
-            truth=pixels is not None,
+            truth=truth is not None,
             scale=self.scale,
             threshold=threshold.value if threshold else None,
+            inside=self.folder.root,
         )
         rows = RowWriter(self.folder.jsonl)
         try:
             # closing(): an interruption ends the pipeline's threads before anything else is written.
             with closing(pipeline.run(jobs)) as outcomes:
-                for outcome in outcomes:
-                    rows.write(outcome.row)
-                    counts.done += 1
-                    counts.errors += outcome.row.status != OK
-                    _count_pixels(outcome, pixels)
+                for number, outcome in enumerate(outcomes):
+                    if number >= again:
+                        rows.write(outcome.row)
+                        counts.done += 1
+                        counts.errors += outcome.row.status != OK
+                    if truth is not None:
+                        truth.count(outcome)
                     progress(counts)
         finally:
             rows.close()
@@ -220,12 +256,8 @@ class _Run:
     def _wants_pixels(self) -> bool:
         return self.options.maps and any(job.label is not None for job in self.jobs)
 
-    def _pixel_note(self, resumed: int) -> str | None:
-        if not self.options.maps:
-            return "the pixel metrics need the anomaly maps; run without --no-maps"
-        if resumed:
-            return "the pixel metrics need every map in one run, and this one was resumed; run again with --overwrite"
-        return None
+    def _pixel_note(self) -> str | None:
+        return None if self.options.maps else "the pixel metrics need the anomaly maps; run without --no-maps"
 
     def _fingerprint(self) -> dict[str, Any]:
         """Everything that decides what the rows hold: a run is resumed only if all of it is unchanged."""
@@ -242,8 +274,10 @@ class _Run:
             "save_maps": options.save_maps,
             "threshold": threshold.value if threshold else None,
             "labels_sha256": sha256_of(options.labels) if options.labels else None,
+            "root": str(self.found.root),
             "inputs": len(self.sources),
             "inputs_sha256": _digest_of_list(self.sources),
+            "inputs_state_sha256": _digest_of_list([_state_of(path) for path in self.found.images]),
         }
 
     def _record(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -271,12 +305,6 @@ class _Run:
         }
 
 
-def _count_pixels(outcome: Outcome, pixels: PixelMetrics | None) -> None:
-    scored = outcome.scored
-    if pixels is not None and scored is not None and scored.anomaly_map is not None:
-        pixels.add(scored.anomaly_map, outcome.picture.truth)
-
-
 def _counts(counts: Counts) -> dict[str, int]:
     return {
         "files": counts.total,
@@ -290,6 +318,22 @@ def _counts(counts: Counts) -> dict[str, int]:
 def _digest_of_list(sources: list[str]) -> str:
     text = "\0".join(sources).encode("utf-8", errors="surrogateescape")
     return hashlib.sha256(text).hexdigest()
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    try:
+        return one.is_dir() and one.samefile(other)
+    except OSError:  # one of them is not there, or is out of reach: each has its own message later
+        return False
+
+
+def _state_of(path: Path) -> str:
+    # Size and time of change instead of the content: a run must not read its inputs twice to find them unchanged.
+    try:
+        status = path.stat()
+    except OSError:
+        return "none"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _now() -> str:

@@ -61,18 +61,24 @@ def open_engine(
 
     Raises:
         UsageError: the backend or device is unknown.
-        EngineError: the file is missing, cannot be loaded, or has no certificate for this backend and device.
+        EngineError: the file is missing, cannot be read or loaded, or has no certificate for this backend and device.
         ManifestError: the manifest is missing, damaged, or its hashes do not fit the files.
 
     """
     _check_choice(backend, device)
     path = Path(path)
-    if not path.is_file():
-        raise EngineError(f"{path}: no such engine file; write one with: qfae-export --ckpt NAME.pt")
-    manifest_path = find_manifest(path)
-    manifest = Manifest.load(manifest_path)
-    entry = _entry_of(manifest, path, manifest_path)
-    model, digest = _verified_model(manifest, path, entry, manifest_path.name)
+    try:
+        if not path.is_file():
+            raise EngineError(f"{path}: no such engine file; write one with: qfae-export --ckpt NAME.pt")
+        manifest_path = find_manifest(path)
+        manifest = Manifest.load(manifest_path)
+        entry = _entry_of(manifest, path, manifest_path)
+        model, digest = _verified_model(manifest, path, entry, manifest_path.name)
+    except OSError as error:
+        raise EngineError(
+            f"{error.filename or path}: cannot be read ({error.strerror or error}); "
+            "check who may read the engine's files and their folder"
+        ) from None
     chosen = "onnxruntime" if backend == "auto" else backend
     certificate = manifest.certified(path.name, chosen, device)
     if certificate is None and not allow_uncertified:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import onnxruntime as ort
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, check_images
 from qfae_runtime.errors import EngineError
+
+# From 1.32 on, ONNX Runtime gives the machine an identity in ~/.cache/Microsoft and keeps usage events there as soon
+# as it is imported. A hospital's machine keeps no such record, and reports to nobody.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity; warnings about the graph are the exporter's business
 

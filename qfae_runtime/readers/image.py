@@ -94,6 +94,8 @@ def _decoded(path: Path, source: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         raise InputError(source, _too_large("its header asks for too many pixels")) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, Pillow's own have no number
+            raise InputError(source, f"cannot be read ({error.strerror or 'unknown reason'})") from None
         text = " ".join(str(error).split()).replace(str(path), "the file") or type(error).__name__
         raise InputError(source, f"damaged or truncated image ({text})") from None
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qfae_runtime.errors import OutputError
+from qfae_runtime.results import ROWS_NAME, RUN_NAME, read_record
 from qfae_runtime.writers.heatmap import is_ours
 from qfae_runtime.writers.maps import is_map, listed_names
 from qfae_runtime.writers.records import drop_torn_line, read_rows
 
-_FILES = ("scores.csv", "scores.jsonl", "report.html", "run.json", "metrics.json")
+_FILES = ("scores.csv", ROWS_NAME, "report.html", RUN_NAME, "metrics.json")
 
 
 class ResultsFolder:
@@ -32,24 +33,34 @@ class ResultsFolder:
         """Make the folder ready: create it, or clear it of what this tool wrote, or leave it to be resumed.
 
         Raises:
-            OutputError: it holds results and neither `overwrite` nor `resume` was asked for, or cannot be written.
+            OutputError: it holds results and neither `overwrite` nor `resume` was asked for, or holds files of their
+                names that are not this tool's, or a link that leads out of it, or cannot be written.
 
         """
-        present = [path.name for path in self._own_files() if os.path.lexists(path)]
-        if present and not (overwrite or resume):
-            raise OutputError(
-                f"{self.root}: already holds results ({', '.join(present)}); add --resume to go on with that run, "
-                "--overwrite to replace it, or choose another --out"
-            )
-        for folder in (self.heatmaps, self.maps):
-            if folder.is_symlink():
-                raise OutputError(f"{folder}: is a symbolic link; remove it, results stay inside --out")
         try:
+            self._check(overwrite=overwrite, resume=resume)
             self.root.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 self._clear()
         except OSError as error:
             raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def _check(self, *, overwrite: bool, resume: bool) -> None:
+        for path in self._own_files():
+            refuse_link(path)
+        present = [path.name for path in self._own_files() if os.path.lexists(path)]
+        ours = bool(self.read_run())
+        # Rows without a run.json are refused by finished_sources, which knows what is missing.
+        if present and not ours and not (resume and self.jsonl.exists()):
+            raise OutputError(
+                f"{self.root}: holds {', '.join(present)}, but no run.json of qfae-run, so they may be someone else's "
+                "and are not touched; move them away or choose another --out"
+            )
+        if present and not (overwrite or resume):
+            raise OutputError(
+                f"{self.root}: already holds results ({', '.join(present)}); add --resume to go on with that run, "
+                "--overwrite to replace it, or choose another --out"
+            )
 
     def finished_sources(self, fingerprint: dict[str, Any], sources: list[str]) -> int:
         """Return how many files of an interrupted run are done; an unfinished last row is dropped.
@@ -63,10 +74,11 @@ class ResultsFolder:
         before = self.read_run().get("fingerprint")
         if not isinstance(before, dict):
             raise OutputError(
-                f"{self.run}: missing or damaged, so the run cannot be resumed; start afresh with --overwrite"
+                f"{self.run}: missing or damaged, so the run cannot be resumed; "
+                "remove the results or choose another --out"
             )
         changed = [
-            f"{key}: was {before.get(key)!r}, now {fingerprint.get(key)!r}"
+            _change(key, before.get(key), fingerprint.get(key))
             for key in dict.fromkeys((*before, *fingerprint))
             if before.get(key) != fingerprint.get(key)
         ]
@@ -74,7 +86,8 @@ class ResultsFolder:
             raise OutputError(
                 f"{self.root}: cannot be resumed, this is another run than the one in it:\n  "
                 + "\n  ".join(changed)
-                + "\nrepeat the options of the first run, or start afresh with --overwrite"
+                + "\nrepeat the options of the first run on the same files in the same place, or start afresh with "
+                "--overwrite"
             )
         drop_torn_line(self.jsonl)
         done = 0
@@ -88,12 +101,30 @@ class ResultsFolder:
         return done
 
     def read_run(self) -> dict[str, Any]:
-        """Return run.json; empty when it is missing or illegible."""
+        """Return run.json; empty when it is missing, illegible or not ours."""
+        return read_record(self.run)
+
+    def is_finished(self) -> bool:
+        """Say whether the run in this folder came to its end and its files are all there, metrics.json apart."""
+        whole = all(path.is_file() for path in (self.csv, self.jsonl, self.report))
+        return whole and self.read_run().get("status") == "done"
+
+    def read_metrics(self) -> dict[str, Any] | None:
+        """Return metrics.json; None when there is none.
+
+        Raises:
+            OutputError: it is illegible.
+
+        """
         try:
-            stored = json.loads(self.run.read_bytes())
+            stored = json.loads(self.metrics.read_bytes())
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError):
-            return {}
-        return stored if isinstance(stored, dict) else {}
+            stored = None
+        if not isinstance(stored, dict):
+            raise OutputError(f"{self.metrics}: cannot be read or is damaged; start afresh with --overwrite")
+        return stored
 
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Write one JSON file of this folder, atomically."""
@@ -106,10 +137,11 @@ class ResultsFolder:
         temporary.replace(path)
 
     def _own_files(self) -> list[Path]:
-        return [*self._single_files(), self.heatmaps, self.maps]
+        return [self.csv, self.jsonl, self.report, self.run, self.metrics, self.heatmaps, self.maps]
 
     def _single_files(self) -> list[Path]:
-        return [self.csv, self.jsonl, self.report, self.run, self.metrics]
+        # run.json goes last, for without it nothing here would be ours, and a clearing could not be repeated.
+        return [self.csv, self.jsonl, self.report, self.metrics, self.run]
 
     def _clear(self) -> None:
         # Pictures go first: scores.jsonl says which maps are ours, and a clearing that is cut short can be repeated.
@@ -119,6 +151,35 @@ class ResultsFolder:
         for path in self._single_files():
             path.unlink(missing_ok=True)
             path.with_name(f".{path.name}.part").unlink(missing_ok=True)
+
+
+def make_parent(path: Path, inside: Path) -> None:
+    """Create the folders above a file that is to be written, none of which may lead out of the folder `inside`.
+
+    Raises:
+        OutputError: the file, or a folder between it and `inside`, is a symbolic link.
+
+    """
+    for one in (path, *path.parents):
+        if one == inside:
+            break
+        refuse_link(one)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.resolve().is_relative_to(inside.resolve()):
+        raise OutputError(f"{path}: lies outside {inside}; results stay inside --out, name the images by plain paths")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise OutputError if a path is a symbolic link, dangling or not."""
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a symbolic link; remove it, results stay inside --out")
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    # Two digests of the same list tell a reader nothing; what they are made of does.
+    if key == "inputs_state_sha256" and before is not None:
+        return f"{key}: the size or time of change of an input is not what it was"
+    return f"{key}: was {before!r}, now {now!r}"
 
 
 def _remove(root: Path, ours: Callable[[Path], bool]) -> None:

@@ -150,3 +150,22 @@ def test_unknown_backend_and_device_are_told_together(engine_path: Path) -> None
         "backend: got 'abacus', accepted are auto, onnxruntime",
         "device: got 'tpu', accepted are cpu",
     ]
+
+
+@pytest.mark.parametrize("call", ["read_bytes", "is_file"])
+def test_engine_that_may_not_be_read_is_told_in_words(
+    engine_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    genuine = getattr(Path, call)
+
+    def forbidden(path: Path) -> object:
+        if path == engine_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine(path)
+
+    monkeypatch.setattr(Path, call, forbidden)
+    with pytest.raises(EngineError) as caught:
+        open_engine(engine_path)
+    assert str(caught.value) == (
+        f"{engine_path}: cannot be read (Permission denied); check who may read the engine's files and their folder"
+    )

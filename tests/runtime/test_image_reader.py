@@ -95,6 +95,19 @@ def test_missing_empty_text_and_truncated_files_say_so(tmp_path: Path) -> None:
         assert str(tmp_path) not in reason_for(cut)
 
 
+def test_image_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "x.png")
+
+    def forbidden(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", forbidden)
+    for read in (read_image, read_mask):
+        with pytest.raises(InputError) as caught:
+            read(tmp_path / "x.png")
+        assert caught.value.reason == "cannot be read (Permission denied)"
+
+
 def test_absurd_sizes_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (40000, 2)).save(tmp_path / "wide.png")
     assert reason_for(tmp_path / "wide.png") == (

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +69,45 @@ def test_output_folder_is_not_searched_and_loops_end(tmp_path: Path) -> None:
     touch(tmp_path / "x.png", tmp_path / "results" / "heatmaps" / "x.png")
     (tmp_path / "loop").symlink_to(tmp_path)
     assert [path.name for path in scan([tmp_path], exclude=[tmp_path / "results"]).images] == ["x.png"]
+
+
+def test_results_folders_are_known_by_their_content_and_passed_over(tmp_path: Path) -> None:
+    ours, other = tmp_path / "a" / "label", tmp_path / "b"
+    touch(ours / "scores.jsonl", ours / "heatmaps" / "x.png", ours / "y.png")
+    touch(
+        other / "scores.jsonl", other / "heatmaps" / "x.png", tmp_path / "c" / "scores.jsonl", tmp_path / "c" / "z.png"
+    )
+    (ours / "run.json").write_text('{"fingerprint": {}, "self_test": {}, "status": "interrupted"}')
+    (other / "run.json").write_text('{"fingerprint": {}}')
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "c" / "run.json")
+    found = scan([tmp_path])
+    assert [found.source_of(path) for path in found.images] == ["b/heatmaps/x.png", "c/z.png"]
+    assert found.ignored["results of qfae-run"] == 1
+    assert scan([ours]).images == []
+    assert [path.name for path in scan([ours / "y.png"]).images] == ["y.png"]
+
+
+def test_mask_folder_that_cannot_be_listed_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "Ungood" / "img" / "x.png", tmp_path / "Ungood" / "label" / "x.png")
+    genuine_scan, genuine_is_file = os.scandir, Path.is_file
+
+    def forbidden_scan(path: Path) -> Any:
+        if Path(path).name == "label":
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine_scan(path)
+
+    def forbidden_is_file(path: Path) -> bool:
+        if path.parent.name == "label":
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine_is_file(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden_scan)
+    monkeypatch.setattr(Path, "is_file", forbidden_is_file)
+    found = scan([tmp_path])
+    assert [found.source_of(path) for path in found.images] == ["Ungood/img/x.png"]
+    assert (found.mask_files, found.ignored) == (0, {"mask folder that cannot be listed": 1})
+    assert mask_path_for(found.images[0]) is None
 
 
 def test_missing_input_is_an_error(tmp_path: Path) -> None:

@@ -128,8 +128,9 @@ def test_overwrite_removes_only_maps_of_ours(dataset: Path, engine_path: Path, t
 
 def test_a_folder_of_maps_alone_is_not_overwritten_unasked(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "maps").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"already holds results \(maps\)"):
-        run(dataset, engine_path, tmp_path / "out")
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(OutputError, match=r"out: holds maps, but no run\.json of qfae-run"):
+            run(dataset, engine_path, tmp_path / "out", **options)
     (tmp_path / "out" / "maps").rmdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "maps").symlink_to(tmp_path / "elsewhere")

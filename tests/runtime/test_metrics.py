@@ -57,6 +57,7 @@ def test_image_metrics_are_those_of_scikit_learn() -> None:
         "good": 2,
         "ungood": 2,
         "labelled_but_not_scored": 1,
+        "masks_unusable": 0,
         "images_with_pixel_truth": 0,
         "images_without_pixel_truth": 0,
         "anomalous_regions": 0,

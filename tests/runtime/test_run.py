@@ -1,4 +1,4 @@
-"""Whole runs: what is written, what survives damage, resuming, and interruption."""
+"""Whole runs: what is written, and what damage does to them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import csv
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from qfae_runtime.errors import OutputError
 from qfae_runtime.run import Options, Summary, execute
 
 from .conftest import write_png
 from .test_cli import qfae_run
-from .tiny import SIZE, edit_manifest
+from .tiny import edit_manifest
 
 
 def run(images: Path, engine: Path, out: Path, **options: Any) -> Summary:
@@ -120,6 +115,32 @@ def test_bad_files_get_rows_and_the_others_are_scored(
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["counts"]["labelled_but_not_scored"] == 3
 
 
+def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out, masks = tmp_path / "out", dataset / "Ungood" / "label"
+    write_png(masks / "1.png", np.ones((40, 47), np.uint8))
+    (masks / "2.png").write_text("no picture")
+    (masks / "3.png").unlink()  # none at all is another matter
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
+    assert shown.exit_code == 0
+    note = (
+        f"2 masks could not be used, the first is {masks}/1.png: got 47 x 40 pixels, expected 48 x 40, "
+        "the size of its image"
+    )
+    assert f"note: {note}\n" in shown.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["notes"][0] == note
+    counts = metrics["counts"]
+    assert (counts["images_with_pixel_truth"], counts["images_without_pixel_truth"]) == (9, 3)
+    assert counts["masks_unusable"] == 2
+    write_png(masks / "1.png", np.ones((40, 48), np.uint8))
+    summary = run(dataset, engine_path, out, overwrite=True)
+    assert summary.metrics is not None
+    assert summary.metrics["notes"][0] == (
+        f"1 mask could not be used, the first is {masks}/2.png: "
+        "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
+    )
+
+
 def test_only_bad_files_still_end_orderly(engine_path: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").touch()
@@ -182,67 +203,96 @@ def test_overwrite_removes_only_our_own_files(dataset: Path, engine_path: Path, 
     assert len(table(out)) == 6
 
 
+@pytest.mark.parametrize("option", ["overwrite", "resume", None])
+def test_files_of_others_are_never_replaced(
+    dataset: Path, engine_path: Path, tmp_path: Path, option: str | None
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("metrics.json", "report.html"):
+        (out / name).write_text("{}")  # nothing says that a run of ours wrote them
+    (out / "run.json").write_text('{"fingerprint": "of another program"}')
+    with pytest.raises(OutputError) as caught:
+        run(dataset, engine_path, out, **({option: True} if option else {}))
+    assert str(caught.value) == (
+        f"{out}: holds report.html, run.json, metrics.json, but no run.json of qfae-run, so they may be someone "
+        "else's and are not touched; move them away or choose another --out"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "report.html", "run.json"]
+    assert (out / "metrics.json").read_text() == "{}"
+
+
+def test_a_clearing_that_was_cut_short_can_be_repeated(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    genuine = Path.unlink
+    removed: list[Path] = []
+
+    def cut_short(self: Path, missing_ok: bool = False) -> None:
+        if len(removed) == 20:  # 12 heat maps, and of the 5 single files 4 with their temporary ones
+            raise OSError(5, "Input/output error")
+        removed.append(self)
+        genuine(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", cut_short)
+    with pytest.raises(OutputError, match="Input/output error"):
+        run(dataset, engine_path, out, overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+    run(dataset, engine_path, out, overwrite=True)
+    assert len(table(out)) == 12
+
+
+@pytest.mark.parametrize("place", ["heatmaps/good", "heatmaps/good/img/0.png", "maps/Ungood/img"])
+def test_links_below_the_results_lead_nowhere(dataset: Path, engine_path: Path, tmp_path: Path, place: str) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    run(dataset / "good" / "img" / "1.png", engine_path, out)
+    elsewhere.mkdir()
+    (out / place).parent.mkdir(parents=True, exist_ok=True)
+    (out / place).symlink_to(elsewhere / "file.png" if place.endswith("png") else elsewhere)
+    with pytest.raises(OutputError) as caught:
+        run(dataset, engine_path, out, overwrite=True, save_maps=True)
+    assert str(caught.value) == f"{out}/{place}: is a symbolic link; remove it, results stay inside --out"
+    assert not any(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl", "metrics.json", "run.json"])
+def test_results_that_are_links_are_refused(dataset: Path, engine_path: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    (out / name).rename(tmp_path / name)
+    (out / name).symlink_to(tmp_path / name)
+    for option in ("overwrite", "resume"):
+        with pytest.raises(OutputError, match="is a symbolic link; remove it, results stay inside --out"):
+            run(dataset, engine_path, out, **{option: True})
+
+
 def test_output_inside_the_input_is_not_scored(dataset: Path, engine_path: Path) -> None:
     for _ in range(2):
         run(dataset, engine_path, dataset / "results", overwrite=True)
     assert len(table(dataset / "results")) == 12
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"source": "good/img', b"{}"])
-@pytest.mark.parametrize("kept", [0, 1, 7, 12])
-def test_resume_goes_on_after_a_torn_line(
-    dataset: Path, engine_path: Path, tmp_path: Path, kept: int, torn: bytes
-) -> None:
-    damage(dataset)
-    out = tmp_path / "out"
-    run(dataset, engine_path, tmp_path / "whole", maps=False)
-    shutil.copytree(tmp_path / "whole", out)
-    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "scores.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
-    (out / "scores.csv").unlink()
-    summary = run(dataset, engine_path, out, maps=False, resume=True)
-    assert (summary.counts.resumed, summary.counts.done, summary.counts.errors) == (kept, 15, 3)
-    for name in ("scores.csv", "scores.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_resume_of_nothing_starts(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    assert run(dataset, engine_path, tmp_path / "out", resume=True).counts.done == 12
-
-
-def test_resumed_run_says_why_pixel_auroc_is_missing(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+def test_results_of_earlier_runs_are_not_scored(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, dataset / "first")
     run(dataset, engine_path, tmp_path / "out")
-    summary = run(dataset, engine_path, tmp_path / "out", resume=True)
-    assert summary.metrics is not None
-    assert summary.metrics["pixel_auroc"] is None
-    assert "this one was resumed; run again with --overwrite" in summary.metrics["notes"][0]
+    assert len(table(tmp_path / "out")) == 12
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["inputs"]["ignored"] == {"results of qfae-run": 1}
+    shown = qfae_run(dataset / "first", "--engine", engine_path, "--out", tmp_path / "other")
+    assert shown.exit_code == 1
+    assert "no image in it (ignored: 1 x results of qfae-run; mask files: 0)" in shown.stderr
 
 
-def test_resume_refuses_another_run_and_says_what_changed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(dataset, engine_path, out)
-    with pytest.raises(OutputError) as caught:
-        run(dataset, engine_path, out, resume=True, maps=False, batch_size=3)
-    assert "maps: was True, now False" in str(caught.value)
-    assert "batch_size: was 16, now 3" in str(caught.value)
-    (dataset / "good" / "img" / "0.png").unlink()
-    with pytest.raises(OutputError, match="inputs: was 12, now 11"):
-        run(dataset, engine_path, out, resume=True)
-    (out / "run.json").unlink()
-    with pytest.raises(OutputError, match=r"run\.json: missing or damaged, so the run cannot be resumed"):
-        run(dataset, engine_path, out, resume=True)
-
-
-def test_damaged_rows_are_not_resumed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(dataset, engine_path, out)
-    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "scores.jsonl").write_bytes(b"".join([lines[0], b"nonsense\n", *lines[2:]]))
-    with pytest.raises(OutputError, match=r"line 2 is no row of qfae-run"):
-        run(dataset, engine_path, out, resume=True)
-    (out / "scores.jsonl").write_bytes(b"".join([lines[1], lines[0]]))
-    with pytest.raises(OutputError, match="row 1 is of another file"):
-        run(dataset, engine_path, out, resume=True)
+def test_output_folder_that_is_an_input_is_refused(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dataset)
+    for out in (dataset, tmp_path / "link"):
+        shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
+        assert shown.exit_code == 2
+        assert f"qfae-run: --out {out}: is the input folder {dataset} itself; choose another --out\n" in shown.stderr
+    assert sorted(path.name for path in dataset.iterdir()) == ["Ungood", "good"]
 
 
 def test_folder_that_cannot_be_written(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
@@ -254,6 +304,23 @@ def test_folder_that_cannot_be_written(dataset: Path, engine_path: Path, tmp_pat
     (tmp_path / "out" / "heatmaps").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="is a symbolic link; remove it"):
         run(dataset, engine_path, tmp_path / "out", overwrite=True)
+
+
+def test_output_folder_out_of_reach_is_told_in_words(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, genuine = tmp_path / "out", os.lstat
+
+    def forbidden(path: Path, **given: Any) -> os.stat_result:
+        if str(path).startswith(str(out)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine(path, **given)
+
+    monkeypatch.setattr(Path, "exists", lambda path: bool(forbidden(path)))
+    monkeypatch.setattr(Path, "is_symlink", lambda path: bool(forbidden(path)) and False)
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
+    assert shown.exit_code == 1
+    assert shown.stderr == f"qfae-run: {out}: cannot be written (Permission denied); choose another --out\n"
 
 
 def test_full_disk_is_told_in_words(
@@ -288,32 +355,3 @@ def test_score_that_is_not_finite_becomes_an_error_row(
     summary = run(dataset, engine_path, tmp_path / "out")
     assert summary.counts.errors == 1
     assert "not finite (nan)" in table(tmp_path / "out")[3]["error"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_leaves_whole_rows_and_can_be_resumed(engine_path: Path, tmp_path: Path) -> None:
-    images, out = tmp_path / "many", tmp_path / "out"
-    images.mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(images / "0.png")
-    for number in range(1, 160):
-        shutil.copy(images / "0.png", images / f"{number}.png")
-    command = [sys.executable, "-m", "qfae_runtime.cli", str(images), "--engine", str(engine_path), "--batch-size", "4"]
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
-    rows = out / "scores.jsonl"
-    deadline = time.monotonic() + 240
-    while not (rows.exists() and rows.stat().st_size > 2000) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130, errors
-    assert "of 160 files have whole rows" in errors
-    assert "go on with the same command and --resume" in errors
-    assert "Traceback" not in errors
-    written = rows.read_bytes()
-    assert written.endswith(b"}\n")
-    done = [json.loads(line) for line in written.splitlines()]
-    assert 0 < len(done) < 160
-    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
-    summary = run(images, engine_path, out, batch_size=4, resume=True)
-    assert (summary.counts.resumed, summary.counts.done) == (len(done), 160)
-    assert len({row["source"] for row in table(out)}) == 160

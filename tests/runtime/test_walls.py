@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FORBIDDEN = (
     "torch",
     "torchvision",
@@ -68,6 +70,31 @@ def test_neither_scikit_learn_nor_scipy_is_imported_without_labels(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("False")
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import qfae_runtime.engines.onnxruntime"], ["-m", "qfae_runtime.cli"]])
+def test_no_telemetry_is_left_behind(
+    arguments: list[str], engine_path: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("QFAE_CACHE", raising=False)
+    if "-m" in arguments:
+        arguments = [*arguments, str(dataset), "--engine", str(engine_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    left = {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()}
+    assert left == ({(".cache", "qfae")} if "-m" in arguments else set())
 
 
 def test_no_source_file_names_a_forbidden_import() -> None:

@@ -66,7 +66,7 @@ def test_liver_images_and_masks_go_one_way_in_training_and_scoring(tmp_path: Pat
     for path, pixels, truth in zip(paths, split.rgb(slice(None)).numpy(), split.masks.numpy(), strict=True):
         prepared = preprocess(read_image(path).pixels, spec)
         np.testing.assert_array_equal(pixels, prepared.image)
-        scored = pixel_truth(Job(path, path.name), prepared.geometry)
+        scored, _ = pixel_truth(Job(path, path.name), prepared.geometry)
         np.testing.assert_array_equal(truth, scored)
         bright = pixels[..., 0] > 150
         assert (bright & (truth > 0)).sum() / (bright | (truth > 0)).sum() > 0.7

@@ -1,0 +1,217 @@
+"""Runs that go on where another stopped: what is kept, what is refused, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qfae_runtime.errors import OutputError, RunInterruptedError
+from qfae_runtime.progress import Reporter
+from qfae_runtime.run import Counts, Options, execute, find_inputs
+
+from .test_cli import qfae_run
+from .test_run import damage, run, table
+from .tiny import SIZE
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"source": "good/img', b"{}"])
+@pytest.mark.parametrize("kept", [0, 1, 7, 12])
+def test_resume_goes_on_after_a_torn_line(
+    dataset: Path, engine_path: Path, tmp_path: Path, kept: int, torn: bytes
+) -> None:
+    damage(dataset)
+    out = tmp_path / "out"
+    run(dataset, engine_path, tmp_path / "whole", maps=False)
+    shutil.copytree(tmp_path / "whole", out)
+    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
+    (out / "scores.csv").unlink()
+    summary = run(dataset, engine_path, out, maps=False, resume=True)
+    assert (summary.counts.resumed, summary.counts.done, summary.counts.errors) == (kept, 15, 3)
+    for name in ("scores.csv", "scores.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_resume_of_nothing_starts(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    assert run(dataset, engine_path, tmp_path / "out", resume=True).counts.done == 12
+
+
+def contents(out: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        path.relative_to(out).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in out.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_resume_of_a_finished_run_changes_nothing(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    damage(dataset)
+    out = tmp_path / "out"
+    metrics = run(dataset, engine_path, out).metrics
+    before = contents(out)
+    summary = run(dataset, engine_path, out, resume=True)
+    assert (summary.counts.resumed, summary.counts.done, summary.counts.errors) == (15, 15, 3)
+    assert summary.nothing_left
+    assert summary.metrics == metrics
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", out, "--resume")
+    assert shown.exit_code == 3  # the damaged files have not become better
+    assert "nothing was left to do: all 15 images had been scored before" in shown.stdout
+    assert contents(out) == before
+    (out / "metrics.json").write_text("[]")
+    with pytest.raises(OutputError, match=r"metrics\.json: cannot be read or is damaged; start afresh"):
+        run(dataset, engine_path, out, resume=True)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 9, 15])
+def test_interrupted_and_resumed_gives_the_metrics_of_one_run(
+    dataset: Path, engine_path: Path, tmp_path: Path, stop_at: int
+) -> None:
+    damage(dataset)
+    out = tmp_path / "out"
+    run(dataset, engine_path, tmp_path / "whole", batch_size=4, save_maps=True)
+
+    def stop(counts: Counts) -> None:
+        if counts.done == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(RunInterruptedError):
+        execute(Options((dataset,), engine_path, out, batch_size=4, save_maps=True), stop)
+    first_part = (out / "scores.jsonl").read_bytes()
+    assert first_part.count(b"\n") == stop_at
+    drawn = out / "heatmaps" / "Ungood" / "img" / "0.png"
+    drawn_at = drawn.stat().st_mtime_ns
+    seen: list[int] = []
+    execute(
+        Options((dataset,), engine_path, out, batch_size=4, save_maps=True, resume=True),
+        lambda counts: seen.append(counts.done),
+    )
+    assert seen == [stop_at] * stop_at + list(range(stop_at + 1, 16))
+    assert drawn.stat().st_mtime_ns == drawn_at
+    assert (out / "scores.jsonl").read_bytes().startswith(first_part)
+    whole = contents(tmp_path / "whole")
+    assert contents(out).keys() == whole.keys()
+    for name in whole:
+        if name not in ("run.json", "report.html"):
+            assert (out / name).read_bytes() == whole[name][0], name
+    assert json.loads((out / "metrics.json").read_text())["counts"]["images_with_pixel_truth"] == 12
+
+
+def test_resume_without_labels_scores_nothing_twice(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(dataset / "good" / "img", images)
+    run(images, engine_path, out)
+    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(b"".join(lines[:4]))
+    seen: list[int] = []
+    execute(Options((images,), engine_path, out, resume=True), lambda counts: seen.append(counts.done))
+    assert seen == [5, 6]
+
+
+def test_progress_tells_of_maps_made_again() -> None:
+    stream = io.StringIO()
+    with Reporter(stream, quiet=False) as reporter:
+        reporter.update(Counts(total=9, resumed=4, done=4))
+        reporter._next_line = 0.0
+        reporter.update(Counts(total=9, resumed=4, done=4))
+    assert stream.getvalue() == "4/9 files, their maps are being made again for the pixel metrics\n"
+
+
+def test_resume_refuses_another_run_and_says_what_changed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    with pytest.raises(OutputError) as caught:
+        run(dataset, engine_path, out, resume=True, maps=False, batch_size=3)
+    assert "maps: was True, now False" in str(caught.value)
+    assert "batch_size: was 16, now 3" in str(caught.value)
+    (dataset / "good" / "img" / "0.png").unlink()
+    with pytest.raises(OutputError, match="inputs: was 12, now 11"):
+        run(dataset, engine_path, out, resume=True)
+    (out / "run.json").unlink()
+    with pytest.raises(OutputError, match=r"run\.json: missing or damaged, so the run cannot be resumed"):
+        run(dataset, engine_path, out, resume=True)
+
+
+def test_resume_refuses_another_folder_with_the_same_names(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    run(dataset, engine_path, out)
+    before = (out / "scores.jsonl").read_bytes()
+    shutil.copytree(dataset, other)
+    with pytest.raises(OutputError) as caught:
+        run(other, engine_path, out, resume=True)
+    assert f"  root: was {str(dataset)!r}, now {str(other)!r}\n" in str(caught.value)
+    assert str(caught.value).endswith(
+        "repeat the options of the first run on the same files in the same place, or start afresh with --overwrite"
+    )
+    assert (out / "scores.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["size", "time", "gone"])
+def test_resume_refuses_inputs_that_have_changed(
+    dataset: Path, engine_path: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, image = tmp_path / "out", dataset / "good" / "img" / "0.png"
+    run(dataset, engine_path, out)
+    status = image.stat()
+    if change == "size":
+        image.write_bytes(image.read_bytes() + b"more")
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif change == "time":
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    else:  # between the search for images and the look at them
+        found = find_inputs(Options((dataset,), engine_path, out))
+        monkeypatch.setattr("qfae_runtime.run.find_inputs", lambda _: found)
+        image.unlink()
+    with pytest.raises(OutputError, match="inputs_state_sha256: the size or time of change of an input is not what"):
+        run(dataset, engine_path, out, resume=True)
+
+
+def test_damaged_rows_are_not_resumed(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out)
+    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(b"".join([lines[0], b"nonsense\n", *lines[2:]]))
+    with pytest.raises(OutputError, match=r"line 2 is no row of qfae-run"):
+        run(dataset, engine_path, out, resume=True)
+    (out / "scores.jsonl").write_bytes(b"".join([lines[1], lines[0]]))
+    with pytest.raises(OutputError, match="row 1 is of another file"):
+        run(dataset, engine_path, out, resume=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_leaves_whole_rows_and_can_be_resumed(engine_path: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "many", tmp_path / "out"
+    images.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(images / "0.png")
+    for number in range(1, 160):
+        shutil.copy(images / "0.png", images / f"{number}.png")
+    command = [sys.executable, "-m", "qfae_runtime.cli", str(images), "--engine", str(engine_path), "--batch-size", "4"]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    rows = out / "scores.jsonl"
+    deadline = time.monotonic() + 240
+    while not (rows.exists() and rows.stat().st_size > 2000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 130, errors
+    assert "of 160 files have whole rows" in errors
+    assert "go on with the same command and --resume" in errors
+    assert "Traceback" not in errors
+    written = rows.read_bytes()
+    assert written.endswith(b"}\n")
+    done = [json.loads(line) for line in written.splitlines()]
+    assert 0 < len(done) < 160
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    summary = run(images, engine_path, out, batch_size=4, resume=True)
+    assert (summary.counts.resumed, summary.counts.done) == (len(done), 160)
+    assert len({row["source"] for row in table(out)}) == 160
