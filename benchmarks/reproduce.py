@@ -25,7 +25,8 @@ from qfae_runtime.metrics import Metrics
 from qfae_train.bmad import BENCHMARKS, Benchmark, benchmark_of_folder
 from qfae_train.checkpoint import Checkpoint, CheckpointError, read_parts, save
 from qfae_train.checkpoint import load as load_checkpoint
-from qfae_train.config import Config, load
+from qfae_train.config import Config, from_dict, load
+from qfae_train.data import split_folder
 from qfae_train.evaluate import evaluate_checkpoint
 from qfae_train.fit import fit
 from qfae_train.official import is_official, open_checkpoint
@@ -40,8 +41,12 @@ def steps_of(benchmark: Benchmark, config: Config) -> list[Step]:
     if benchmark.name != "LiverCT":
         return [Step("preset", config)]
     coarse = dataclasses.replace(config, score=dataclasses.replace(config.score, patch_sizes=MAIN_PATCH_SIZES))
-    main = dataclasses.replace(coarse, preprocess=dataclasses.replace(config.preprocess, kind="resize"))
-    return [Step("main", main), Step("preprocessing", coarse), Step("preset", config)]
+    return [Step("main", with_kind(coarse, "resize")), Step("preprocessing", coarse), Step("preset", config)]
+
+
+def with_kind(config: Config, kind: str) -> Config:
+    """Return the configuration with another preprocessing."""
+    return dataclasses.replace(config, preprocess=dataclasses.replace(config.preprocess, kind=kind))
 
 
 def find_roots(data: Path) -> dict[str, Path]:
@@ -78,42 +83,52 @@ class Run:
     checkpoints: dict[str, list[Path]]
     files: WeightFiles
 
+    def check(self, benchmark: Benchmark, root: Path) -> None:
+        """Look for the folders that will be needed, before days go into training.
+
+        Raises:
+            UsageError: a split is missing.
+
+        """
+        needed = ("test",) if benchmark.name in self.checkpoints else ("train", "valid", "test")
+        missing = [split for split in needed if split_folder(root, split) is None]
+        if missing:
+            raise UsageError(
+                f"--data: {root}: no {', '.join(f'{split}/' for split in missing)}; {benchmark.name} needs it"
+            )
+
     def measure(self, benchmark: Benchmark, root: Path) -> list[Measured]:
         """Return the results of every step on one data set."""
         folder = self.out / benchmark.name
-        given = self.checkpoints.get(benchmark.name)
-        config = self.configs.get(benchmark.name) or load(benchmark.presets[0])
-        if given:
-            models = [
-                (path.stem, taken(path, benchmark, self.configs.get(benchmark.name), self.files)) for path in given
-            ]
-            steps = steps_of(benchmark, models[0][1].config)
-        else:
-            models, steps = [], steps_of(benchmark, config)
+        steps = steps_of(benchmark, self.configs.get(benchmark.name) or load(benchmark.presets[0]))
+        own = self.configs.get(benchmark.name)
+        given = [
+            (path.stem, taken(path, benchmark, own, self.files)) for path in self.checkpoints.get(benchmark.name, ())
+        ]
+        trained: dict[str, list[tuple[str, Checkpoint]]] = {}
         results = []
         for step in steps:
-            own = models or list(self._trained(step, root, folder))
-            fitting = [(name, one) for name, one in own if one.config.preprocess == step.config.preprocess]
+            kind = step.config.preprocess.kind
+            # Steps that differ in the score alone share their models, which the first of them trains.
+            if not given and kind not in trained:
+                trained[kind] = list(self._trained(step, root, folder))
+            models = [one for one in given if one[1].config.preprocess.kind == kind] if given else trained[kind]
             measured = Measured(benchmark.name, step.name, [], [])
-            for name, checkpoint in fitting:
-                torch_result, engine_result = self._both(name, with_score(checkpoint, step.config), root, folder, step)
-                measured.torch.append(torch_result)
-                measured.engine.append(engine_result)
+            for name, checkpoint in models:
+                in_torch, engine = self._both(name, with_score(checkpoint, step.config), root, folder, step)
+                measured.torch.append(in_torch)
+                measured.engine.append(engine)
             results.append(measured)
         return results
 
     def _trained(self, step: Step, root: Path, folder: Path) -> Iterable[tuple[str, Checkpoint]]:
-        """Train, or go on training, one model per seed; steps that differ in the score alone share their models."""
+        """Train one model per seed; a finished one is taken as it is, if it is of this configuration."""
         config = self.files.applied_to(step.config)
-        kind = config.preprocess.kind
         for seed in self.seeds:
             own = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-            out = folder / f"{kind}.seed{seed}.pt"
-            # The score decides nothing of the training but the validation: the first step's models serve all.
-            if not out.with_suffix(".done").exists():
-                begun = out.with_name(f"{out.stem}.last.pt").exists()
-                fit(own, root, out, resume=begun, device=self.device)
-                out.with_suffix(".done").touch()
+            out = folder / f"{config.preprocess.kind}.seed{seed}.pt"
+            begun = out.with_name(f"{out.stem}.last.pt").exists()
+            fit(own, root, out, resume=begun, device=self.device)
             yield out.stem, load_checkpoint(out)
 
     def _both(self, name: str, checkpoint: Checkpoint, root: Path, folder: Path, step: Step) -> tuple[Metrics, Metrics]:
@@ -133,8 +148,14 @@ def benchmark_line(root: Path, step: Step) -> str:
 
 
 def with_score(checkpoint: Checkpoint, config: Config) -> Checkpoint:
-    """Return the model with another configuration of its score, which no weight depends on."""
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, score=config.score), resume={})
+    """Return the model with another configuration of its score, which no weight depends on.
+
+    Raises:
+        ConfigError: its perceptual network has no such blocks.
+
+    """
+    own = from_dict(dataclasses.replace(checkpoint.config, score=config.score).to_dict())
+    return dataclasses.replace(checkpoint, config=own, resume={})
 
 
 def taken(path: Path, benchmark: Benchmark, config: Config | None, files: WeightFiles) -> Checkpoint:
@@ -190,19 +211,52 @@ def main(data: str, out: str, seeds: str, device: str, **given: Any) -> None:
         if faults:
             raise UsageError(faults)
         run = Run(
-            Path(out), [int(seed) for seed in seeds.split(",")], device,
+            Path(out), parse_seeds(seeds), device,
             {name: load(path) for name, path in configs.items()}, checkpoints, files,
         )  # fmt: skip
-        results = []
-        for name, root in find_roots(Path(data)).items():
-            click.echo(f"{name}: {root}", err=True)
-            results += run.measure(BENCHMARKS[name], root)
-            file = Path(out) / "results.json"  # after each data set: one takes days to train
-            file.write_text(json.dumps(to_json(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        roots = find_roots(Path(data))
+        for name, root in roots.items():
+            run.check(BENCHMARKS[name], root)
     except QfaeError as error:
         raise click.ClickException(str(error)) from None
+    results: list[Measured] = []
+    failures = []
+    for name, root in roots.items():
+        click.echo(f"{name}: {root}", err=True)
+        try:
+            results += run.measure(BENCHMARKS[name], root)
+        except QfaeError as error:  # the others are measured all the same
+            failures.append(f"{name}: {error}")
+            click.echo(failures[-1], err=True)
+        write(Path(out) / "results.json", results, failures)  # after each data set: one takes days to train
     print_tables(results)
-    click.echo(f"all of it as JSON: {file}")
+    click.echo(f"all of it as JSON: {Path(out) / 'results.json'}")
+    if failures:
+        raise click.ClickException("; ".join(failures))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read seeds with commas between.
+
+    Raises:
+        UsageError: something else stands there.
+
+    """
+    words = text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise UsageError(
+            f"--seeds: got {text!r}, expected whole numbers with commas between, such as {PUBLISHED_SEEDS}"
+        )
+    return [int(word) for word in words]
+
+
+def write(path: Path, results: list[Measured], failures: list[str]) -> None:
+    """Write all results as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    content = {"results": to_json(results), "failures": failures}
+    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

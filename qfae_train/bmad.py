@@ -34,11 +34,11 @@ class Benchmark:
 BENCHMARKS = {
     one.name: one
     for one in (
-        Benchmark("BraTS2021", ("brats-dual", "brats"), ("brats2021", "brats", "brain", "brainad"),
+        Benchmark("BraTS2021", ("brats-dual", "brats"), ("brats2021", "brats2021slice", "brats", "brain", "brainad"),
                   7500, 83, 3075, 640, (240, 240), (94.3, 0.18)),
         Benchmark("LiverCT", ("liver",), ("liverct", "liver", "ctliver", "liverad", "histliver"),
                   1542, 166, 660, 833, (512, 512), (65.5, 1.96)),
-        Benchmark("RESC", ("resc",), ("resc", "retinaresc", "rescad", "octresc"),
+        Benchmark("RESC", ("resc",), ("resc", "retinaresc", "retinarescad", "rescad", "octresc"),
                   4297, 115, 764, 1041, (512, 1024), (91.8, 0.55)),
         Benchmark("RSNA", ("rsna",), ("rsna", "chest", "chestrsna", "chestad", "rsnaad"),
                   8000, 1490, 16413, 781, (1024, 1024), (83.8, 0.46)),

@@ -22,7 +22,7 @@ from qfae_train.checkpoint import Checkpoint, CheckpointError, from_parts, read_
 from qfae_train.config import Config
 from qfae_train.positions import sincos_2d
 from qfae_train.weight_files import FROM_HUB, WeightFiles
-from qfae_train.weights import tensors_sha256
+from qfae_train.weights import tensors_sha256, unwrapped
 
 NAMES = (
     ("encoders.{n}.backbone.", "encoders.{n}.model."),
@@ -88,8 +88,9 @@ def open_checkpoint(path: Path, config: Config | None = None, files: WeightFiles
 
     """
     content = read_parts(path)
-    if not is_official(content):
-        if config is not None:
+    state = unwrapped(content)
+    if not is_official(state):
+        if config is not None and "format" in content:
             raise UsageError(
                 f"--preset, --config: {path} holds its own configuration; leave them out (they are for the authors' "
                 "checkpoints)"
@@ -100,7 +101,7 @@ def open_checkpoint(path: Path, config: Config | None = None, files: WeightFiles
             f"{path}: a checkpoint of the authors' release, which does not say its architecture; name it with "
             "--preset or --config"
         )
-    return _converted(path, content, files.applied_to(config))
+    return _converted(path, state, files.applied_to(config))
 
 
 def _converted(path: Path, state: dict[str, Tensor], config: Config) -> Checkpoint:

@@ -59,13 +59,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         else:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"weights '{path}': not a plain file of tensors ({reason})") from None
-    state = _unwrapped(state)
+    state = unwrapped(state)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"weights '{path}': expected names and tensors, got something else")
     return state, sha256_of(path)
 
 
-def _unwrapped(state: Any) -> Any:
+def unwrapped(state: Any) -> Any:
     """Take the tensors out of a published file's wrapper; DINO's also carry the names of two more modules."""
     for name in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
@@ -148,6 +148,10 @@ def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
         f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
         for name, tensor in given.items()
         if name in expected and expected[name].shape != tensor.shape
+    ]
+    # Blocks beyond the model's are not just more names: hidden states count from the end, so others would be read.
+    faults += [
+        f"{name}: not a part of the model" for name in given if name.startswith("blocks.") and name not in expected
     ]
     if faults:
         shown = "; ".join(sorted(faults)[:_SHOWN])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,12 +92,16 @@ def bmad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reproduce(bmad: Path, out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    weights = bmad / "vit.safetensors"
+def reproduce(
+    data: Path, out: Path, *arguments: object, weights: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it on `data`, which is the fixture's folder or a root in it; `weights` where the fixture's files are."""
+    bmad = weights or (data if (data / "brain.toml").exists() else data.parent)
+    file = bmad / "vit.safetensors"
     return run(
-        *("python", "-m", "benchmarks.reproduce", "--data", bmad, "--out", out, "--device", "cpu"),
+        *("python", "-m", "benchmarks.reproduce", "--data", data, "--out", out, "--device", "cpu"),
         *("--config", f"BraTS2021={bmad / 'brain.toml'}", "--config", f"LiverCT={bmad / 'liver.toml'}"),
-        *("--backbone-weights", f"{TIMM}={weights}", "--perceptual-weights", weights),
+        *("--backbone-weights", f"{TIMM}={file}", "--perceptual-weights", file),
         *arguments,
         cwd=ROOT,
         home=out,
@@ -108,28 +114,44 @@ def cells(printed: str, first: str) -> list[str]:
     return re.split(r"\s{2,}", line.strip())[1:]
 
 
+def stored(out: Path) -> list[dict[str, Any]]:
+    content = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert content["failures"] == []
+    results: list[dict[str, Any]] = content["results"]
+    return results
+
+
 PERCENT = r"\d+\.\d( ± \d+\.\d\d)?"
 
 
-def test_it_trains_evaluates_both_ways_and_prints_the_tables(bmad: Path, tmp_path: Path) -> None:
-    done = reproduce(bmad, tmp_path, "--seeds", "42,7")
+@pytest.fixture(scope="module")
+def trained(bmad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run with two seeds leaves."""
+    out = tmp_path_factory.mktemp("reproduce")
+    done = reproduce(bmad, out, "--seeds", "42,7")
     assert done.returncode == 0, done.stderr
+    (out / "printed.txt").write_text(done.stdout, encoding="utf-8")
+    return out
+
+
+def test_it_trains_evaluates_both_ways_and_prints_the_tables(trained: Path, bmad: Path, tmp_path: Path) -> None:
+    printed = (trained / "printed.txt").read_text(encoding="utf-8")
     for method, values in TABLE_7.items():
         first = f"{method} (published)" if method == OURS else method
-        assert cells(done.stdout, f"{first}  ") == [shown(value) for value in values]
+        assert cells(printed, f"{first}  ") == [shown(value) for value in values]
     for where in ("PyTorch", "engine"):
-        brain, liver, resc, rsna = cells(done.stdout, f"{OURS}, here, {where}")
+        brain, liver, resc, rsna = cells(printed, f"{OURS}, here, {where}")
         assert re.fullmatch(PERCENT, brain)
         assert re.fullmatch(PERCENT, liver)
         assert "±" in brain
         assert (resc, rsna) == ("-", "-")
     for version, value in TABLE_3.items():
-        published, in_torch, engine = cells(done.stdout, version)
+        published, in_torch, engine = cells(printed, version)
         assert published == shown(value)
         assert re.fullmatch(PERCENT, in_torch)
         assert in_torch == engine
 
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    results = stored(trained)
     assert [(one["data_set"], one["step"]) for one in results] == [
         ("BraTS2021", "preset"),
         *(("LiverCT", step) for step in LIVER_STEPS),
@@ -144,17 +166,42 @@ def test_it_trains_evaluates_both_ways_and_prints_the_tables(bmad: Path, tmp_pat
             assert in_torch["pixel_auroc"] == pytest.approx(engine["pixel_auroc"], abs=1e-3)
             assert engine["intervals_95"]["image_auroc"]
     # The two last steps are one model, scored otherwise.
-    last = [load_checkpoint(tmp_path / "LiverCT" / step / "liver.seed7.pt") for step in ("preprocessing", "preset")]
+    last = [load_checkpoint(trained / "LiverCT" / step / "liver.seed7.pt") for step in ("preprocessing", "preset")]
     assert all(torch.equal(tensor, last[1].trained[name]) for name, tensor in last[0].trained.items())
     assert [one.config.score.patch_sizes for one in last] == [(16, 32, 56), (8, 16)]
 
-    given = tmp_path / "LiverCT/liver.seed42.pt"
+    given = trained / "LiverCT/liver.seed42.pt"
     again = reproduce(bmad, tmp_path / "again", "--ckpt", f"LiverCT={given}", "--ckpt",
-                      f"BraTS2021={tmp_path / 'BraTS2021/resize.seed7.pt'}")  # fmt: skip
+                      f"BraTS2021={trained / 'BraTS2021/resize.seed7.pt'}")  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert "LiverCT, main: not measured, no checkpoint was trained with this preprocessing" in again.stdout
-    taken = json.loads((tmp_path / "again/results.json").read_text(encoding="utf-8"))
+    taken = stored(tmp_path / "again")
     assert taken[3]["torch"][0]["image_auroc"] == results[3]["torch"][0]["image_auroc"]
+
+
+def test_a_model_of_another_configuration_is_not_taken_for_this_ones(trained: Path, bmad: Path, tmp_path: Path) -> None:
+    """Nor is one trained without the preprocessing shown as trained with it."""
+    text = (bmad / "brain.toml").read_text(encoding="utf-8")
+    (tmp_path / "deeper.toml").write_text(text.replace("depth = 1\n", "depth = 2\n"), encoding="utf-8")
+    done = reproduce(bmad / "Brain", trained, "--config", f"BraTS2021={tmp_path / 'deeper.toml'}", "--seeds", "7")
+    assert done.returncode == 1
+    assert "it was trained with another configuration (model.decoder.depth: 1 -> 2)" in done.stderr
+    assert "Table 7" in done.stdout
+
+    given = trained / "LiverCT/resize.seed7.pt"
+    done = reproduce(bmad / "Liver", tmp_path / "given", "--ckpt", f"LiverCT={given}")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(PERCENT, cells(done.stdout, "Main Config")[1])
+    assert [cells(done.stdout, version)[1:] for version in list(TABLE_3)[1:]] == [["-", "-"], ["-", "-"]]
+
+
+def test_missing_splits_are_found_before_anything_is_trained(bmad: Path, tmp_path: Path) -> None:
+    shutil.copytree(bmad / "Brain", tmp_path / "Brain")
+    shutil.copytree(bmad / "Liver/test", tmp_path / "Liver/test")
+    done = reproduce(tmp_path, tmp_path / "out", weights=bmad)
+    assert done.returncode == 1
+    assert f"--data: {tmp_path / 'Liver'}: no train/, valid/; LiverCT needs it" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_liver_goes_through_the_steps_of_table_3() -> None:

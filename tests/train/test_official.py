@@ -156,6 +156,21 @@ def test_its_architecture_must_be_named(small: MadeUp) -> None:
     )
 
 
+@pytest.mark.parametrize("wrapper", ["model", "state_dict"])
+def test_a_wrapped_state_dict_is_taken_too(wrapper: str, small: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "last_ckpt.pth"
+    torch.save({wrapper: {f"module.{name}": tensor for name, tensor in small.state.items()}, "epoch": 300}, path)
+    scorer = build_scorer(open_checkpoint(path, small.config, small.files), small.files)
+    assert torch.equal(scorer(images(2, 112)).score, opened(small)(images(2, 112)).score)
+
+
+def test_something_else_is_not_said_to_be_ours(small: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save({"weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"not written by qfae-train \(format, config"):
+        open_checkpoint(path, small.config, small.files)
+
+
 def test_ours_brings_its_own(small: MadeUp, tmp_path: Path) -> None:
     path = tmp_path / "own.pt"
     save(path, open_checkpoint(small.checkpoint, small.config, small.files))
@@ -168,6 +183,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] =
     "another width": (
         lambda state: {name: tensor[..., : max(1, tensor.shape[-1] // 2)].clone() for name, tensor in state.items()},
         r"blocks.0.attn.proj.bias: expected \(48,\), got \(24,\)",
+    ),
+    "a deeper network": (
+        lambda state: {**state, **{n.replace("blocks.3.", "blocks.4."): t.clone() for n, t in state.items()}},
+        r"blocks.4.attn.proj.bias: not a part of the model",
     ),
     "another depth": (
         lambda state: {name: tensor for name, tensor in state.items() if not name.startswith("blocks.3.")},
