@@ -123,7 +123,9 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
 
     """
     faults = [unexpected(command, text) for text in rest]
-    source = config_source(given, faults)
+    named: list[str] = []
+    source = config_source(given, named)
+    faults += named
     if source is None:
         faults.append("--preset, --config: give one of them")
     if not given["data"]:
@@ -140,11 +142,16 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     if seeds and given["seed"] is not None:
         faults.append("--seed and --seeds exclude each other; choose one")
     weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
-    config = _configured(given, faults)
-    if faults or config is None:
+    config = _configured(given, None if named else source, faults)
+    if config is not None:
+        try:
+            config = weights.applied_to(config)
+        except UsageError as error:
+            faults += error.faults
+    if faults:
         raise UsageError(faults)
     return {
-        "config": weights.applied_to(config),
+        "config": config,
         "seeds": seeds,
         "data": Path(given["data"]),
         "out": Path(given["out"]),
@@ -154,23 +161,25 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _configured(given: dict[str, Any], faults: list[str]) -> Config | None:
+def _configured(given: dict[str, Any], source: str | None, faults: list[str]) -> Config | None:
     """Return the preset or file with the command line's values in it, or None after naming what is wrong."""
     table = load("demo").to_dict()  # where there is no configuration, wrong values are still found in place of it
-    source = given["config"] or given["preset"]
-    if source and not faults:
+    loaded = False
+    if source:
         try:
             table = load(source).to_dict()
+            loaded = True
         except UsageError as error:
             faults += error.faults
     for spec in dataclasses.fields(Train):
         if given[spec.name] is not None:
             table["train"][spec.name] = given[spec.name] if spec.type == "str" else _number(given[spec.name])
     try:
-        return from_dict(table)
+        config = from_dict(table)
     except UsageError as error:
-        faults += error.faults
+        faults += [fault for fault in error.faults if fault not in faults]
         return None
+    return config if loaded else None
 
 
 def _seeds(text: str | None, faults: list[str]) -> list[int]:

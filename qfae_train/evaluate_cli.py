@@ -89,14 +89,23 @@ def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any
             faults.append(f"--{option}: got {given[option]!r}, accepted are {', '.join(accepted)}")
     batch_size = whole_number("--batch-size", given["batch_size"], _MAX_BATCH, faults)
     files = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
-    source = config_source(given, faults)
+    named: list[str] = []
+    source = config_source(given, named)
+    faults += named
+    config = None
+    if source and not named:
+        try:
+            config = load(source)
+            files.applied_to(config)  # again when the weights are read; here, so that its faults are told with the rest
+        except UsageError as error:
+            faults += error.faults
     if faults:
         raise UsageError(faults)
     return {
         "path": Path(given["ckpt"]),
         "data": Path(given["data"]),
         "split": given["split"],
-        "config": load(source) if source else None,
+        "config": config,
         "files": files,
         "batch_size": batch_size,
         "device": given["device"],

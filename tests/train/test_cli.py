@@ -139,6 +139,37 @@ def test_faults_of_a_file_and_of_the_command_line(toml: Path, tmp_path: Path) ->
     ]
 
 
+def test_wrong_types_and_wrong_values_at_once(toml: Path, tmp_path: Path) -> None:
+    toml.write_text(
+        toml.read_text(encoding="utf-8").replace("dim = 32\n        queries", 'dim = "big"\n        queries'),
+        encoding="utf-8",
+    )
+    weights = tmp_path / "w.safetensors"
+    given = ["--epochs", "0", "--batch-size", "x", "--lr", "-1", "--backbone-weights", f"nosuch={weights}"]
+    expected = [
+        "qfae-train: --data: missing; name the data set's folder",
+        "qfae-train: train.batch_size: expected a whole number, got 'x'",
+        "qfae-train: train.epochs: got 0; it must be above 0",
+        "qfae-train: train.lr: got -1.0; it must be above 0",
+        "Try 'qfae-train --help'.",
+    ]
+    result = invoke("--preset", "demo", "--out", tmp_path / "m.pt", *given)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == expected
+    result = invoke("--config", toml, "--out", tmp_path / "m.pt", *given)
+    expected.insert(1, "qfae-train: model.qformer.dim: expected a whole number, got 'big'")
+    assert result.stderr.splitlines() == expected
+
+
+def test_an_unknown_encoder_is_told_with_the_rest(toml: Path, tmp_path: Path) -> None:
+    result = invoke("--config", toml, "--out", "m.pt", "--backbone-weights", f"nosuch={tmp_path / 'w.safetensors'}")
+    assert result.stderr.splitlines() == [
+        "qfae-train: --data: missing; name the data set's folder",
+        f"qfae-train: --backbone-weights: no encoder is called 'nosuch'; there is {tiny.TIMM}",
+        "Try 'qfae-train --help'.",
+    ]
+
+
 def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     result = invoke("--config", "my.yaml", "--data", tmp_path, "--out", tmp_path / "m.pt")
     assert result.exit_code == 2

@@ -164,3 +164,13 @@ def test_seeds_on_the_command_line(tmp_path: Path) -> None:
     )
     result = CliRunner().invoke(command, [*given, "--seeds", "42,7", "--seed", "3"])
     assert result.stderr.splitlines()[0] == "qfae-train: --seed and --seeds exclude each other; choose one"
+
+
+def test_faults_of_the_configuration_are_told_with_the_rest(tmp_path: Path) -> None:
+    result = invoke("--config", tmp_path / "no.toml", "--data", tmp_path, "--batch-size", "0")
+    assert result.exit_code == 2
+    assert [line.split(": ")[1].split(" ")[0] for line in result.stderr.splitlines()[:-1]] == [
+        "--ckpt",
+        "--batch-size",
+        "config",
+    ]
