@@ -16,6 +16,7 @@ One zip of plain tensors, numbers and strings (`torch.save`), read with `weights
 from __future__ import annotations
 
 import dataclasses
+import errno
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from qfae_runtime.preprocess import PreprocessSpec
 from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries, frozen_model
 from qfae_train.backbone import read_frozen
 from qfae_train.config import Backbone, Config, ConfigError, from_dict
+from qfae_train.output import whole_file
 from qfae_train.weight_files import FROM_HUB, WeightFiles
 from qfae_train.weights import WeightsError, read_tensors
 
@@ -67,7 +69,12 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint whole or not at all: to a neighbour first, then renamed."""
+    """Write the checkpoint whole or not at all: to a neighbour first, then renamed.
+
+    Raises:
+        OutputError: it cannot be written.
+
+    """
     spec = checkpoint.config.preprocess_spec()
     content = {
         "format": FORMAT,
@@ -80,10 +87,11 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "record": checkpoint.record,
         "resume": checkpoint.resume,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    torch.save(content, unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        try:
+            torch.save(content, unfinished)
+        except RuntimeError as error:  # how torch's writer, which is not Python's, says that the disk is full
+            raise OSError(errno.EIO, f"torch could not write it: {str(error).splitlines()[0]}") from None
 
 
 def load(path: Path) -> Checkpoint:

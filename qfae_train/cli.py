@@ -14,9 +14,9 @@ import click
 from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, fail, unexpected
 from qfae_runtime.errors import QfaeError, UsageError
-from qfae_train.config import Config, Train, from_dict, load, presets
+from qfae_train.config import MAX_SEED, Config, Train, from_dict, load, presets
 from qfae_train.evaluate_cli import evaluate_command
-from qfae_train.options import DEVICES, config_source, needing_extra, weight_options
+from qfae_train.options import DEVICES, check_device, config_source, needing_extra, weight_options
 from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-train"
@@ -136,8 +136,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
         faults.append(f"--out: {given['out']} is a folder; name a file, such as {Path(given['out']) / 'model.pt'}")
     if given["resume"] and given["overwrite"]:
         faults.append("--resume and --overwrite exclude each other; choose one")
-    if given["device"] not in DEVICES:
-        faults.append(f"--device: got {given['device']!r}, accepted are {', '.join(DEVICES)}")
+    check_device(given["device"], faults)
     seeds = _seeds(given["seeds"], faults)
     if seeds and given["seed"] is not None:
         faults.append("--seed and --seeds exclude each other; choose one")
@@ -187,7 +186,10 @@ def _seeds(text: str | None, faults: list[str]) -> list[int]:
     if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) != len(words):
         faults.append(f"--seeds: got {text!r}, expected different whole numbers with commas between, such as 42,7,13")
         return []
-    return [int(word) for word in words]
+    digits = len(str(MAX_SEED))  # Python refuses to read thousands of digits
+    too_large = [word for word in words if len(word.lstrip("0")) > digits or int(word) > MAX_SEED]
+    faults.extend(f"--seeds: got {word}; accepted are seeds from 0 to {MAX_SEED}" for word in too_large)
+    return [] if too_large else [int(word) for word in words]
 
 
 def _number(text: str) -> int | float | str:

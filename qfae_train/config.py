@@ -22,6 +22,9 @@ from qfae_train.bmad import BENCHMARKS
 
 PRESETS = Path(__file__).parent / "presets"
 
+MAX_SEED = 2**31 - 1
+"""Each epoch draws from seed * 1_000_003 + epoch, which torch takes as a 64-bit number."""
+
 T = TypeVar("T")
 
 

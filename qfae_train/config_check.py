@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from qfae_runtime.preprocess import MAX_IMAGE_SIZE, PREPROCESS_KINDS
 from qfae_train.backbone import describe
-from qfae_train.config import Backbone, Config, Decoder, QFormer
+from qfae_train.config import MAX_SEED, Backbone, Config, Decoder, QFormer
 
 SMALLEST_IMAGE = 16
+
+LARGEST_LR = 1e36
+"""Adam multiplies it by ten in its first step, in float32."""
 
 
 Known = Callable[..., bool]
@@ -104,6 +107,12 @@ def _ranges(config: Config, known: Known) -> Iterable[str]:
     }.items():
         if known(key) and value < 0:
             yield f"{key}: got {value}; it must not be negative"
+    for key, value, largest in (
+        ("train.seed", train.seed, MAX_SEED),
+        ("train.lr", train.lr, LARGEST_LR),
+    ):
+        if known(key) and value > largest:
+            yield f"{key}: got {value}; accepted are values up to {largest}"
     for key, value in {
         "model.qformer.dropout": config.model.qformer.dropout,
         "train.pct_start": train.pct_start,

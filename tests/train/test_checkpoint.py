@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from qfae_runtime.errors import OutputError
 from qfae_train.autoencoder import build
 from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, embed_frozen, load, save
 from qfae_train.config import Config, from_dict
@@ -98,6 +99,22 @@ def test_the_file_is_written_whole_or_not_at_all(
     with pytest.raises(KeyboardInterrupt):
         save(saved, checkpoint)
     assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("enforce fail\nat line 9")])
+def test_a_full_disk_is_one_sentence(
+    error: Exception, checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(content: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", stop)
+    with pytest.raises(
+        OutputError, match=r"^'.*tiny\.pt': cannot be written \(.*\); free the disk or name another --out$"
+    ):
+        save(saved, checkpoint)
+    assert [path.name for path in saved.parent.iterdir()] == ["tiny.pt"]
 
 
 def test_it_needs_no_file_beside_it(weights: Path, tmp_path: Path) -> None:

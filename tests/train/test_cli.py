@@ -170,6 +170,23 @@ def test_an_unknown_encoder_is_told_with_the_rest(toml: Path, tmp_path: Path) ->
     ]
 
 
+def test_no_gpu_and_impossible_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    given = ["--preset", "demo", "--data", "d", "--out", tmp_path / "m.pt", "--device", "cuda"]
+    device = "qfae-train: --device: cuda was asked for, but torch finds no CUDA device; use cpu or auto"
+    result = invoke(*given, "--seed", 2**31)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[:-1] == [
+        device,
+        "qfae-train: train.seed: got 2147483648; accepted are values up to 2147483647",
+    ]
+    result = invoke(*given, "--seeds", f"1,{2**31}")
+    assert result.stderr.splitlines()[:-1] == [
+        device,
+        "qfae-train: --seeds: got 2147483648; accepted are seeds from 0 to 2147483647",
+    ]
+
+
 def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     result = invoke("--config", "my.yaml", "--data", tmp_path, "--out", tmp_path / "m.pt")
     assert result.exit_code == 2

@@ -452,6 +452,40 @@ def test_divergence_stops_the_run(weights: Path, data: Path, tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_an_absurd_learning_rate_is_told_as_divergence(
+    grad_clip: float, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    config = tiny.config(weights, train={"lr": 1e30, "grad_clip": grad_clip, "epochs": 2})
+    with pytest.raises(TrainingError, match=r"in epoch 1: training has diverged; .* \(it was 1e\+30\)$"):
+        run(config, data, tmp_path / "tiny.pt")
+
+
+@pytest.mark.parametrize("pct_start", [0.5, 1.0])
+def test_a_run_of_a_single_step(pct_start: float) -> None:
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    schedule = fit_module._schedule(optimizer, Train(pct_start=pct_start), total=1)
+    optimizer.step()
+    if pct_start == 1:
+        assert schedule.get_last_lr()[0] == pytest.approx(Train().lr / 25)
+        schedule.step()
+
+
+@pytest.mark.parametrize("where", ["file", "full"])
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_read(
+    where: str, weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.pt"
+    if where == "file":
+        out.write_bytes(b"")
+        out = out / "x.pt"
+    else:
+        (tmp_path / "a.last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"': cannot be written \(.+\); free the disk or name another --out$"):
+        run(tiny.config(weights), tmp_path / "nodata", out)
+    assert [path.name for path in tmp_path.iterdir()] == (["a.pt"] if where == "file" else [])
+
+
 def test_fewer_images_than_a_batch(weights: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run(tiny.config(weights, train={"batch_size": 21}), data, tmp_path / "tiny.pt")
