@@ -17,6 +17,7 @@ from qfae_runtime.errors import QfaeError, UsageError
 from qfae_train.config import MAX_SEED, Config, Train, from_dict, load, presets
 from qfae_train.evaluate_cli import evaluate_command
 from qfae_train.options import DEVICES, check_device, config_source, needing_extra, weight_options
+from qfae_train.output import last_beside, seed_path
 from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-train"
@@ -73,15 +74,28 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     NAME.last.pt beside it. With --seeds: NAME.seed42.pt and so on, and NAME.seeds.json with every seed's results on the
     test split, their means and standard deviations.
     """
+    before: dict[Path, int] | None = None
     try:
         with needing_extra("training"):
             options = parse_options(rest, given)
+            lasts = [last_beside(seed_path(options["out"], seed)) for seed in options["seeds"]]
+            lasts = lasts or [last_beside(options["out"])]
+            before = {} if options["resume"] else _written(lasts)
             _train(options)
     except KeyboardInterrupt:
-        click.echo(f"{PROGRAM}: interrupted; go on with --resume", err=True)
+        # With --overwrite, an earlier run's file may still be there: going on with that one is not meant.
+        if before is not None and not _written(lasts).items() <= before.items():
+            click.echo(f"{PROGRAM}: interrupted; go on with --resume", err=True)
+        else:
+            click.echo(f"{PROGRAM}: interrupted before the first checkpoint; nothing was saved", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:
         fail(PROGRAM, error)
+
+
+def _written(files: list[Path]) -> dict[Path, int]:
+    """Return the files that are there, and when each was written."""
+    return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
 
 
 def _train(options: dict[str, Any]) -> None:

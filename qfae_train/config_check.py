@@ -76,6 +76,10 @@ def _attention(config: Config, known: Known) -> Iterable[str]:
         if known(key, f"{part}.dim") and (heads < 1 or dim < 1 or dim % heads):
             yield f"{key}: {heads} heads do not divide the width {dim}"
     for part, options in parts.items():
+        ratio, width = options.mlp_ratio, options.dim * options.mlp_ratio
+        if known(f"{part}.dim", f"{part}.mlp_ratio") and ratio > 0 and 0 < width < 1:
+            yield f"{part}.mlp_ratio: got {ratio}; {options.dim} times it is the hidden width, which must be at least 1"
+    for part, options in parts.items():
         if known(f"{part}.dim") and options.dim % 4:
             yield f"{part}.dim: got {options.dim}; the sine-cosine table needs a multiple of 4"
 

@@ -6,8 +6,10 @@ valid|val|test/{good,Ungood}[/img]/*.png, masks in label/ or anomaly_mask/
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of the preprocessed images, in their order."""
+        return hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
 
     def rgb(self, index: Tensor | slice) -> Tensor:
         """Return uint8 (B, S, S, 3)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from qfae_runtime.errors import OutputError, QfaeError
+from qfae_runtime.errors import QfaeError
 from qfae_train import checkpoint as files
 from qfae_train.alignment import align
 from qfae_train.augment import augmentation, paste
@@ -30,10 +30,10 @@ from qfae_train.checkpoint import Checkpoint
 from qfae_train.config import Config, Train
 from qfae_train.data import DataError, Split, TrainingImages, load_split
 from qfae_train.evaluate import Metrics, evaluate
-from qfae_train.output import check_writable, last_beside
+from qfae_train.output import check_writable, last_beside, refuse_existing
 from qfae_train.perceptual import Features
 from qfae_train.progress import Reporter
-from qfae_train.resume import check_frozen, resumable
+from qfae_train.resume import check_data, check_frozen, resumable
 
 PARITY_IMAGES = 32
 """Validation images kept in the checkpoint, for export to measure on."""
@@ -152,7 +152,8 @@ def fit(
     Raises:
         DataError, InputError: the data set cannot be used.
         WeightsError: frozen weights are not to be had.
-        CheckpointError: there is nothing to resume from, or it is of another configuration or other frozen weights.
+        CheckpointError: there is nothing to resume from, or it is of another configuration, other data
+            or other frozen weights, or the best checkpoint is missing.
         OutputError: `out` cannot be written, or exists and neither `resume` nor `overwrite` is set.
         TrainingError: the loss or its gradient is no longer a finite number.
 
@@ -178,10 +179,8 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
     check_writable(out)
     last = last_beside(out)
     earlier = resumable(out, config) if resume else None
-    if not resume and not overwrite and (out.exists() or last.exists()):
-        raise OutputError(
-            f"'{out}': a run is already there; add --resume to go on with it or --overwrite to start anew"
-        )
+    if not resume and not overwrite:
+        refuse_existing(out)
     reporter = Reporter()
     spec = config.preprocess_spec()
     train = load_split(data, "train", spec)
@@ -191,6 +190,8 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
             f"data '{data}': {len(train)} training images are fewer than one batch of {config.train.batch_size}; "
             "lower train.batch_size"
         )
+    if earlier is not None:
+        check_data(last, earlier, train)
     torch.manual_seed(config.train.seed)
     fabric = Fabric(accelerator=device, devices=1, precision=config.train.precision)  # type: ignore[arg-type]
     scorer, records = build(config)
@@ -370,6 +371,7 @@ def _keep(run: Run, metrics: Metrics, loss: float) -> None:
         "best_auroc": run.best_auroc,
         "best_epoch": run.best_epoch,
         "seconds": run.seconds,
+        "train_sha256": run.train.sha256,
     }
     files.save(run.last_path, replace(newest, resume=state))
     shown = " ".join(f"{k} {v:.4f}" for k, v in (("image", auroc), ("pixel", metrics.pixel_auroc)) if v is not None)

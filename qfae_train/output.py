@@ -35,6 +35,25 @@ def check_writable(out: Path) -> None:
             tried.unlink(missing_ok=True)
 
 
+def refuse_existing(out: Path) -> None:
+    """Keep a new run from writing over an earlier one.
+
+    Raises:
+        OutputError: there is one.
+
+    """
+    last = last_beside(out)
+    if last.exists():
+        raise OutputError(
+            f"'{out}': a run is already there; add --resume to go on with it or --overwrite to start anew"
+        )
+    if out.exists():
+        raise OutputError(
+            f"'{out}': a checkpoint is already there, without a '{last.name}' to resume from; add --overwrite to start "
+            "anew or name another --out"
+        )
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Hand out a neighbour of `path` to write to; it is renamed when the block ends and removed when it fails.

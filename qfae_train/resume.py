@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qfae_train.checkpoint import Checkpoint, CheckpointError, load, portable_config
 from qfae_train.config import Config, differences
+from qfae_train.data import Split
 from qfae_train.output import last_beside
 
 
@@ -28,6 +29,12 @@ def resumable(out: Path, config: Config) -> Checkpoint:
         )
     if not earlier.resume:
         raise CheckpointError(f"cannot resume '{last}': it holds no optimiser state; resume from a .last file")
+    if not out.is_file():
+        epoch = earlier.resume["best_epoch"]
+        raise CheckpointError(
+            f"cannot resume '{last}': the best checkpoint '{out}' (of epoch {epoch}) is missing; put it back, or "
+            "--overwrite to start anew"
+        )
     return earlier
 
 
@@ -46,3 +53,22 @@ def check_frozen(last: Path, earlier: Checkpoint, records: list[dict[str, str]])
             f"cannot resume '{last}': the frozen weights of {', '.join(changed)} are not those it was trained with; "
             "put the original files back, or --overwrite to start anew"
         )
+
+
+def check_data(last: Path, earlier: Checkpoint, train: Split) -> None:
+    """Hold the training images against those that the checkpoint was trained on.
+
+    Raises:
+        CheckpointError: their number is another, or their pixels or their order are.
+
+    """
+    then, now = earlier.record.get("train_images"), len(train)
+    if then != now:
+        changed = f"it was trained on {then} images, the data set now holds {now}"
+    elif earlier.resume.get("train_sha256", train.sha256) != train.sha256:  # older files do not say
+        changed = f"it was trained on other images: there are {now} as before, but not with the same pixels"
+    else:
+        return
+    raise CheckpointError(
+        f"cannot resume '{last}': {changed}; put the original images back, or --overwrite to start anew"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qfae_train import fit as fit_module
+from qfae_train import seeds as seeds_module
 from qfae_train.checkpoint import load
 from qfae_train.cli import command
 from qfae_train.config import Config, Train
@@ -226,14 +228,46 @@ def test_options_reach_the_run(toml: Path, tmp_path: Path, monkeypatch: pytest.M
     ]
 
 
-def test_interrupted(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seeds", [False, True])
+@pytest.mark.parametrize(
+    ("before", "given", "saves"),
+    [
+        (False, [], False),
+        (False, [], True),
+        (True, ["--overwrite"], False),
+        (True, ["--overwrite"], True),
+        (True, ["--resume"], False),
+    ],
+)
+def test_interrupted(
+    before: bool,
+    given: list[str],
+    saves: bool,
+    seeds: bool,
+    toml: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    last = tmp_path / ("m.seed7.last.pt" if seeds else "m.last.pt")
+    if before:
+        last.write_bytes(b"")
+        os.utime(last, (1, 1))
+
     def interrupt(*_: object, **__: object) -> None:
+        if saves:
+            last.write_bytes(b"")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fit_module, "fit", interrupt)
-    result = invoke("--config", toml, "--data", "d", "--out", tmp_path / "m.pt")
+    monkeypatch.setattr(seeds_module, "fit_seeds", interrupt)
+    if seeds:
+        given = [*given, "--seeds", "3,7"]
+    result = invoke("--config", toml, "--data", "d", "--out", tmp_path / "m.pt", *given)
     assert result.exit_code == 130
-    assert result.stderr == "qfae-train: interrupted; go on with --resume\n"
+    if saves or "--resume" in given:
+        assert result.stderr == "qfae-train: interrupted; go on with --resume\n"
+    else:
+        assert result.stderr == "qfae-train: interrupted before the first checkpoint; nothing was saved\n"
 
 
 def test_a_missing_extra_is_one_sentence(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
