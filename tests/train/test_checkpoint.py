@@ -217,6 +217,28 @@ def test_parts_of_another_kind(saved: Path) -> None:
     assert refusal(saved) == "not written by qfae-train (trained, preprocess missing or damaged)"
 
 
+def test_parts_that_are_damaged_inside(saved: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        [digest] = content["embedded"]
+        content["frozen"] = [{}, "hub", {"timm": "a", "source": "hub", "sha256": 3}]
+        content["trained"] = {"a": "text", 7: torch.ones(1)}
+        content["embedded"] = {digest: {"b": [1.0]}, "f" * 64: "gone"}
+
+    spoil(saved, change)
+    digest = next(iter(torch.load(saved, weights_only=True)["embedded"]))[:12]
+    assert refusal(saved) == (
+        "damaged inside: frozen[0].timm: expected a text, got nothing; frozen[0].source: expected a text, got nothing; "
+        "frozen[0].sha256: expected a text, got nothing; frozen[1]: expected a record, got str; "
+        "frozen[2].sha256: expected a text, got int; embedded.ffffffffffff: expected a table of tensors, got str; "
+        "trained.a: expected a tensor, got str; trained: expected names of tensors, got 7; and 1 more; "
+        "train or download it again"
+    )
+    spoil(saved, lambda content: content.update(frozen=[], trained={}, embedded={digest: {"b": [1.0]}}))
+    assert refusal(saved) == (
+        f"damaged inside: embedded.{digest}.b: expected a tensor, got list; train or download it again"
+    )
+
+
 def test_another_format(saved: Path) -> None:
     spoil(saved, lambda content: content.update(format=99))
     assert refusal(saved) == (
