@@ -16,6 +16,7 @@ One zip of plain tensors, numbers and strings (`torch.save`), read with `weights
 from __future__ import annotations
 
 import dataclasses
+import errno
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ from qfae_runtime.preprocess import PreprocessSpec
 from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries, frozen_model
 from qfae_train.backbone import read_frozen
 from qfae_train.config import Backbone, Config, ConfigError, from_dict
+from qfae_train.output import whole_file
 from qfae_train.weight_files import FROM_HUB, WeightFiles
 from qfae_train.weights import WeightsError, read_tensors
 
 FORMAT = 1
+
+SHOWN_FAULTS = 8
+"""A damaged file may hold hundreds of tensors; the first few say enough."""
 
 _PARTS: dict[str, type] = {
     "format": int,
@@ -67,7 +72,12 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint whole or not at all: to a neighbour first, then renamed."""
+    """Write the checkpoint whole or not at all: to a neighbour first, then renamed.
+
+    Raises:
+        OutputError: it cannot be written.
+
+    """
     spec = checkpoint.config.preprocess_spec()
     content = {
         "format": FORMAT,
@@ -80,10 +90,11 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "record": checkpoint.record,
         "resume": checkpoint.resume,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    torch.save(content, unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        try:
+            torch.save(content, unfinished)
+        except RuntimeError as error:  # how torch's writer, which is not Python's, says that the disk is full
+            raise OSError(errno.EIO, f"torch could not write it: {str(error).splitlines()[0]}") from None
 
 
 def load(path: Path) -> Checkpoint:
@@ -107,6 +118,9 @@ def from_parts(path: Path, content: dict[str, Any]) -> Checkpoint:
             f"checkpoint '{path}': format {content['format']!r}, but this version reads {FORMAT}; "
             "install the qfae version that wrote it, or train again"
         )
+    faults = _damage(content)
+    if faults:
+        raise CheckpointError(f"checkpoint '{path}': damaged inside: {'; '.join(faults)}; train or download it again")
     try:
         config = from_dict(content["config"])
     except ConfigError as error:
@@ -122,6 +136,33 @@ def from_parts(path: Path, content: dict[str, Any]) -> Checkpoint:
         resume=content["resume"],
         sha256=sha256_of(path),
     )
+
+
+def _damage(content: dict[str, Any]) -> list[str]:
+    """Return what is wrong inside parts of the right kind, up to SHOWN_FAULTS of it."""
+    faults = []
+    for number, record in enumerate(content["frozen"]):
+        if not isinstance(record, dict):
+            faults.append(f"frozen[{number}]: expected a record, got {type(record).__name__}")
+            continue
+        for name in ("timm", "source", "sha256"):
+            if not isinstance(record.get(name), str):
+                got = type(record[name]).__name__ if name in record else "nothing"
+                faults.append(f"frozen[{number}].{name}: expected a text, got {got}")
+    tables = {"trained": content["trained"]}
+    for digest, table in content["embedded"].items():
+        if isinstance(table, dict):
+            tables[f"embedded.{str(digest)[:12]}"] = table
+        else:
+            faults.append(f"embedded.{str(digest)[:12]}: expected a table of tensors, got {type(table).__name__}")
+    for where, table in tables.items():
+        for name, tensor in table.items():
+            if not isinstance(name, str):
+                faults.append(f"{where}: expected names of tensors, got {name!r}")
+            elif not isinstance(tensor, Tensor):
+                faults.append(f"{where}.{name}: expected a tensor, got {type(tensor).__name__}")
+    more = len(faults) - SHOWN_FAULTS
+    return faults if more <= 0 else [*faults[:SHOWN_FAULTS], f"and {more} more"]
 
 
 def read_parts(path: Path) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import click
 from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, fail, unexpected
 from qfae_runtime.errors import QfaeError, UsageError
-from qfae_train.config import Config, Train, from_dict, load, presets
+from qfae_train.config import MAX_SEED, Config, Train, from_dict, load, presets
 from qfae_train.evaluate_cli import evaluate_command
-from qfae_train.options import DEVICES, config_source, needing_extra, weight_options
+from qfae_train.options import DEVICES, check_device, config_source, needing_extra, weight_options
+from qfae_train.output import last_beside, seed_path
 from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-train"
@@ -73,15 +74,28 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     NAME.last.pt beside it. With --seeds: NAME.seed42.pt and so on, and NAME.seeds.json with every seed's results on the
     test split, their means and standard deviations.
     """
+    before: dict[Path, int] | None = None
     try:
         with needing_extra("training"):
             options = parse_options(rest, given)
+            lasts = [last_beside(seed_path(options["out"], seed)) for seed in options["seeds"]]
+            lasts = lasts or [last_beside(options["out"])]
+            before = {} if options["resume"] else _written(lasts)
             _train(options)
     except KeyboardInterrupt:
-        click.echo(f"{PROGRAM}: interrupted; go on with --resume", err=True)
+        # With --overwrite, an earlier run's file may still be there: going on with that one is not meant.
+        if before is not None and not _written(lasts).items() <= before.items():
+            click.echo(f"{PROGRAM}: interrupted; go on with --resume", err=True)
+        else:
+            click.echo(f"{PROGRAM}: interrupted before the first checkpoint; nothing was saved", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:
         fail(PROGRAM, error)
+
+
+def _written(files: list[Path]) -> dict[Path, int]:
+    """Return the files that are there, and when each was written."""
+    return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
 
 
 def _train(options: dict[str, Any]) -> None:
@@ -123,7 +137,9 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
 
     """
     faults = [unexpected(command, text) for text in rest]
-    source = config_source(given, faults)
+    named: list[str] = []
+    source = config_source(given, named)
+    faults += named
     if source is None:
         faults.append("--preset, --config: give one of them")
     if not given["data"]:
@@ -134,17 +150,21 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
         faults.append(f"--out: {given['out']} is a folder; name a file, such as {Path(given['out']) / 'model.pt'}")
     if given["resume"] and given["overwrite"]:
         faults.append("--resume and --overwrite exclude each other; choose one")
-    if given["device"] not in DEVICES:
-        faults.append(f"--device: got {given['device']!r}, accepted are {', '.join(DEVICES)}")
+    check_device(given["device"], faults)
     seeds = _seeds(given["seeds"], faults)
     if seeds and given["seed"] is not None:
         faults.append("--seed and --seeds exclude each other; choose one")
     weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
-    config = _configured(given, faults)
-    if faults or config is None:
+    config = _configured(given, None if named else source, faults)
+    if config is not None:
+        try:
+            config = weights.applied_to(config)
+        except UsageError as error:
+            faults += error.faults
+    if faults:
         raise UsageError(faults)
     return {
-        "config": weights.applied_to(config),
+        "config": config,
         "seeds": seeds,
         "data": Path(given["data"]),
         "out": Path(given["out"]),
@@ -154,23 +174,25 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _configured(given: dict[str, Any], faults: list[str]) -> Config | None:
+def _configured(given: dict[str, Any], source: str | None, faults: list[str]) -> Config | None:
     """Return the preset or file with the command line's values in it, or None after naming what is wrong."""
     table = load("demo").to_dict()  # where there is no configuration, wrong values are still found in place of it
-    source = given["config"] or given["preset"]
-    if source and not faults:
+    loaded = False
+    if source:
         try:
             table = load(source).to_dict()
+            loaded = True
         except UsageError as error:
             faults += error.faults
     for spec in dataclasses.fields(Train):
         if given[spec.name] is not None:
             table["train"][spec.name] = given[spec.name] if spec.type == "str" else _number(given[spec.name])
     try:
-        return from_dict(table)
+        config = from_dict(table)
     except UsageError as error:
-        faults += error.faults
+        faults += [fault for fault in error.faults if fault not in faults]
         return None
+    return config if loaded else None
 
 
 def _seeds(text: str | None, faults: list[str]) -> list[int]:
@@ -178,7 +200,10 @@ def _seeds(text: str | None, faults: list[str]) -> list[int]:
     if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) != len(words):
         faults.append(f"--seeds: got {text!r}, expected different whole numbers with commas between, such as 42,7,13")
         return []
-    return [int(word) for word in words]
+    digits = len(str(MAX_SEED))  # Python refuses to read thousands of digits
+    too_large = [word for word in words if len(word.lstrip("0")) > digits or int(word) > MAX_SEED]
+    faults.extend(f"--seeds: got {word}; accepted are seeds from 0 to {MAX_SEED}" for word in too_large)
+    return [] if too_large else [int(word) for word in words]
 
 
 def _number(text: str) -> int | float | str:

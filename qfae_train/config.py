@@ -7,6 +7,7 @@ read them from here. `load` returns a `Config` or raises `ConfigError` listing e
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import tomllib
 import types
@@ -20,6 +21,9 @@ from qfae_runtime.preprocess import PreprocessSpec
 from qfae_train.bmad import BENCHMARKS
 
 PRESETS = Path(__file__).parent / "presets"
+
+MAX_SEED = 2**31 - 1
+"""Each epoch draws from seed * 1_000_003 + epoch, which torch takes as a 64-bit number."""
 
 T = TypeVar("T")
 
@@ -222,9 +226,10 @@ def from_dict(table: dict[str, Any]) -> Config:
 
     faults: list[str] = []
     config = _build(Config, table, "", faults)
-    if config is not None and not faults:
-        faults = contradictions(config)
-    if config is None or faults:
+    if isinstance(table, dict):
+        blanks = [fault.partition(": ")[0] for fault in faults]
+        faults += contradictions(config, blanks + _misspelt(Config, table, ""))
+    if faults:
         raise ConfigError(faults)
     return config
 
@@ -261,11 +266,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _build(cls: type[T], table: Any, path: str, faults: list[str]) -> T | None:
-    """Return `cls` filled from a table, or None after appending what is wrong with it to `faults`."""
+def _build(cls: type[T], table: Any, path: str, faults: list[str]) -> T:
+    """Return `cls` filled from a table; what is wrong is appended to `faults` and stands blank in the result."""
     if not isinstance(table, dict):
         faults.append(f"{path or 'config'}: expected a table, got {table!r}")
-        return None
+        blank: T = _blank(cls)
+        return blank
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in (key for key in table if key not in fields):
@@ -276,16 +282,43 @@ def _build(cls: type[T], table: Any, path: str, faults: list[str]) -> T | None:
         if name in table:
             values[name] = _value(hints[name], table[name], where, faults)
             choices = spec.metadata["choices"]
-            if choices and values[name] is not None and values[name] not in choices:
+            if choices and values[name] == table[name] and values[name] not in choices:
                 accepted = ", ".join(repr(choice) for choice in choices)
                 faults.append(f"{where}: got {table[name]!r}; accepted are {accepted}")
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             faults.append(f"{where}: missing; it is {spec.metadata['help']}")
-    return cls(**values) if not faults else None
+            values[name] = _blank(hints[name])
+    return cls(**values)
+
+
+def _blank(hint: Any) -> Any:
+    """Return what stands for a value that is missing or wrong, so that everything else can still be checked."""
+    if not dataclasses.is_dataclass(hint):
+        return (typing.get_origin(hint) or hint)()
+    hints = typing.get_type_hints(hint)
+    missing = dataclasses.MISSING
+    required = [f.name for f in dataclasses.fields(hint) if f.default is missing and f.default_factory is missing]
+    return hint(**{name: _blank(hints[name]) for name in required})  # type: ignore[operator]
+
+
+def _misspelt(cls: Any, table: Any, path: str) -> list[str]:
+    """Return the keys left out of a table that an unknown key beside them may mean: their values are not known."""
+    if not isinstance(table, dict):
+        return []
+    hints = typing.get_type_hints(cls)
+    unknown, absent = [str(key) for key in table if key not in hints], [name for name in hints if name not in table]
+    found = [_join(path, name) for key in unknown for name in difflib.get_close_matches(key, absent, n=1)]
+    for name in (name for name in hints if name in table):
+        parts, kind = {_join(path, name): table[name]}, hints[name]
+        if typing.get_origin(kind) is tuple and isinstance(table[name], list | tuple):
+            parts, kind = {f"{_join(path, name)}[{n}]": e for n, e in enumerate(table[name])}, typing.get_args(kind)[0]
+        if dataclasses.is_dataclass(kind):
+            found += [key for where, part in parts.items() for key in _misspelt(kind, part, where)]
+    return found
 
 
 def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
-    """Return `value` as the type `hint` asks for, or None after naming the fault."""
+    """Return `value` as the type `hint` asks for, or a blank after naming the fault."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where, faults)  # type: ignore[arg-type]
     origin = typing.get_origin(hint)
@@ -293,21 +326,24 @@ def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
         items = typing.get_args(hint)
         if not isinstance(value, list | tuple):
             faults.append(f"{where}: expected a list, got {value!r}")
-            return None
+            return _blank(hint)
         fixed = items[-1] is not Ellipsis
         if fixed and len(value) != len(items):
             faults.append(f"{where}: expected {len(items)} values, got {value!r}")
-            return None
+            return _blank(hint)
         return tuple(_value(items[0], item, f"{where}[{n}]", faults) for n, item in enumerate(value))
     expected: type = hint if isinstance(hint, type) else (origin or types.NoneType)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            value = math.inf
     if isinstance(value, float) and not math.isfinite(value):
         faults.append(f"{where}: expected a finite number, got {value!r}")
-        return None
+        return _blank(hint)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         faults.append(f"{where}: expected {_type_name(expected)}, got {value!r}")
-        return None
+        return _blank(hint)
     return value
 
 

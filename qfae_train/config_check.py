@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from qfae_runtime.preprocess import MAX_IMAGE_SIZE, PREPROCESS_KINDS
 from qfae_train.backbone import describe
-from qfae_train.config import Backbone, Config
+from qfae_train.config import MAX_SEED, Backbone, Config, Decoder, QFormer
 
 SMALLEST_IMAGE = 16
 
-
-def contradictions(config: Config) -> list[str]:
-    """Return one sentence per impossible value or combination: the key, the value and what would be accepted."""
-    return [*_sizes(config), *_attention(config), *_ranges(config), *_backbones(config)]
+LARGEST_LR = 1e36
+"""Adam multiplies it by ten in its first step, in float32."""
 
 
-def _sizes(config: Config) -> Iterable[str]:
+Known = Callable[..., bool]
+"""Tells whether the values of all the given keys are those the user meant; only then is a check worth its sentence."""
+
+
+def contradictions(config: Config, faulty: Sequence[str] = ()) -> list[str]:
+    """Return one sentence per impossible value or combination: the key, the value and what would be accepted.
+
+    `faulty` are keys whose values are blanks, their faults being told already: what depends on one is not checked.
+    """
+
+    def known(*keys: str) -> bool:
+        return not any(_within(key, fault) or _within(fault, key) for key in keys for fault in faulty)
+
+    return [
+        *_sizes(config, known),
+        *_attention(config, known),
+        *_ranges(config, known),
+        *_backbones(config, known),
+    ]
+
+
+def _within(key: str, table: str) -> bool:
+    return key == table or key.startswith((f"{table}.", f"{table}["))
+
+
+def _sizes(config: Config, known: Known) -> Iterable[str]:
     size = config.model.image_size
+    if not known("model.image_size"):
+        return
     if not SMALLEST_IMAGE <= size <= MAX_IMAGE_SIZE:
         yield f"model.image_size: got {size}; accepted are {SMALLEST_IMAGE} to {MAX_IMAGE_SIZE} pixels"
         return
@@ -26,6 +51,8 @@ def _sizes(config: Config) -> Iterable[str]:
         "loss.patch_sizes": config.loss.patch_sizes,
         "score.patch_sizes": config.score.patch_sizes,
     }.items():
+        if not known(key):
+            continue
         if not values:
             yield f"{key}: got an empty list; at least one patch size is needed"
         for value in values:
@@ -33,7 +60,8 @@ def _sizes(config: Config) -> Iterable[str]:
                 accepted = ", ".join(str(d) for d in range(4, size // 2 + 1) if size % d == 0)
                 yield f"{key}: {value} does not divide the image size {size}; accepted are {accepted}"
     patch = config.model.decoder.patch_size
-    if patch >= 1 and size % patch == 0 and config.model.qformer.queries != (size // patch) ** 2:
+    told = not known("model.decoder.patch_size", "model.qformer.queries") or patch < 1 or size % patch
+    if not told and config.model.qformer.queries != (size // patch) ** 2:
         side = size // patch
         yield (
             f"model.qformer.queries: got {config.model.qformer.queries}; the decoder's {side}x{side} grid of "
@@ -41,20 +69,22 @@ def _sizes(config: Config) -> Iterable[str]:
         )
 
 
-def _attention(config: Config) -> Iterable[str]:
-    qformer, decoder = config.model.qformer, config.model.decoder
-    for key, dim, heads in (
-        ("model.qformer.heads", qformer.dim, qformer.heads),
-        ("model.decoder.heads", decoder.dim, decoder.heads),
-    ):
-        if heads < 1 or dim < 1 or dim % heads:
+def _attention(config: Config, known: Known) -> Iterable[str]:
+    parts: dict[str, QFormer | Decoder] = {"model.qformer": config.model.qformer, "model.decoder": config.model.decoder}
+    for part, options in parts.items():
+        key, dim, heads = f"{part}.heads", options.dim, options.heads
+        if known(key, f"{part}.dim") and (heads < 1 or dim < 1 or dim % heads):
             yield f"{key}: {heads} heads do not divide the width {dim}"
-    for key, dim in (("model.qformer.dim", qformer.dim), ("model.decoder.dim", decoder.dim)):
-        if dim % 4:
-            yield f"{key}: got {dim}; the sine-cosine table needs a multiple of 4"
+    for part, options in parts.items():
+        ratio, width = options.mlp_ratio, options.dim * options.mlp_ratio
+        if known(f"{part}.dim", f"{part}.mlp_ratio") and ratio > 0 and 0 < width < 1:
+            yield f"{part}.mlp_ratio: got {ratio}; {options.dim} times it is the hidden width, which must be at least 1"
+    for part, options in parts.items():
+        if known(f"{part}.dim") and options.dim % 4:
+            yield f"{part}.dim: got {options.dim}; the sine-cosine table needs a multiple of 4"
 
 
-def _ranges(config: Config) -> Iterable[str]:
+def _ranges(config: Config, known: Known) -> Iterable[str]:
     train, augment = config.train, config.augment
     positive = {
         "model.qformer.blocks": config.model.qformer.blocks,
@@ -68,7 +98,7 @@ def _ranges(config: Config) -> Iterable[str]:
         "train.validate_every": train.validate_every,
     }
     for key, value in positive.items():
-        if value <= 0:
+        if known(key) and value <= 0:
             yield f"{key}: got {value}; it must be above 0"
     for key, value in {
         "model.decoder.register_tokens": config.model.decoder.register_tokens,
@@ -79,8 +109,14 @@ def _ranges(config: Config) -> Iterable[str]:
         "augment.paste_variants": augment.paste_variants,
         "augment.jitter": augment.jitter,
     }.items():
-        if value < 0:
+        if known(key) and value < 0:
             yield f"{key}: got {value}; it must not be negative"
+    for key, value, largest in (
+        ("train.seed", train.seed, MAX_SEED),
+        ("train.lr", train.lr, LARGEST_LR),
+    ):
+        if known(key) and value > largest:
+            yield f"{key}: got {value}; accepted are values up to {largest}"
     for key, value in {
         "model.qformer.dropout": config.model.qformer.dropout,
         "train.pct_start": train.pct_start,
@@ -88,40 +124,43 @@ def _ranges(config: Config) -> Iterable[str]:
         "augment.vertical_flip": augment.vertical_flip,
         "augment.paste": augment.paste,
     }.items():
-        if not 0 <= value <= 1:
+        if known(key) and not 0 <= value <= 1:
             yield f"{key}: got {value}; accepted are values from 0 to 1"
-    for key, (low, high) in {
+    for key, ends in {
         "augment.crop_scale": augment.crop_scale,
         "augment.crop_ratio": augment.crop_ratio,
     }.items():
-        if not 0 < low <= high:
+        if known(key) and not 0 < ends[0] <= ends[1]:
+            low, high = ends
             yield f"{key}: got [{low}, {high}]; it must be a range of positive numbers, smallest first"
-    if config.preprocess.kind not in PREPROCESS_KINDS:
+    if known("preprocess.kind") and config.preprocess.kind not in PREPROCESS_KINDS:
         accepted = ", ".join(repr(kind) for kind in PREPROCESS_KINDS)
         yield f"preprocess.kind: got {config.preprocess.kind!r}; accepted are {accepted}"
 
 
-def _backbones(config: Config) -> Iterable[str]:
-    size = config.model.image_size
-    if not config.model.encoders:
+def _backbones(config: Config, known: Known) -> Iterable[str]:
+    size, sized = config.model.image_size, known("model.image_size")
+    if known("model.encoders") and not config.model.encoders:
         yield "model.encoders: got an empty list; at least one encoder is needed"
-    if not config.model.hidden_states:
+    if known("model.hidden_states") and not config.model.hidden_states:
         yield "model.hidden_states: got an empty list; at least one is needed"
     for number, encoder in enumerate(config.model.encoders):
         key = f"model.encoders[{number}]"
-        depth, faults = _depth(encoder, size, key)
-        yield from faults
         own = f"{key}.hidden_states" if encoder.hidden_states else "model.hidden_states"
-        for state in (encoder.hidden_states or config.model.hidden_states) if depth else ():
+        depth, faults = _depth(encoder, size, key) if sized and known(key) else (0, [])
+        yield from faults
+        for state in (encoder.hidden_states or config.model.hidden_states) if depth and known(own) else ():
             if not -depth <= state <= -1:
                 yield f"{own}: {state} for {key}, which has {depth} blocks; accepted are -1 to -{depth}"
     perceptual = config.perceptual
     entry = Backbone(perceptual.timm, perceptual.patch_size, perceptual.args, perceptual.weights)
-    depth, faults = _depth(entry, size, "perceptual")
+    depth, faults = _depth(entry, size, "perceptual") if sized and known("perceptual") else (0, [])
     yield from faults
     for fault in describe(entry, size).unlike_mae if depth else ():
         yield f"perceptual: {entry.timm!r} has {fault}; accepted are plain vision transformers such as MAE's"
     for key, blocks in (("loss.blocks", config.loss.blocks), ("score.blocks", config.score.blocks)):
+        if not known(key):
+            continue
         if not blocks:
             yield f"{key}: got an empty list; at least one block is needed"
         for block in blocks if depth else ():

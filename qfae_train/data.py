@@ -6,8 +6,10 @@ valid|val|test/{good,Ungood}[/img]/*.png, masks in label/ or anomaly_mask/
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.errors import QfaeError
+from qfae_runtime.errors import InputError, QfaeError
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, UNGOOD, Scan, label_of, mask_path_for, scan
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
@@ -27,6 +29,9 @@ from qfae_train.augment import Augmentation
 
 SPLITS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
 """Folder names each split is found under, best first."""
+
+SHOWN_FAULTS = 8
+"""Damaged files named in one message."""
 
 
 class DataError(QfaeError):
@@ -49,6 +54,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of the preprocessed images, in their order."""
+        return hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
+
     def rgb(self, index: Tensor | slice) -> Tensor:
         """Return uint8 (B, S, S, 3)."""
         return self.images[index].expand(-1, -1, -1, 3)
@@ -65,7 +75,7 @@ def load_split(root: Path, split: str, spec: PreprocessSpec, *, threads: int = 2
     Raises:
         DataError: the split is missing or empty, an image lies outside good/ and Ungood/, training images
             are not all normal, or a mask has another size than its image.
-        InputError: a file cannot be read.
+        InputError: one file cannot be read. Several faults of files come as one DataError that names them.
 
     """
     folder = split_folder(root, split)
@@ -102,7 +112,15 @@ def _read(
     masks = np.zeros((len(paths), size, size), dtype=np.uint8)
     has_truth = np.ones(len(paths), dtype=np.bool_)
 
-    def read(number: int) -> None:
+    def read(number: int) -> QfaeError | None:
+        """Read one image; what is wrong is returned, so that all of them can be told at once."""
+        try:
+            fill(number)
+        except (DataError, InputError) as error:
+            return error
+        return None
+
+    def fill(number: int) -> None:
         prepared = preprocess(read_image(paths[number]).pixels, spec)
         images[number] = prepared.image
         if labels[number] == UNGOOD:
@@ -114,12 +132,26 @@ def _read(
     quiet = quiet or not console.is_terminal
     with ThreadPoolExecutor(threads) as pool:
         done = pool.map(read, range(len(paths)))
-        for _ in track(done, title, len(paths), console=console, disable=quiet, transient=True):
-            pass
+        faults = [
+            fault
+            for fault in track(done, title, len(paths), console=console, disable=quiet, transient=True)
+            if fault is not None
+        ]
+    _raise_all(faults)
     if (images == images[..., :1]).all():  # grey: a third of the memory
         images = np.ascontiguousarray(images[..., :1])
     anomalous = torch.tensor([label == UNGOOD for label in labels])
     return Split(torch.from_numpy(images), anomalous, torch.from_numpy(masks), torch.from_numpy(has_truth))
+
+
+def _raise_all(faults: list[QfaeError]) -> None:
+    """Raise what is wrong with the files of a split: a single fault as it is, several as one."""
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        told = "; ".join(str(fault).removeprefix("data ") for fault in faults[:SHOWN_FAULTS])
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise DataError(f"data: {len(faults)} files cannot be used, replace or remove them: {told}{more}")
 
 
 def _mask(image: Path, geometry: Geometry) -> UInt8 | None:

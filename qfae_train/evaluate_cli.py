@@ -11,7 +11,7 @@ import click
 from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_train.config import load, presets
-from qfae_train.options import DEVICES, config_source, needing_extra, weight_options
+from qfae_train.options import DEVICES, check_device, config_source, needing_extra, weight_options
 from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-train evaluate"
@@ -84,19 +84,28 @@ def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any
         faults.append("--ckpt: missing; name the checkpoint to evaluate")
     if not given["data"]:
         faults.append("--data: missing; name the data set's folder")
-    for option, accepted in (("split", SPLITS), ("device", DEVICES)):
-        if given[option] not in accepted:
-            faults.append(f"--{option}: got {given[option]!r}, accepted are {', '.join(accepted)}")
+    if given["split"] not in SPLITS:
+        faults.append(f"--split: got {given['split']!r}, accepted are {', '.join(SPLITS)}")
+    check_device(given["device"], faults)
     batch_size = whole_number("--batch-size", given["batch_size"], _MAX_BATCH, faults)
     files = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
-    source = config_source(given, faults)
+    named: list[str] = []
+    source = config_source(given, named)
+    faults += named
+    config = None
+    if source and not named:
+        try:
+            config = load(source)
+            files.applied_to(config)  # again when the weights are read; here, so that its faults are told with the rest
+        except UsageError as error:
+            faults += error.faults
     if faults:
         raise UsageError(faults)
     return {
         "path": Path(given["ckpt"]),
         "data": Path(given["data"]),
         "split": given["split"],
-        "config": load(source) if source else None,
+        "config": config,
         "files": files,
         "batch_size": batch_size,
         "device": given["device"],

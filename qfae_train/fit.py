@@ -20,18 +20,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from qfae_runtime.errors import OutputError, QfaeError
+from qfae_runtime.errors import QfaeError
 from qfae_train import checkpoint as files
 from qfae_train.alignment import align
 from qfae_train.augment import augmentation, paste
 from qfae_train.autoencoder import AnomalyScorer, build, normalise
 from qfae_train.bmad import held_against
-from qfae_train.checkpoint import Checkpoint, CheckpointError
-from qfae_train.config import Config, Train, differences
+from qfae_train.checkpoint import Checkpoint
+from qfae_train.config import Config, Train
 from qfae_train.data import DataError, Split, TrainingImages, load_split
 from qfae_train.evaluate import Metrics, evaluate
+from qfae_train.output import check_writable, last_beside, refuse_existing
 from qfae_train.perceptual import Features
 from qfae_train.progress import Reporter
+from qfae_train.resume import check_data, check_frozen, resumable
 
 PARITY_IMAGES = 32
 """Validation images kept in the checkpoint, for export to measure on."""
@@ -139,7 +141,7 @@ class Run:
     @property
     def last_path(self) -> Path:
         """Where the newest checkpoint goes."""
-        return self.out.with_name(self.out.stem + ".last" + self.out.suffix)
+        return last_beside(self.out)
 
 
 def fit(
@@ -150,9 +152,10 @@ def fit(
     Raises:
         DataError, InputError: the data set cannot be used.
         WeightsError: frozen weights are not to be had.
-        CheckpointError: there is nothing to resume from, or it is of another configuration or other frozen weights.
-        OutputError: `out` exists and neither `resume` nor `overwrite` is set.
-        TrainingError: the loss is no longer a finite number.
+        CheckpointError: there is nothing to resume from, or it is of another configuration, other data
+            or other frozen weights, or the best checkpoint is missing.
+        OutputError: `out` cannot be written, or exists and neither `resume` nor `overwrite` is set.
+        TrainingError: the loss or its gradient is no longer a finite number.
 
     """
     run = _start(config, data, out, resume, overwrite, device)
@@ -173,12 +176,11 @@ def fit(
 
 
 def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool, device: str) -> Run:
-    last = out.with_name(out.stem + ".last" + out.suffix)
-    earlier = _resumable(last, config) if resume else None
-    if not resume and not overwrite and (out.exists() or last.exists()):
-        raise OutputError(
-            f"'{out}': a run is already there; add --resume to go on with it or --overwrite to start anew"
-        )
+    check_writable(out)
+    last = last_beside(out)
+    earlier = resumable(out, config) if resume else None
+    if not resume and not overwrite:
+        refuse_existing(out)
     reporter = Reporter()
     spec = config.preprocess_spec()
     train = load_split(data, "train", spec)
@@ -188,11 +190,13 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
             f"data '{data}': {len(train)} training images are fewer than one batch of {config.train.batch_size}; "
             "lower train.batch_size"
         )
+    if earlier is not None:
+        check_data(last, earlier, train)
     torch.manual_seed(config.train.seed)
     fabric = Fabric(accelerator=device, devices=1, precision=config.train.precision)  # type: ignore[arg-type]
     scorer, records = build(config)
     if earlier is not None:
-        _check_frozen(last, earlier, records)
+        check_frozen(last, earlier, records)
         files.load_trained(scorer, earlier)
     elif config.model.qformer.query_init == "aligned":
         align(scorer.autoencoder, normalise(train.rgb(slice(ALIGNMENT_IMAGES))))
@@ -218,36 +222,14 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
     return run
 
 
-def _resumable(last: Path, config: Config) -> Checkpoint:
-    if not last.is_file():
-        raise CheckpointError(f"nothing to resume: '{last}' does not exist; leave --resume out to start a new run")
-    earlier = files.load(last)
-    changed = differences(files.portable_config(earlier.config), files.portable_config(config))
-    if changed:
-        raise CheckpointError(
-            f"cannot resume '{last}': it was trained with another configuration ({'; '.join(changed)}); use the same "
-            "preset and options, or --overwrite to start anew"
-        )
-    if not earlier.resume:
-        raise CheckpointError(f"cannot resume '{last}': it holds no optimiser state; resume from a .last file")
-    return earlier
-
-
-def _check_frozen(last: Path, earlier: Checkpoint, records: list[dict[str, str]]) -> None:
-    changed = [
-        now["timm"] for then, now in zip(earlier.frozen, records, strict=True) if then["sha256"] != now["sha256"]
-    ]
-    if changed:
-        raise CheckpointError(
-            f"cannot resume '{last}': the frozen weights of {', '.join(changed)} are not those it was trained with; "
-            "put the original files back, or --overwrite to start anew"
-        )
-
-
 def _schedule(optimizer: torch.optim.Optimizer, options: Train, total: int) -> OneCycleLR:
     """Return the learning rate's course over `total` steps."""
-    # torch divides by zero where the rise takes exactly one step.
-    pct_start = options.pct_start * (1 + 1e-9) if options.pct_start * total == 1 else options.pct_start
+    pct_start = options.pct_start
+    if pct_start * total == 1:  # the rise takes exactly one step, where torch divides by zero
+        if total == 1:
+            total = 2  # of which one is taken; the share cannot grow beyond 1
+        else:
+            pct_start *= 1 + 1e-9
     return OneCycleLR(optimizer, options.lr, total_steps=total, pct_start=pct_start)
 
 
@@ -275,17 +257,26 @@ def _epoch(run: Run, cache: Cache | None) -> float:
         run.optimizer.zero_grad()
         run.fabric.backward(loss)
         if options.grad_clip:
-            run.fabric.clip_gradients(run.wrapped, run.optimizer, max_norm=options.grad_clip)
+            norm = run.fabric.clip_gradients(
+                run.wrapped, run.optimizer, max_norm=options.grad_clip, error_if_nonfinite=False
+            )
+            # Steps with infinite gradients belong to float16: its scaler leaves them out and scales less.
+            if options.precision != "16-mixed" and norm is not None and not torch.isfinite(norm):
+                raise _diverged(run, f"the norm of the gradient is {float(norm)}")
         run.optimizer.step()
         run.schedule.step()
         total += loss.detach()
         run.reporter.advance(f"epoch {run.epoch + 1}/{options.epochs} {'pixels' if pixel_loss else 'perceptual'}", loss)
     if not torch.isfinite(total):
-        raise TrainingError(
-            f"the loss is {float(total)} in epoch {run.epoch + 1}: training has diverged; start anew "
-            f"with a lower train.lr (it was {options.lr})"
-        )
+        raise _diverged(run, f"the loss is {float(total)}")
     return float(total) / run.steps_per_epoch
+
+
+def _diverged(run: Run, what: str) -> TrainingError:
+    return TrainingError(
+        f"{what} in epoch {run.epoch + 1}: training has diverged; start anew with a lower train.lr "
+        f"(it was {run.config.train.lr})"
+    )
 
 
 def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
@@ -380,6 +371,7 @@ def _keep(run: Run, metrics: Metrics, loss: float) -> None:
         "best_auroc": run.best_auroc,
         "best_epoch": run.best_epoch,
         "seconds": run.seconds,
+        "train_sha256": run.train.sha256,
     }
     files.save(run.last_path, replace(newest, resume=state))
     shown = " ".join(f"{k} {v:.4f}" for k, v in (("image", auroc), ("pixel", metrics.pixel_auroc)) if v is not None)

@@ -34,6 +34,17 @@ def needing_extra(what: str) -> Iterator[None]:
         raise QfaeError(message) from None
 
 
+def check_device(device: str, faults: list[str]) -> None:
+    """Append what is wrong with --device to `faults`."""
+    if device not in DEVICES:
+        faults.append(f"--device: got {device!r}, accepted are {', '.join(DEVICES)}")
+    elif device == "cuda":
+        import torch  # takes seconds
+
+        if not torch.cuda.is_available():
+            faults.append("--device: cuda was asked for, but torch finds no CUDA device; use cpu or auto")
+
+
 def weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that name files of frozen weights."""
     command = click.option(PERCEPTUAL_OPTION, metavar="FILE", help=PERCEPTUAL_HELP)(command)

@@ -14,6 +14,7 @@ from qfae_runtime.metrics import TITLES
 from qfae_train.config import Config
 from qfae_train.evaluate import evaluate_checkpoint
 from qfae_train.fit import fit
+from qfae_train.output import last_beside, seed_path, whole_file
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def fit_seeds(
     runs: list[dict[str, Any]] = []
     for seed in seeds:
         own = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        path = out.with_name(f"{out.stem}.seed{seed}{out.suffix}")
-        begun = path.with_name(path.stem + ".last" + path.suffix).exists()
+        path = seed_path(out, seed)
+        begun = last_beside(path).exists()
         result = fit(own, data, path, resume=resume and begun, overwrite=overwrite, device=device)
         test = evaluate_checkpoint(result.best, data, batch_size=config.train.batch_size, device=device)
         runs.append(
@@ -92,6 +93,5 @@ def _write(summary: Summary, config: Config) -> None:
         "runs": summary.runs,
         "benchmark": config.data.benchmark or None,
     }
-    unfinished = summary.file.with_name(summary.file.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(summary.file)
+    with whole_file(summary.file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

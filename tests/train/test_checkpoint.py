@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from qfae_runtime.errors import OutputError
 from qfae_train.autoencoder import build
 from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, embed_frozen, load, save
 from qfae_train.config import Config, from_dict
@@ -98,6 +99,22 @@ def test_the_file_is_written_whole_or_not_at_all(
     with pytest.raises(KeyboardInterrupt):
         save(saved, checkpoint)
     assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("enforce fail\nat line 9")])
+def test_a_full_disk_is_one_sentence(
+    error: Exception, checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(content: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", stop)
+    with pytest.raises(
+        OutputError, match=r"^'.*tiny\.pt': cannot be written \(.*\); free the disk or name another --out$"
+    ):
+        save(saved, checkpoint)
+    assert [path.name for path in saved.parent.iterdir()] == ["tiny.pt"]
 
 
 def test_it_needs_no_file_beside_it(weights: Path, tmp_path: Path) -> None:
@@ -198,6 +215,28 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 def test_parts_of_another_kind(saved: Path) -> None:
     spoil(saved, lambda content: content.update(trained=[torch.ones(1)], preprocess="resize"))
     assert refusal(saved) == "not written by qfae-train (trained, preprocess missing or damaged)"
+
+
+def test_parts_that_are_damaged_inside(saved: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        [digest] = content["embedded"]
+        content["frozen"] = [{}, "hub", {"timm": "a", "source": "hub", "sha256": 3}]
+        content["trained"] = {"a": "text", 7: torch.ones(1)}
+        content["embedded"] = {digest: {"b": [1.0]}, "f" * 64: "gone"}
+
+    spoil(saved, change)
+    digest = next(iter(torch.load(saved, weights_only=True)["embedded"]))[:12]
+    assert refusal(saved) == (
+        "damaged inside: frozen[0].timm: expected a text, got nothing; frozen[0].source: expected a text, got nothing; "
+        "frozen[0].sha256: expected a text, got nothing; frozen[1]: expected a record, got str; "
+        "frozen[2].sha256: expected a text, got int; embedded.ffffffffffff: expected a table of tensors, got str; "
+        "trained.a: expected a tensor, got str; trained: expected names of tensors, got 7; and 1 more; "
+        "train or download it again"
+    )
+    spoil(saved, lambda content: content.update(frozen=[], trained={}, embedded={digest: {"b": [1.0]}}))
+    assert refusal(saved) == (
+        f"damaged inside: embedded.{digest}.b: expected a tensor, got list; train or download it again"
+    )
 
 
 def test_another_format(saved: Path) -> None:

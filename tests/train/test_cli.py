@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qfae_train import fit as fit_module
+from qfae_train import seeds as seeds_module
 from qfae_train.checkpoint import load
 from qfae_train.cli import command
 from qfae_train.config import Config, Train
@@ -139,6 +141,54 @@ def test_faults_of_a_file_and_of_the_command_line(toml: Path, tmp_path: Path) ->
     ]
 
 
+def test_wrong_types_and_wrong_values_at_once(toml: Path, tmp_path: Path) -> None:
+    toml.write_text(
+        toml.read_text(encoding="utf-8").replace("dim = 32\n        queries", 'dim = "big"\n        queries'),
+        encoding="utf-8",
+    )
+    weights = tmp_path / "w.safetensors"
+    given = ["--epochs", "0", "--batch-size", "x", "--lr", "-1", "--backbone-weights", f"nosuch={weights}"]
+    expected = [
+        "qfae-train: --data: missing; name the data set's folder",
+        "qfae-train: train.batch_size: expected a whole number, got 'x'",
+        "qfae-train: train.epochs: got 0; it must be above 0",
+        "qfae-train: train.lr: got -1.0; it must be above 0",
+        "Try 'qfae-train --help'.",
+    ]
+    result = invoke("--preset", "demo", "--out", tmp_path / "m.pt", *given)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == expected
+    result = invoke("--config", toml, "--out", tmp_path / "m.pt", *given)
+    expected.insert(1, "qfae-train: model.qformer.dim: expected a whole number, got 'big'")
+    assert result.stderr.splitlines() == expected
+
+
+def test_an_unknown_encoder_is_told_with_the_rest(toml: Path, tmp_path: Path) -> None:
+    result = invoke("--config", toml, "--out", "m.pt", "--backbone-weights", f"nosuch={tmp_path / 'w.safetensors'}")
+    assert result.stderr.splitlines() == [
+        "qfae-train: --data: missing; name the data set's folder",
+        f"qfae-train: --backbone-weights: no encoder is called 'nosuch'; there is {tiny.TIMM}",
+        "Try 'qfae-train --help'.",
+    ]
+
+
+def test_no_gpu_and_impossible_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    given = ["--preset", "demo", "--data", "d", "--out", tmp_path / "m.pt", "--device", "cuda"]
+    device = "qfae-train: --device: cuda was asked for, but torch finds no CUDA device; use cpu or auto"
+    result = invoke(*given, "--seed", 2**31)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[:-1] == [
+        device,
+        "qfae-train: train.seed: got 2147483648; accepted are values up to 2147483647",
+    ]
+    result = invoke(*given, "--seeds", f"1,{2**31}")
+    assert result.stderr.splitlines()[:-1] == [
+        device,
+        "qfae-train: --seeds: got 2147483648; accepted are seeds from 0 to 2147483647",
+    ]
+
+
 def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     result = invoke("--config", "my.yaml", "--data", tmp_path, "--out", tmp_path / "m.pt")
     assert result.exit_code == 2
@@ -178,14 +228,46 @@ def test_options_reach_the_run(toml: Path, tmp_path: Path, monkeypatch: pytest.M
     ]
 
 
-def test_interrupted(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seeds", [False, True])
+@pytest.mark.parametrize(
+    ("before", "given", "saves"),
+    [
+        (False, [], False),
+        (False, [], True),
+        (True, ["--overwrite"], False),
+        (True, ["--overwrite"], True),
+        (True, ["--resume"], False),
+    ],
+)
+def test_interrupted(
+    before: bool,
+    given: list[str],
+    saves: bool,
+    seeds: bool,
+    toml: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    last = tmp_path / ("m.seed7.last.pt" if seeds else "m.last.pt")
+    if before:
+        last.write_bytes(b"")
+        os.utime(last, (1, 1))
+
     def interrupt(*_: object, **__: object) -> None:
+        if saves:
+            last.write_bytes(b"")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fit_module, "fit", interrupt)
-    result = invoke("--config", toml, "--data", "d", "--out", tmp_path / "m.pt")
+    monkeypatch.setattr(seeds_module, "fit_seeds", interrupt)
+    if seeds:
+        given = [*given, "--seeds", "3,7"]
+    result = invoke("--config", toml, "--data", "d", "--out", tmp_path / "m.pt", *given)
     assert result.exit_code == 130
-    assert result.stderr == "qfae-train: interrupted; go on with --resume\n"
+    if saves or "--resume" in given:
+        assert result.stderr == "qfae-train: interrupted; go on with --resume\n"
+    else:
+        assert result.stderr == "qfae-train: interrupted before the first checkpoint; nothing was saved\n"
 
 
 def test_a_missing_extra_is_one_sentence(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

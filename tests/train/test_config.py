@@ -209,3 +209,37 @@ def test_differences_name_each_changed_value() -> None:
         "train.epochs: 4 -> 5",
         "train.lr: 0.003 -> 1.0",
     ]
+
+
+def test_types_ranges_and_contradictions_at_once() -> None:
+    tables = table(train={"epochs": 0, "lr": -1, "color": 3}, preprocess={"kind": "stretch"})
+    tables["model"]["qformer"]["dim"] = "big"
+    tables["model"]["decoder"]["heads"] = 7
+    tables["loss"]["blocks"] = [9]
+    faults = faults_of(tables)
+    assert [fault.split(": ")[0] for fault in faults] == [
+        *("model.qformer.dim", "train.color"),
+        *("model.decoder.heads", "train.epochs", "train.lr", "preprocess.kind", "loss.blocks"),
+    ]
+    assert faults[2] == "model.decoder.heads: 7 heads do not divide the width 32"
+
+
+@pytest.mark.parametrize("spoilt", ["image_size", "decoder", "qformer", "encoders"])
+def test_what_depends_on_a_faulty_value_is_not_told(spoilt: str) -> None:
+    tables = table()
+    tables["model"][spoilt] = "big"
+    assert [fault.split(": ")[0] for fault in faults_of(tables)] == [f"model.{spoilt}"]
+
+
+def test_what_depends_on_a_misspelt_key_is_not_told() -> None:
+    tables = table()
+    tables["model"]["imagesize"] = tables["model"].pop("image_size")
+    tables["model"]["qformer"]["querys"] = tables["model"]["qformer"].pop("queries")
+    tables["model"]["encoders"][0]["hidden_state"] = [-1]
+    faults = faults_of(tables)
+    assert len(faults) == 3
+    assert all("unknown key" in fault for fault in faults)
+
+
+def test_a_whole_number_too_large_for_a_number() -> None:
+    assert faults_of(table(train={"lr": 10**400})) == ["train.lr: expected a finite number, got inf"]

@@ -60,6 +60,14 @@ CASES: dict[str, tuple[Callable[[Tables], None], list[str]]] = {
         change("model", "decoder", "heads", to=5),
         ["model.decoder.heads: 5 heads do not divide the width 32"],
     ),
+    "hidden width of zero": (
+        change("model", "qformer", "mlp_ratio", to=0.03),
+        ["model.qformer.mlp_ratio: got 0.03; 32 times it is the hidden width, which must be at least 1"],
+    ),
+    "decoder hidden width of zero": (
+        change("model", "decoder", "mlp_ratio", to=0.03),
+        ["model.decoder.mlp_ratio: got 0.03; 32 times it is the hidden width, which must be at least 1"],
+    ),
     "no sine-cosine table of this width": (
         change("model", "decoder", "dim", to=30),
         ["model.decoder.dim: got 30; the sine-cosine table needs a multiple of 4"],

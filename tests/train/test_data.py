@@ -195,3 +195,28 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load(tmp_path, "train")
     assert str(caught.value) == f"{path}: the file is empty (0 bytes)"
+
+
+@pytest.mark.parametrize("damaged", [2, 9])
+def test_all_damaged_images_are_named(damaged: int, tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "good"
+    write_png(folder / "good.png", picture(np.random.default_rng(0)))
+    paths = [folder / f"{number}.png" for number in range(damaged)]
+    for path in paths:
+        path.write_bytes(b"")
+    told = "; ".join(f"{path}: the file is empty (0 bytes)" for path in paths[:8])
+    assert refusal(tmp_path, "train") == (
+        f"data: {damaged} files cannot be used, replace or remove them: {told}{'; and 1 more' if damaged > 8 else ''}"
+    )
+
+
+def test_damaged_images_and_masks_of_another_size_are_named_together(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "valid" / "Ungood"
+    write_png(folder / "img" / "a.png", picture(rng))
+    write_png(folder / "label" / "a.png", np.zeros((8, 8), np.uint8))
+    (folder / "img" / "b.png").write_bytes(b"")
+    told = refusal(tmp_path, "valid")
+    assert told.startswith("data: 2 files cannot be used")
+    assert f"'{folder / 'label' / 'a.png'}': the mask has 8 x 8 pixels" in told
+    assert f"{folder / 'img' / 'b.png'}: the file is empty" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from qfae_runtime.errors import OutputError
 from qfae_train import fit as fit_module
 from qfae_train.autoencoder import AnomalyScorer, build
-from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, load
+from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, load, save
 from qfae_train.config import Augment, Config, Train, from_dict
 from qfae_train.data import DataError, Split, load_split
 from qfae_train.evaluate import Metrics, evaluate
@@ -177,6 +178,41 @@ def test_resuming_with_other_frozen_weights(data: Path, tmp_path: Path) -> None:
     )
 
 
+def test_resuming_on_other_data(weights: Path, data: Path, tmp_path: Path) -> None:
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    config = tiny.config(weights, train={"epochs": 1})
+    result = run(config, own, tmp_path / "tiny.pt")
+
+    def refusal() -> str:
+        with pytest.raises(CheckpointError) as caught:
+            run(config, own, tmp_path / "tiny.pt", resume=True)
+        return str(caught.value).removeprefix(f"cannot resume '{result.last}': ")
+
+    cure = "; put the original images back, or --overwrite to start anew"
+    image = own / "train/good/img/0.png"
+    tiny.write_png(image, tiny.picture(np.random.default_rng(99)))
+    assert refusal() == (f"it was trained on other images: there are 20 as before, but not with the same pixels{cure}")
+    newest = load(result.last)
+    old = {key: value for key, value in newest.resume.items() if key != "train_sha256"}
+    save(result.last, replace(newest, resume=old))
+    assert run(config, own, tmp_path / "tiny.pt", resume=True) == result  # a file that does not say
+    image.unlink()
+    assert refusal() == f"it was trained on 20 images, the data set now holds 19{cure}"
+
+
+def test_resuming_without_the_best_checkpoint(weights: Path, data: Path, tmp_path: Path) -> None:
+    config = tiny.config(weights, train={"epochs": 1})
+    result = run(config, data, tmp_path / "tiny.pt")
+    result.best.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        run(config, data, tmp_path / "tiny.pt", resume=True)
+    assert str(caught.value) == (
+        f"cannot resume '{result.last}': the best checkpoint '{result.best}' (of epoch 1) is missing; put it back, or "
+        "--overwrite to start anew"
+    )
+
+
 def test_nothing_to_resume(weights: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         run(tiny.config(weights), data, tmp_path / "tiny.pt", resume=True)
@@ -203,13 +239,20 @@ def test_an_existing_run_is_not_overwritten_unasked(
     out = tmp_path / "tiny.pt"
     first = run(config, data, out)
     before = first.best.read_bytes()
-    for survivor in (first.best, first.last):
+    there = f"'{out}': a run is already there; add --resume to go on with it or --overwrite to start anew"
+    alone = (
+        f"'{out}': a checkpoint is already there, without a 'tiny.last.pt' to resume from; add --overwrite to start "
+        "anew or name another --out"
+    )
+    for content, removed, refusal in ((before, first.best, there), (before, first.last, there), (before, None, alone)):
+        if removed == first.last:
+            out.unlink(missing_ok=True)
         with pytest.raises(OutputError) as caught:
             run(config, data, out)
-        assert str(caught.value) == (
-            f"'{out}': a run is already there; add --resume to go on with it or --overwrite to start anew"
-        )
-        survivor.unlink()
+        assert str(caught.value) == refusal
+        if removed is not None:
+            removed.unlink()
+        out.write_bytes(content)
     out.write_bytes(before)
     run(config, data, out, overwrite=True)
     # Overwriting, then stopped before the first checkpoint: the old run must not be resumed in its place.
@@ -376,6 +419,40 @@ def test_divergence_stops_the_run(weights: Path, data: Path, tmp_path: Path, mon
         "in epoch 1: training has diverged; start anew with a lower train.lr (it was 0.003)"
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_an_absurd_learning_rate_is_told_as_divergence(
+    grad_clip: float, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    config = tiny.config(weights, train={"lr": 1e30, "grad_clip": grad_clip, "epochs": 2})
+    with pytest.raises(TrainingError, match=r"in epoch 1: training has diverged; .* \(it was 1e\+30\)$"):
+        run(config, data, tmp_path / "tiny.pt")
+
+
+@pytest.mark.parametrize("pct_start", [0.5, 1.0])
+def test_a_run_of_a_single_step(pct_start: float) -> None:
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    schedule = fit_module._schedule(optimizer, Train(pct_start=pct_start), total=1)
+    optimizer.step()
+    if pct_start == 1:
+        assert schedule.get_last_lr()[0] == pytest.approx(Train().lr / 25)
+        schedule.step()
+
+
+@pytest.mark.parametrize("where", ["file", "full"])
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_read(
+    where: str, weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.pt"
+    if where == "file":
+        out.write_bytes(b"")
+        out = out / "x.pt"
+    else:
+        (tmp_path / "a.last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"': cannot be written \(.+\); free the disk or name another --out$"):
+        run(tiny.config(weights), tmp_path / "nodata", out)
+    assert [path.name for path in tmp_path.iterdir()] == (["a.pt"] if where == "file" else [])
 
 
 def test_fewer_images_than_a_batch(weights: Path, data: Path, tmp_path: Path) -> None:
