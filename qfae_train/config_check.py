@@ -55,6 +55,8 @@ def _sizes(config: Config, known: Known) -> Iterable[str]:
             continue
         if not values:
             yield f"{key}: got an empty list; at least one patch size is needed"
+        if len(set(values)) < len(values):
+            yield f"{key}: got {list(values)}; each patch size may stand there once"
         for value in values:
             if value < 1 or size % value:
                 accepted = ", ".join(str(d) for d in range(4, size // 2 + 1) if size % d == 0)
@@ -163,6 +165,8 @@ def _backbones(config: Config, known: Known) -> Iterable[str]:
             continue
         if not blocks:
             yield f"{key}: got an empty list; at least one block is needed"
+        if len(set(blocks)) < len(blocks):
+            yield f"{key}: got {list(blocks)}; each block may stand there once"
         for block in blocks if depth else ():
             if not 1 <= block <= depth:
                 yield f"{key}: block {block} of a perceptual network with {depth} blocks; accepted are 1 to {depth}"
@@ -172,6 +176,12 @@ def _depth(backbone: Backbone, image_size: int, key: str) -> tuple[int, list[str
     """Return the number of blocks, and what is wrong with the entry (then the number is 0)."""
     if backbone.patch_size < 1 or image_size % backbone.patch_size:
         return 0, [f"{key}.patch_size: {backbone.patch_size} does not divide the image size {image_size}"]
+    # Either would send timm to the network, here and at every later step.
+    if "pretrained" in backbone.args or ":" in backbone.timm:
+        return 0, [
+            f"{key}: {backbone.timm!r} with args {backbone.args} would load weights from a network; name a model of "
+            "timm's own, its weights come from timm's hub or from a file (weights = 'FILE')"
+        ]
     try:
         shape = describe(backbone, image_size)
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
@@ -180,4 +190,6 @@ def _depth(backbone: Backbone, image_size: int, key: str) -> tuple[int, list[str
         return 0, [
             f"{key}.patch_size: got {backbone.patch_size}, but {backbone.timm!r} has patches of {shape.patch_size}"
         ]
+    if not shape.depth:
+        return 0, [f"{key}: {backbone.timm!r} with args {backbone.args} has no blocks; at least one is needed"]
     return shape.depth, []

@@ -120,6 +120,26 @@ CASES: dict[str, tuple[Callable[[Tables], None], list[str]]] = {
         encoder(timm="vit_gigantic"),
         [f"model.encoders[0]: 'vit_gigantic' with args {ARGS} cannot be used: Unknown model (vit_gigantic)"],
     ),
+    "no blocks": (
+        encoder(args={**ARGS, "depth": 0}),
+        [f"model.encoders[0]: '{TIMM}' with args { ({**ARGS, 'depth': 0}) } has no blocks; at least one is needed"],
+    ),
+    "weights by another road": (
+        encoder(args={**ARGS, "pretrained": True}),
+        [f"model.encoders[0]: '{TIMM}' with args { ({**ARGS, 'pretrained': True}) } would load weights from a network"],
+    ),
+    "a model that is not timm's own": (
+        perceptual(timm="hf-hub:someone/model"),
+        [f"perceptual: 'hf-hub:someone/model' with args {ARGS} would load weights from a network; name"],
+    ),
+    "a patch size twice": (
+        change("score", "patch_sizes", to=[8, 16, 8]),
+        ["score.patch_sizes: got [8, 16, 8]; each patch size may stand there once"],
+    ),
+    "a block twice": (
+        change("loss", "blocks", to=[2, 2]),
+        ["loss.blocks: got [2, 2]; each block may stand there once"],
+    ),
     "not a vision transformer": (
         encoder(timm="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3}),
         [
