@@ -29,8 +29,11 @@ from qfae_train.config import Config, from_dict, load
 from qfae_train.data import split_folder
 from qfae_train.evaluate import evaluate_checkpoint
 from qfae_train.fit import fit
-from qfae_train.official import is_official, open_checkpoint
+from qfae_train.official import is_official, open_parts
+from qfae_train.options import check_device, parse_seeds
+from qfae_train.output import last_beside, seed_path, whole_file
 from qfae_train.weight_files import WeightFiles, parse_weight_files
+from qfae_train.weights import unwrapped
 
 PUBLISHED_SEEDS = "42,7,13,65,91"
 MAIN_PATCH_SIZES = (16, 32, 56)
@@ -126,9 +129,8 @@ class Run:
         config = self.files.applied_to(step.config)
         for seed in self.seeds:
             own = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-            out = folder / f"{config.preprocess.kind}.seed{seed}.pt"
-            begun = out.with_name(f"{out.stem}.last.pt").exists()
-            fit(own, root, out, resume=begun, device=self.device)
+            out = seed_path(folder / f"{config.preprocess.kind}.pt", seed)
+            fit(own, root, out, resume=last_beside(out).exists(), device=self.device)
             yield out.stem, load_checkpoint(out)
 
     def _both(self, name: str, checkpoint: Checkpoint, root: Path, folder: Path, step: Step) -> tuple[Metrics, Metrics]:
@@ -137,14 +139,9 @@ class Run:
         in_torch = evaluate_checkpoint(path, root, files=self.files, device=self.device, say=click.echo)
         exported = export(
             Options(path, parity_images=root / "test", overwrite=True, weights=self.files),
-            lambda text: click.echo(f"{benchmark_line(root, step)}: {text}", err=True),
+            lambda text: click.echo(f"{root.name}, {step.name}: {text}", err=True),
         )
         return in_torch, engine_scores(exported.engine, root / "test")
-
-
-def benchmark_line(root: Path, step: Step) -> str:
-    """Return which model is being worked on."""
-    return f"{root.name}, {step.name}"
 
 
 def with_score(checkpoint: Checkpoint, config: Config) -> Checkpoint:
@@ -165,15 +162,16 @@ def taken(path: Path, benchmark: Benchmark, config: Config | None, files: Weight
         CheckpointError: it fits none; the faults of the last one are told.
 
     """
-    if not is_official(read_parts(path)):
-        return open_checkpoint(path)
+    content = read_parts(path)
+    if not is_official(unwrapped(content)):
+        return open_parts(path, content)
     candidates = [config] if config else [load(preset) for preset in benchmark.presets]
     for candidate in candidates[:-1]:
         try:
-            return open_checkpoint(path, candidate, files)
+            return open_parts(path, content, candidate, files)
         except CheckpointError:
             continue
-    return open_checkpoint(path, candidates[-1], files)
+    return open_parts(path, content, candidates[-1], files)
 
 
 def pairs(texts: Iterable[str], option: str, faults: list[str]) -> list[tuple[str, Path]]:
@@ -207,11 +205,13 @@ def main(data: str, out: str, seeds: str, device: str, **given: Any) -> None:
         checkpoints.setdefault(name, []).append(path)
     configs = dict(pairs(given["config"], "--config", faults))
     files = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
+    chosen = parse_seeds(seeds, faults)
+    check_device(device, faults)
     try:
         if faults:
             raise UsageError(faults)
         run = Run(
-            Path(out), parse_seeds(seeds), device,
+            Path(out), chosen, device,
             {name: load(path) for name, path in configs.items()}, checkpoints, files,
         )  # fmt: skip
         roots = find_roots(Path(data))
@@ -235,28 +235,11 @@ def main(data: str, out: str, seeds: str, device: str, **given: Any) -> None:
         raise click.ClickException("; ".join(failures))
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Read seeds with commas between.
-
-    Raises:
-        UsageError: something else stands there.
-
-    """
-    words = text.split(",")
-    if not all(word.strip().isdigit() for word in words):
-        raise UsageError(
-            f"--seeds: got {text!r}, expected whole numbers with commas between, such as {PUBLISHED_SEEDS}"
-        )
-    return [int(word) for word in words]
-
-
 def write(path: Path, results: list[Measured], failures: list[str]) -> None:
     """Write all results as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
     content = {"results": to_json(results), "failures": failures}
-    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

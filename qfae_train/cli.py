@@ -14,9 +14,9 @@ import click
 from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, fail, unexpected
 from qfae_runtime.errors import QfaeError, UsageError
-from qfae_train.config import MAX_SEED, Config, Train, from_dict, load, presets
+from qfae_train.config import Config, Train, from_dict, load, presets
 from qfae_train.evaluate_cli import evaluate_command
-from qfae_train.options import DEVICES, check_device, config_source, needing_extra, weight_options
+from qfae_train.options import DEVICES, check_device, config_source, needing_extra, parse_seeds, weight_options
 from qfae_train.output import last_beside, seed_path
 from qfae_train.weight_files import parse_weight_files
 
@@ -151,7 +151,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     if given["resume"] and given["overwrite"]:
         faults.append("--resume and --overwrite exclude each other; choose one")
     check_device(given["device"], faults)
-    seeds = _seeds(given["seeds"], faults)
+    seeds = parse_seeds(given["seeds"], faults)
     if seeds and given["seed"] is not None:
         faults.append("--seed and --seeds exclude each other; choose one")
     weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
@@ -193,17 +193,6 @@ def _configured(given: dict[str, Any], source: str | None, faults: list[str]) ->
         faults += [fault for fault in error.faults if fault not in faults]
         return None
     return config if loaded else None
-
-
-def _seeds(text: str | None, faults: list[str]) -> list[int]:
-    words = [word.strip() for word in text.split(",")] if text is not None else []
-    if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) != len(words):
-        faults.append(f"--seeds: got {text!r}, expected different whole numbers with commas between, such as 42,7,13")
-        return []
-    digits = len(str(MAX_SEED))  # Python refuses to read thousands of digits
-    too_large = [word for word in words if len(word.lstrip("0")) > digits or int(word) > MAX_SEED]
-    faults.extend(f"--seeds: got {word}; accepted are seeds from 0 to {MAX_SEED}" for word in too_large)
-    return [] if too_large else [int(word) for word in words]
 
 
 def _number(text: str) -> int | float | str:

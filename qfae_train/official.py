@@ -87,7 +87,13 @@ def open_checkpoint(path: Path, config: Config | None = None, files: WeightFiles
         WeightsError: the perceptual network's weights cannot be had.
 
     """
-    content = read_parts(path)
+    return open_parts(path, read_parts(path), config, files)
+
+
+def open_parts(
+    path: Path, content: dict[str, Any], config: Config | None = None, files: WeightFiles = FROM_HUB
+) -> Checkpoint:
+    """Return the checkpoint in the parts that `read_parts` returned; errors as in `open_checkpoint`."""
     state = unwrapped(content)
     if not is_official(state):
         if config is not None and "format" in content:

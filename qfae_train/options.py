@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qfae_runtime.errors import QfaeError
-from qfae_train.config import presets
+from qfae_train.config import MAX_SEED, presets
 from qfae_train.weight_files import BACKBONE_HELP, BACKBONE_OPTION, PERCEPTUAL_HELP, PERCEPTUAL_OPTION
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -62,3 +62,15 @@ def config_source(given: dict[str, Any], faults: list[str]) -> str | None:
         faults.append(f"--preset: got {preset!r}, accepted are {', '.join(presets())}")
     source: str | None = config or preset
     return source
+
+
+def parse_seeds(text: str | None, faults: list[str]) -> list[int]:
+    """Return the seeds of --seeds, none where it is not given; what is wrong is appended to `faults`."""
+    words = [word.strip() for word in text.split(",")] if text is not None else []
+    if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) != len(words):
+        faults.append(f"--seeds: got {text!r}, expected different whole numbers with commas between, such as 42,7,13")
+        return []
+    digits = len(str(MAX_SEED))  # Python refuses to read thousands of digits
+    too_large = [word for word in words if len(word.lstrip("0")) > digits or int(word) > MAX_SEED]
+    faults.extend(f"--seeds: got {word}; accepted are seeds from 0 to {MAX_SEED}" for word in too_large)
+    return [] if too_large else [int(word) for word in words]
