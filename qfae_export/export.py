@@ -20,7 +20,7 @@ import torch
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, from_slices, largest_batch
-from qfae_export.onnx_file import OPSET, write_onnx
+from qfae_export.onnx_file import OPSETS, write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, Options
 from qfae_export.parity import ParityError, ParityReport, golden_of, measure, pytorch_scores
 from qfae_runtime import __version__
@@ -208,7 +208,12 @@ def _manifest(
             "config": portable_config(checkpoint.config),
             "frozen": checkpoint.frozen,
             "training": {key: _plain(value) for key, value in checkpoint.record.items()},
-            "exported_by": {"qfae": __version__, "python": platform.python_version(), "opset": OPSET, **_versions()},
+            "exported_by": {
+                "qfae": __version__,
+                "python": platform.python_version(),
+                "opset": OPSETS["fp32"],
+                **_versions(),
+            },
         },
     )
 

@@ -1,79 +1,140 @@
 """The inference graph: what an engine computes, from uint8 images to score, map and reconstruction.
 
-    uint8 images -> normalise -> encoders -> Q-Former -> decoder -> reconstruction
-    [images; reconstructions] -> perceptual network -> distance maps -> score, anomaly map
+    uint8 images -> pixels -> encoders -> Q-Former -> decoder -> reconstruction
+    [pixels; reconstruction] -> perceptual network -> distance maps -> score, anomaly map
 
-The same modules and weights as training (nothing is copied), read in a cheaper order: what reads no image is a
-constant, image and reconstruction pass the perceptual network as one batch, and only the blocks and patch sizes of
-the score are read. What `forward` does not read is not written to the engine file.
+Equal to the training modules and cheaper: blocks that nothing reads are cut; what reads no image is a constant (the
+queries' self-attention, their LayerNorm and projection, resampled kernels and tables); neighbouring products are one
+product; scales and biases are folded into weights; image and reconstruction pass the perceptual network as one batch
+of 2 B, whose trunk is there once for all patch sizes. `layers.py` says why each rewriting is exact.
 
-Letters: B images, S pixels per side, Q queries, L context tokens, D width.
+Letters: B images, S pixels per side.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from qfae_export.errors import ExportError
+from qfae_export.layers import CENTRE, UNIT, ForeignBlock, Unit
+from qfae_export.precision import FP32, Precision, unknown_selectors
+from qfae_export.stages import DecoderStage, EncoderStage, PerceptualStage, QFormerStage
 from qfae_train.aggregate import Anomaly, anomaly
-from qfae_train.autoencoder import AnomalyScorer, QFormerAutoencoder, Result, denormalise, normalise
+from qfae_train.autoencoder import AnomalyScorer, Result
 from qfae_train.perceptual import distance_maps
+
+PARTS = ("full", "reconstruction", "scorer")
+"""The whole graph, or one of its halves."""
+
+
+class Reconstruction(NamedTuple):
+    """What the reconstruction half returns."""
+
+    reconstruction: Tensor
+    """(B, S, S, 3) uint8."""
+    pixels: Tensor
+    """(B, S, S, 3) float32, the same before it is clipped and rounded, in grey levels."""
 
 
 class InferenceGraph(nn.Module):
-    """An `AnomalyScorer` rewritten for inference; scores agree with it to 1e-5.
+    """An `AnomalyScorer` rewritten for inference; scores agree with it to 1e-5 in FP32.
 
-    Shares the scorer's parameters. The folded constant is computed once, here: make a new graph after changing weights.
+    The weights are folded here, once: make a new graph after changing weights. It shares what needs no change with the
+    scorer. `part` leaves out the other half.
     """
 
-    first_queries: Tensor
-    """The queries after the first block's self-attention, [1, Q, D]: they depend on no image."""
-
-    def __init__(self, scorer: AnomalyScorer) -> None:
+    def __init__(self, scorer: AnomalyScorer, part: str = "full") -> None:
         super().__init__()
-        self.options = scorer.config.score
-        self.image_size = scorer.config.model.image_size
-        self.autoencoder: QFormerAutoencoder = scorer.autoencoder
-        self.perceptual = scorer.perceptual
-        with torch.no_grad():
-            first = scorer.autoencoder.qformer.blocks[0]
-            folded = first.get_submodule("attention")(scorer.autoencoder.qformer.queries)
-        self.register_buffer("first_queries", folded.detach(), persistent=False)
+        config = scorer.config
+        self.part = part
+        self.options = config.score
+        self.image_size = config.model.image_size
+        self.precision = FP32
+        autoencoder = scorer.autoencoder
+        encoders: list[Any] = list(autoencoder.encoders) if part != "scorer" else []
+        for number, encoder in enumerate(encoders, start=1):
+            self.add_module(_encoder_name(number), EncoderStage(encoder))
+        self.encoders = len(encoders)
+        if part != "scorer":
+            last: Any = autoencoder.qformer.blocks[-1]
+            self.qformer = QFormerStage(autoencoder.qformer, [encoder.projection for encoder in encoders])
+            self.decoder = DecoderStage(autoencoder.decoder, last.fc2)
+        if part != "reconstruction":
+            self.perceptual = PerceptualStage(scorer.perceptual, self.options.patch_sizes, self.options.blocks)
+        self.requires_grad_(False)
         self.eval()
 
-    def forward(self, images: Tensor) -> Result:
-        """Return score float32 (B,), map float32 (B, S, S), reconstruction uint8 (B, S, S, 3) of uint8 (B, S, S, 3)."""
-        x = normalise(images)
-        reconstruction = self.reconstruct(x)
-        score, anomaly_map = self.score(x, reconstruction)
+    def units(self) -> list[str]:
+        """Return the place of every operation that a precision policy can name, in the order of the computation."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, Unit) and not isinstance(module, ForeignBlock)
+        ]
+
+    def cast(self, precision: Precision) -> InferenceGraph:
+        """Give every unit its type in a precision policy, in place; FP32 weights that were rounded stay rounded.
+
+        Raises:
+            ExportError: a selector of the policy names nothing in this graph.
+
+        """
+        unknown = unknown_selectors(precision.kept, self.units())
+        if unknown:
+            raise ExportError(
+                f"precision: {', '.join(unknown)}: no such place in this model; expected, for example, "
+                f"{', '.join(self.units()[:2])}, or a stage of it"
+            )
+        for name, module in self.named_modules():
+            if isinstance(module, Unit):
+                module.set_dtype(precision.dtype(name))
+        self.precision = precision
+        return self
+
+    def forward(self, *inputs: Tensor) -> Result | Reconstruction | Anomaly:
+        """Return what the part gives.
+
+        full            uint8 (B, S, S, 3) -> score (B,), map (B, S, S), reconstruction uint8 (B, S, S, 3)
+        reconstruction  uint8 (B, S, S, 3) -> reconstruction uint8, pixels float32, both (B, S, S, 3)
+        scorer          uint8 images and float32 pixels of the reconstruction -> score (B,), map (B, S, S)
+        """
+        images = entering(inputs[0].float())
+        if self.part == "scorer":
+            return self.score(images, entering(inputs[1]))
+        reconstruction = self.reconstruct(images)
+        # In FP32: sixteen bits would round the grey levels.
+        pixels = reconstruction.float() * UNIT + CENTRE
         # Clipped, then rounded half to even, then cast: the three have the same meaning in torch and in ONNX.
-        return Result(score, anomaly_map, denormalise(reconstruction))
+        greys = pixels.clamp(0, 255).round().to(torch.uint8)
+        if self.part == "reconstruction":
+            return Reconstruction(greys, pixels)
+        return Result(*self.score(images, reconstruction), greys)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return reconstructions of normalised images, both (B, 3, S, S)."""
-        autoencoder = self.autoencoder
-        context = autoencoder.context(autoencoder.hidden(images))  # [B, L, D]
-        queries = self._first_block(context)  # [B, Q, D]
-        for block in autoencoder.qformer.blocks[1:]:
-            queries = block(queries, context)
-        reconstruction: Tensor = autoencoder.decoder(queries)
+        """Return reconstructions of images, both as pixels that enter, (B, S, S, 3)."""
+        hidden = [self.get_submodule(_encoder_name(number + 1))(images) for number in range(self.encoders)]
+        reconstruction: Tensor = self.decoder(self.qformer(hidden))
         return reconstruction
 
-    def _first_block(self, context: Tensor) -> Tensor:
-        block = self.autoencoder.qformer.blocks[0]
-        # One row of queries meets a batch of contexts: norm and projection of the queries run once, not B times.
-        queries = block.get_submodule("cross")(self.first_queries, context)
-        hidden = nn.functional.gelu(block.get_submodule("fc1")(block.get_submodule("norm")(queries)))
-        out: Tensor = block.get_submodule("fc2")(hidden)
-        return out
-
     def score(self, images: Tensor, reconstruction: Tensor) -> Anomaly:
-        """Return score and map of normalised images and reconstructions (B, 3, S, S)."""
+        """Return score and map, in FP32 from the features on, of pixels that enter, (B, S, S, 3)."""
         batch = images.shape[0]
-        both = self.perceptual(torch.cat([images, reconstruction]), self.options.patch_sizes, self.options.blocks)
+        both = self.perceptual(torch.cat([images, reconstruction.to(images.dtype)]))
         maps = distance_maps(
             {key: tokens[:batch] for key, tokens in both.items()},
             {key: tokens[batch:] for key, tokens in both.items()},
             self.image_size,
         )
         return anomaly(maps, self.options, self.image_size)
+
+
+def entering(greys: Tensor) -> Tensor:
+    """Return pixels as the stages take them, from grey levels 0..255 in float32."""
+    return (greys - CENTRE) / UNIT
+
+
+def _encoder_name(number: int) -> str:
+    return "encoder" if number == 1 else f"encoder{number}"

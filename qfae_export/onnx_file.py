@@ -1,13 +1,17 @@
-"""NAME.onnx: the inference graph as an ONNX file, the same bytes for the same weights and versions.
+"""NAME.onnx and NAME.fp16.onnx: the inference graph as an ONNX file, the same bytes for the same weights and versions.
 
-Opset 18, attention decomposed into MatMul and Softmax: every ONNX Runtime and OpenVINO of recent years runs that, and
-ONNX Runtime's CUDA provider keeps opset 18's Resize on the GPU.
+FP32 is opset 18, attention decomposed into MatMul and Softmax: every ONNX Runtime and OpenVINO of recent years runs
+that, and ONNX Runtime's CUDA provider keeps opset 18's Resize on the GPU. FP16 is opset 23, which has Attention and
+Gelu as single operations: what TensorRT fuses. An FP32 Attention parses in TensorRT and then fails to build, so the
+two are different files.
 """
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +22,16 @@ import onnx_ir as ir
 import torch
 
 from qfae_export.errors import ExportError
-from qfae_export.graph import InferenceGraph
+from qfae_export.graph import InferenceGraph, Reconstruction
 from qfae_runtime import __version__
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES
 from qfae_runtime.manifest import MAX_BATCH
 
-OPSET = 18
+OPSETS = {"fp32": 18, "fp16": 23}
+"""The opset of each flavour."""
+
+PIXELS_NAME = "pixels"
+"""What one half of the graph hands to the other: the reconstruction in grey levels, neither clipped nor rounded."""
 
 EXTERNAL_ABOVE_BYTES = 2**31 - 2**26
 """Weights larger than this go to NAME.onnx.data: one protobuf file holds 2 GiB at most, the nodes included."""
@@ -35,8 +43,8 @@ _NOISY = ("torch.onnx", "torch.export", "torch._guards", "onnxscript", "onnx_ir"
 def write_onnx(graph: InferenceGraph, path: Path) -> list[Path]:
     """Write the graph to `path`, checked by onnx, and return the files written: the engine, then its weights if apart.
 
-    Input `images` uint8 (batch, S, S, 3); outputs as `Scores` names them. Nothing of the machine that exported is in
-    the file: no paths, no source lines.
+    Names and types of inputs and outputs are those of `tensor_names`. Nothing of the machine that exported is in
+    the file: no paths, no source lines. Nodes are named by their place in the graph, `perceptual.7.attention/...`.
 
     Raises:
         ExportError: torch cannot express the graph in ONNX, or onnx refuses the file.
@@ -44,8 +52,17 @@ def write_onnx(graph: InferenceGraph, path: Path) -> list[Path]:
 
     """
     written = save(trace(graph), path)
-    _check(path)
+    _check(path, graph)
     return written
+
+
+def tensor_names(part: str) -> tuple[list[str], list[str]]:
+    """Return the names of inputs and outputs of a part of the graph."""
+    if part == "reconstruction":
+        return [INPUT_NAME], list(Reconstruction._fields)
+    if part == "scorer":
+        return [INPUT_NAME, PIXELS_NAME], list(OUTPUT_NAMES[:2])
+    return [INPUT_NAME], list(OUTPUT_NAMES)
 
 
 def trace(graph: InferenceGraph) -> ir.Model:
@@ -56,19 +73,21 @@ def trace(graph: InferenceGraph) -> ir.Model:
 
     """
     size = graph.image_size
-    example = torch.zeros(_EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
-    shapes = {"images": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}}
+    inputs, outputs = tensor_names(graph.part)
+    types = [torch.uint8, torch.float32][: len(inputs)]
+    example = tuple(torch.zeros(_EXAMPLE_BATCH, size, size, 3, dtype=dtype) for dtype in types)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    shapes: Any = (tuple({0: batch} for _ in inputs),)
     try:
         with _quiet(), torch.no_grad():
             # Captured here and not inside torch.onnx.export, which falls back to a fixed batch without a word.
-            # strict: len(tensor) stays symbolic.
-            program = torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=True)
+            program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
             exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT_NAME],
-                output_names=list(OUTPUT_NAMES),
+                opset_version=OPSETS[graph.precision.name],
+                input_names=inputs,
+                output_names=outputs,
                 dynamic_shapes=shapes,
                 verbose=False,
             )
@@ -79,8 +98,14 @@ def trace(graph: InferenceGraph) -> ir.Model:
             "export with the versions of torch and onnxscript this project is tested with, or report the configuration"
         ) from error
     model: ir.Model = exported.model
+    _name_nodes(model)
     _strip(model)
     return model
+
+
+def attentions(model: ir.Model) -> list[str]:
+    """Return the names of the graph's attention operations, in their order."""
+    return [node.name or "" for node in model.graph if node.op_type == "Attention"]
 
 
 def save(model: ir.Model, path: Path, external_above_bytes: int = EXTERNAL_ABOVE_BYTES) -> list[Path]:
@@ -92,6 +117,17 @@ def save(model: ir.Model, path: Path, external_above_bytes: int = EXTERNAL_ABOVE
     weights = path.with_name(path.name + ".data")
     ir.save(model, path, external_data=weights.name)
     return [path, weights]
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name every node by its place: `perceptual.7.attention/Attention_1` is the second of that place."""
+    seen: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        place = next((scope for scope in reversed(scopes[:-1]) if scope), "graph")
+        name = f"{place}/{node.op_type}"
+        node.name = f"{name}_{seen[name]}" if seen[name] else name
+        seen[name] += 1
 
 
 def _strip(model: ir.Model) -> None:
@@ -109,7 +145,7 @@ def _strip(model: ir.Model) -> None:
         holder.doc_string = None
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, graph: InferenceGraph) -> None:
     """Hold the file against what every engine of this project looks like.
 
     Raises:
@@ -126,11 +162,13 @@ def _check(path: Path) -> None:
     tensors = [*model.graph.input, *model.graph.output]
     names = [tensor.name for tensor in tensors]
     fixed = [one.name for one in tensors if one.type.tensor_type.shape.dim[0].dim_param != "batch"]
-    wanted = [INPUT_NAME, *OUTPUT_NAMES]
-    if opsets != {"": OPSET} or names != wanted or fixed:
+    inputs, outputs = tensor_names(graph.part)
+    opset = OPSETS[graph.precision.name]
+    if opsets != {"": opset} or names != [*inputs, *outputs] or fixed:
         raise ExportError(
-            f"{path.name}: expected opset {OPSET}, {wanted} and a free batch, got {opsets}, {names} and a fixed batch "
-            f"in {fixed or 'none'}; torch {torch.__version__} exports this model in another way than expected"
+            f"{path.name}: expected opset {opset}, {inputs + outputs} and a free batch, got {opsets}, {names} and a "
+            f"fixed batch in {fixed or 'none'}; torch {torch.__version__} exports this model in another way than "
+            "expected"
         )
 
 

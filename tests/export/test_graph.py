@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
+from qfae_export.precision import FP16, Precision
 from tests.export.tiny import config_of, pictures, scorer_of, vit
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -15,6 +17,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "two encoders of different width": {"encoders": [vit(), vit(width=48, depth=4)]},
     "encoder with register tokens": {"encoders": [vit(reg_tokens=4, no_embed_class=True)]},
     "encoder with LayerScale": {"encoders": [vit(init_values=0.3)]},
+    "encoder with a norm before its blocks": {"encoders": [vit(pre_norm=True)]},
     "one early hidden state": {"hidden_states": (-3,)},
     "hidden states in the other order": {"hidden_states": (-3, -1)},
     "no decoder registers": {"register_tokens": 0},
@@ -47,15 +50,81 @@ def test_scores_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(alone, together.score, atol=1e-5, rtol=0)
 
 
-def test_queries_are_folded_and_weights_are_shared() -> None:
+def test_what_was_folded_stays_when_the_scorer_changes() -> None:
     scorer = scorer_of(config_of())
     graph = InferenceGraph(scorer)
     before = graph(torch.from_numpy(pictures(2))).score
     with torch.no_grad():
-        scorer.autoencoder.qformer.queries.zero_()  # folded into first_queries when the graph was made
+        scorer.autoencoder.qformer.queries.zero_()  # folded when the graph was made
     torch.testing.assert_close(graph(torch.from_numpy(pictures(2))).score, before)
-    assert graph.autoencoder is scorer.autoencoder
-    assert not torch.equal(InferenceGraph(scorer).first_queries, graph.first_queries)
+    assert not torch.allclose(InferenceGraph(scorer)(torch.from_numpy(pictures(2))).score, before)
+
+
+def test_the_halves_make_the_whole() -> None:
+    scorer = scorer_of(config_of())
+    images = torch.from_numpy(pictures(3))
+    whole = InferenceGraph(scorer)(images)
+    greys, pixels = InferenceGraph(scorer, "reconstruction")(images)
+    score, anomaly_map = InferenceGraph(scorer, "scorer")(images, pixels)
+    assert torch.equal(greys, whole.reconstruction)
+    assert torch.equal(pixels.clamp(0, 255).round().to(torch.uint8), greys)
+    torch.testing.assert_close(score, whole.score, atol=1e-6, rtol=0)
+    torch.testing.assert_close(anomaly_map, whole.anomaly_map, atol=1e-6, rtol=0)
+
+
+def test_a_half_holds_no_weights_of_the_other() -> None:
+    scorer = scorer_of(config_of())
+    assert {unit.split(".")[0] for unit in InferenceGraph(scorer, "scorer").units()} == {"perceptual"}
+    assert "perceptual" not in {unit.split(".")[0] for unit in InferenceGraph(scorer, "reconstruction").units()}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_fp16_stays_near(options: dict[str, Any]) -> None:
+    scorer = scorer_of(config_of(**options))
+    images = torch.from_numpy(pictures(5))
+    want, got = scorer(images), InferenceGraph(scorer).cast(FP16)(images)
+    assert (got.score.dtype, got.anomaly_map.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(got.score, want.score, atol=0.02 * float(want.score.std()), rtol=0)
+    assert not torch.equal(got.score, want.score)
+
+
+def test_every_unit_kept_is_fp32_again() -> None:
+    scorer = scorer_of(config_of())
+    images = torch.from_numpy(pictures(3))
+    graph = InferenceGraph(scorer)
+    want = graph(images)
+    everything = Precision("fp16", ("encoder", "qformer", "decoder", "perceptual"))
+    assert torch.equal(graph.cast(everything)(images).score, want.score)
+
+
+def test_one_unit_kept() -> None:
+    graph = InferenceGraph(scorer_of(config_of())).cast(Precision("fp16", ("perceptual.2", "encoder.1.fc1")))
+    types = {name: module.dtype for name, module in graph.named_modules() if name in graph.units()}
+    kept = {name for name, dtype in types.items() if dtype == torch.float32}
+    assert kept == {name for name in graph.units() if name.startswith("perceptual.2.") or name == "encoder.1.fc1"}
+    assert len(kept) == 9 + 1
+
+
+def test_a_place_that_is_not_there() -> None:
+    graph = InferenceGraph(scorer_of(config_of()))
+    with pytest.raises(
+        ExportError, match=r"^precision: perceptual\.21, tail: no such place in this model; expected, for example, "
+    ):
+        graph.cast(Precision("fp16", ("perceptual.21", "perceptual.1", "tail")))
+
+
+def test_a_block_of_another_kind_stays_as_it_is() -> None:
+    scorer = scorer_of(config_of(encoders=[vit(qk_norm=True)]))
+    images = torch.from_numpy(pictures(3))
+    want, graph = scorer(images), InferenceGraph(scorer)
+    torch.testing.assert_close(graph(images).score, want.score, atol=1e-5, rtol=0)
+    assert [unit for unit in graph.units() if unit.startswith("encoder.")] == [
+        "encoder.embed.product",
+        "encoder.embed.table",
+        "encoder.embed.prefix",
+    ]
+    graph.cast(FP16)
+    torch.testing.assert_close(graph(images).score, want.score, atol=0.02 * float(want.score.std()), rtol=0)
 
 
 def test_dropout_is_off_whatever_mode_the_scorer_was_in() -> None:

@@ -1,0 +1,302 @@
+"""The operations of the inference graph: what training's layers become when nothing has to be learned any more.
+
+Every operation is a module that computes in one type (`dtype`), FP32 until `set_dtype` changes it, and casts what
+comes in. Rewritings are exact in real numbers; each says why it holds.
+
+Letters: B images, T tokens, D width, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention as TimmAttention
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+CENTRE, UNIT = 114.0, 64.0
+"""Pixels enter as (grey - CENTRE) / UNIT: exact in float16 for every grey level, and close to the normalised scale."""
+
+
+class Unit(nn.Module):
+    """An operation with a type of its own; its place in the graph names it in a precision policy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float32
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype` from now on; stored constants are converted."""
+        self.dtype = dtype
+        self.to(dtype)
+
+
+class Linear(Unit):
+    """`x @ weight + bias`. The weight is stored as it is multiplied, [in, out]: nothing is transposed at run time."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take a weight as torch keeps it, [out, in]."""
+        super().__init__()
+        self.register_buffer("weight", weight.detach().t().contiguous())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] from [..., in]."""
+        y = torch.matmul(x.to(self.dtype), self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Norm(Unit):
+    """LayerNorm. Its statistics are FP32 whatever its type: ONNX's LayerNormalization and torch's agree in that."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.register_buffer("weight", norm.weight.detach())
+        self.register_buffer("bias", norm.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., D] of the same shape."""
+        return F.layer_norm(x.to(self.dtype), self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Residual(Unit):
+    """The sum of a residual stream and what a sub-layer adds to it."""
+
+    def forward(self, stream: Tensor, update: Tensor) -> Tensor:
+        """Return [..., D]."""
+        return stream.to(self.dtype) + update.to(self.dtype)
+
+
+class Attend(Unit):
+    """softmax(q k^T) v for every head. The scale is part of the weights that made q.
+
+    FP32: as products and a softmax, which every ONNX runtime runs. FP16: as one attention operation. `widen` casts its
+    operands to FP32 first, which makes TensorRT take a fused kernel that accumulates in FP32. A constant q is
+    repeated for the batch before all that: repeated afterwards, its cast would be folded into the constant, and no
+    fused kernel fits what is left.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.widen = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [B, Tq, H * K] from q [B, Tq, H * K] and k, v [B, Tk, H * K]; q may have B = 1."""
+        if self.dtype != torch.float32:
+            q = q.expand(k.shape[0], -1, -1)
+        q, k, v = (self._split(part.to(self.dtype)) for part in (q, k, v))  # each [B, H, T, K]
+        if self.dtype == torch.float32:
+            attended = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1), v)
+        else:
+            attended = _one_operation(q, k, v, widen=self.widen)
+        return attended.transpose(1, 2).flatten(2)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        heads: Tensor = tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return heads
+
+
+class TransformerBlock(nn.Module):
+    """timm's plain pre-norm block, its constants folded.
+
+    - LayerScale multiplies what `proj` and `fc2` give: it is multiplied into their rows.
+    - The attention's scale is multiplied into q's rows.
+    - k's bias adds the same number to every logit of a query, which the softmax takes out: it is dropped.
+    - v's bias passes the softmax unchanged, since weights sum to 1: it is moved behind the attention.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        attention, mlp = block.attn, block.mlp
+        width = attention.qkv.in_features
+        self.norm1 = Norm(block.norm1)
+        q, k, v = attention.qkv.weight.detach().split(width)
+        scale = 1 / math.sqrt(width // attention.num_heads)
+        of_q, _, of_v = _bias(attention.qkv).split(width)
+        self.qkv = Linear(torch.cat([q * scale, k, v]), torch.cat([of_q * scale, torch.zeros(2 * width)]))
+        self.attention = Attend(attention.num_heads)
+        through = torch.mv(attention.proj.weight.detach().double(), of_v.double()).float()
+        self.proj = _scaled(attention.proj, block.ls1, through)
+        self.residual1 = Residual()
+        self.norm2 = Norm(block.norm2)
+        self.fc1 = Linear(mlp.fc1.weight, mlp.fc1.bias)
+        self.fc2 = _scaled(mlp.fc2, block.ls2)
+        self.residual2 = Residual()
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return [B, T, D]; `lengths` cut T into sequences that do not see each other."""
+        qkv = self.qkv(self.norm1(x))
+        parts = qkv.split(list(lengths), dim=1) if len(lengths) > 1 else [qkv]
+        attended = [self.attention(*part.chunk(3, dim=2)) for part in parts]
+        joined = torch.cat(attended, dim=1) if len(attended) > 1 else attended[0]
+        x = self.residual1(x, self.proj(joined))
+        out: Tensor = self.residual2(x, self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return out
+
+
+class CausalAttend(Unit):
+    """Self-attention of the queries: query i sees those up to i, and all heads share one key and one value head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.widen = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [B, Q, H * K] from q [B, Q, H * K] and k, v [B, Q, K]."""
+        q = q.to(self.dtype).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, Q, K]
+        k, v = (part.to(self.dtype)[:, None] for part in (k, v))  # [B, 1, Q, K]
+        if self.dtype == torch.float32:
+            unseen = torch.full((q.shape[2], q.shape[2]), -math.inf).triu(1)
+            logits = torch.matmul(q, k.transpose(2, 3)) + unseen
+            attended = torch.matmul(torch.softmax(logits, dim=-1), v)
+        else:
+            # Copied, for TensorRT finds no fused kernel for heads that share their memory.
+            k, v = (part.repeat(1, self.heads, 1, 1) for part in (k, v))
+            attended = _one_operation(q, k, v, widen=self.widen, causal=True)
+        return attended.transpose(1, 2).flatten(2)
+
+
+def _one_operation(q: Tensor, k: Tensor, v: Tensor, *, widen: bool, causal: bool = False) -> Tensor:
+    if widen:
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal, scale=1.0).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0)
+
+
+class Constant(Unit):
+    """What reads no image, computed once."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach())
+
+    def forward(self) -> Tensor:
+        """Return the constant."""
+        return self.value
+
+
+class Embed(nn.Module):
+    """A product, a table of positions added to it, and tokens that stand before it."""
+
+    def __init__(self, product: Linear, table: Tensor, prefix: Tensor) -> None:
+        """Take the table [1, T, D] with the product's bias added, and the prefix [1, P, D]."""
+        super().__init__()
+        self.product = product
+        self.table = Constant(table)
+        self.prefix = Constant(prefix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, P + T, D] from [B, T, in]."""
+        tokens: Tensor = self.product(x) + self.table()
+        prefix = self.prefix()
+        if prefix.shape[1] == 0:
+            return tokens
+        return torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+
+class ForeignBlock(Unit):
+    """A block of another kind than timm's plain one, as timm computes it, always in FP32."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        for module in block.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # as products and a softmax: no engine fuses an FP32 attention
+        self.block = block
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Stay in FP32: its own operations are not known here."""
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return [B, T, D]."""
+        if len(lengths) > 1:
+            raise ValueError("a foreign block takes one sequence")
+        out: Tensor = self.block(x.float())
+        return out
+
+
+def inference_block(block: Any) -> nn.Module:
+    """Return the block's form for inference: folded if it is timm's plain block, as it is otherwise."""
+    return TransformerBlock(block) if is_plain(block) else ForeignBlock(block)
+
+
+def is_plain(block: Any) -> TypeGuard[Block]:
+    """Say whether a block computes what `TransformerBlock` does, and nothing else."""
+    if type(block) is not Block or type(block.attn) is not TimmAttention or type(block.mlp) is not Mlp:
+        return False
+    attention, mlp = block.attn, block.mlp
+    idle = [getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
+    idle += [getattr(mlp, "norm", None)]
+    scales = (block.ls1, block.ls2)
+    return (
+        all(one is None or isinstance(one, nn.Identity) for one in idle)
+        and all(isinstance(one, nn.Identity | LayerScale) for one in scales)
+        and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
+        and type(mlp.act) is nn.GELU
+        and mlp.act.approximate == "none"
+        and isinstance(mlp.fc1, nn.Linear)
+        and attention.head_dim * attention.num_heads == attention.qkv.in_features
+    )
+
+
+def chained(second: nn.Linear, first: nn.Linear, added: Tensor | None = None) -> Linear:
+    """Return the one product that equals `second(first(x) + added)`, multiplied in double precision."""
+    outer, inner = second.weight.detach().double(), first.weight.detach().double()
+    shift = _bias(first).double() if added is None else _bias(first).double() + added.double()
+    bias = outer @ shift + _bias(second).double()
+    return Linear((outer @ inner).float(), bias.float())
+
+
+def patch_kernel(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite a patch kernel for pixels as they enter: return it [D, p * p * 3] and what its bias gains, [D].
+
+    `kernel` [D, 3, p, p] expects normalised pixels, a * (what enters) + b; the sum over a * kernel takes the first, b
+    times its sum is added to the bias.
+    """
+    factor, offset = entering_to_normalised()
+    flat = kernel.detach().double().permute(0, 2, 3, 1).flatten(1)  # patches are flattened row, column, colour
+    return (flat * factor).float(), (flat.sum(dim=1) * offset).float()
+
+
+def entering_to_normalised() -> tuple[float, float]:
+    """Return a and b of normalised = a * entering + b, for the normalisation of training."""
+    from qfae_train.autoencoder import MEAN, STD
+
+    return UNIT / 255 / STD, (CENTRE / 255 - MEAN) / STD
+
+
+def patches(pixels: Tensor, patch_size: int) -> Tensor:
+    """Return [B, T, p * p * 3], row by row, from pixels [B, S, S, 3]."""
+    grid = pixels.shape[1] // patch_size
+    cut = pixels.reshape(-1, grid, patch_size, grid, patch_size * 3)  # rows of a patch lie apart, columns do not
+    return cut.transpose(2, 3).reshape(-1, grid * grid, patch_size * patch_size * 3)
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    if linear.bias is None:
+        return torch.zeros(linear.out_features)
+    return linear.bias.detach()
+
+
+def _scaled(linear: nn.Linear, scale: nn.Module, added: Tensor | None = None) -> Linear:
+    bias = _bias(linear) if added is None else _bias(linear) + added
+    if not isinstance(scale, LayerScale):
+        return Linear(linear.weight, bias)
+    gamma = scale.gamma.detach()
+    return Linear(linear.weight.detach() * gamma[:, None], bias * gamma)

@@ -1,0 +1,70 @@
+"""The FP16 policy as data: what is computed in half precision, what stays in FP32, and why.
+
+A unit is an operation of the inference graph, named by its place: `encoder.12.fc1`, `qformer.1.attention`,
+`decoder.head`, `perceptual.7.residual`. Blocks are numbered from 1. A selector names a unit or everything below a
+place: `perceptual`, `perceptual.7`, `perceptual.7.fc1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+STAGES = ("encoder", "qformer", "decoder", "perceptual")
+"""The parts of the graph that may be FP16, in the order of the computation (a second encoder is `encoder2`)."""
+
+FP16_RULES: dict[str, dict[str, str]] = {
+    "matrix products": {"type": "float16", "why": "nearly all of the work; weights and biases are stored in float16"},
+    "residual streams": {"type": "float16", "why": "read and written around every product"},
+    "pixels": {"type": "float16", "why": "(grey - 114) / 64 is exact in float16 for the 256 grey levels"},
+    "LayerNorm statistics": {"type": "float32", "why": "sums of squares overflow float16 in vision transformers"},
+    "softmax and its sums": {
+        "type": "float32",
+        "why": "queries, keys and values are float16 numbers, cast to float32 around each attention: TensorRT runs "
+        "that as one fused kernel which accumulates in float32",
+    },
+    "features to score": {
+        "type": "float32",
+        "why": "1 - cosine cancels most digits, and three such maps are multiplied",
+    },
+    "outputs": {"type": "float32", "why": "scores and maps are compared with thresholds found elsewhere"},
+}
+"""What an FP16 engine computes in which type. The manifest repeats it."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type of every unit. `kept` are the selectors of what stays FP32 in an FP16 graph."""
+
+    name: str
+    kept: tuple[str, ...] = ()
+
+    def dtype(self, unit: str) -> torch.dtype:
+        """Return the type a unit is computed in."""
+        if self.name == "fp32" or any(covers(selector, unit) for selector in self.kept):
+            return torch.float32
+        return torch.float16
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain JSON values for the manifest."""
+        if self.name == "fp32":
+            return {"policy": "fp32"}
+        return {"policy": "fp16", "rules": FP16_RULES, "kept_fp32": list(self.kept)}
+
+
+FP32 = Precision("fp32")
+FP16 = Precision("fp16")
+
+
+def covers(selector: str, unit: str) -> bool:
+    """Say whether a unit is the selector's place or lies below it."""
+    return unit == selector or unit.startswith(selector + ".")
+
+
+def unknown_selectors(selectors: Iterable[str], units: Iterable[str]) -> list[str]:
+    """Return the selectors that cover no unit."""
+    units = list(units)
+    return [selector for selector in selectors if not any(covers(selector, unit) for unit in units)]
