@@ -14,7 +14,8 @@ import click
 from rich.console import Console
 
 from qfae_export.errors import ExportError
-from qfae_export.options import DEFAULT_MAX_BATCH, Options
+from qfae_export.options import DEFAULT_MAX_BATCH, FORMATS, PARTS, Options
+from qfae_export.verify_cli import verify_command
 from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
@@ -36,9 +37,15 @@ _EPILOG = """\b
 Exit codes: 0 done; 1 failed (nothing is left under the engine's name); 2 wrong usage.
 
 \b
-Example:
+Examples:
   qfae-export --ckpt demo.pt --out engines/
+  qfae-export --ckpt brats.pt --fp16
+  qfae-export --onnx brats.fp16.onnx
+  qfae-export verify --engine brats.onnx --ckpt brats.pt
 """
+
+COMMANDS = {"verify": verify_command}
+"""Commands beside exporting itself, by the first word."""
 
 _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safetensors", "lightning_fabric")
 
@@ -54,6 +61,21 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
 @click.option("--preset", metavar="NAME", help=f"Architecture of the authors' checkpoint: {', '.join(presets())}.")
 @click.option("--config", metavar="FILE.toml", help="The same as a file of your own.")
 @weight_options
+@click.option(
+    "--fp16", is_flag=True, help="Write NAME.fp16.onnx as well, and its TensorRT plan where that can be built."
+)
+@click.option(
+    "--format",
+    metavar="|".join(FORMATS),
+    help="Stop at ONNX, or insist on a plan: of TensorRT, or of TensorRT-RTX, which needs no GPU to build.  "
+    "[default: with --fp16 a plan where one can be built, else onnx]",
+)
+@click.option("--bisect", is_flag=True, help="Where FP16 breaks its contract, find what must stay FP32.")
+@click.option("--part", metavar="|".join(PARTS), default=PARTS[0], show_default=True, help="The whole graph or a half.")
+@click.option("--onnx", metavar="FILE", help="Build the plan of an exported ONNX file, on this machine.")
+@click.option(
+    "--random-weights", metavar="SEED", help="An engine without training, for benchmarks; with --preset or --config."
+)
 @click.option("--out", metavar="DIR", help="Folder for the engine.  [default: the checkpoint's folder]")
 @click.option(
     "--parity-images",
@@ -72,9 +94,9 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
 def command(rest: tuple[str, ...], **given: Any) -> None:
     """Export a checkpoint to an engine that is proven to score like PyTorch.
 
-    Writes NAME.onnx, NAME.json (the manifest, with the certificate) and NAME.golden.npz, after comparing every output
-    with PyTorch's, element by element, on real images at batch 1, an odd batch and the largest batch. If one value
-    disagrees, nothing is written.
+    Writes NAME.onnx, NAME.json (the manifest, with the certificate) and NAME.golden.npz, after comparing scores, maps
+    and reconstructions with PyTorch's on real images at batch 1, an odd batch and the largest batch. If one bound of
+    the contract is broken, nothing is written. With --fp16 there is NAME.fp16.onnx too, measured in the same way.
     """
     warnings.filterwarnings("ignore", module="torch")  # what matters about a checkpoint is said in a sentence
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -88,14 +110,19 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     except QfaeError as error:
         report: ParityReport | None = getattr(error, "report", None)
         if report is not None:
-            err.print(report.table())
+            _show_report(report, err)
         fail(PROGRAM, error)
     _show(exported, options, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves through SystemExit with the exit code."""
-    command.main(list(sys.argv[1:] if arguments is None else arguments), prog_name=PROGRAM)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    other = COMMANDS.get(given[0]) if given else None
+    if other is None:
+        command.main(given, prog_name=PROGRAM)
+    else:
+        other.main(given[1:], prog_name=f"{PROGRAM} {given[0]}")
 
 
 def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
@@ -106,18 +133,22 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
 
     """
     faults = [unexpected(command, text) for text in rest]
-    if not given["ckpt"]:
-        faults.append("--ckpt: missing; name the checkpoint that qfae-train wrote")
     weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
     options = Options(
         config=config_source(given, faults),
         weights=weights,
-        ckpt=Path(given["ckpt"] or "missing.pt"),
+        ckpt=Path(given["ckpt"]) if given["ckpt"] else None,
         out=Path(given["out"]) if given["out"] else None,
         parity_images=Path(given["parity_images"]) if given["parity_images"] else None,
         name=given["name"],
         max_batch=whole_number("--max-batch", given["max_batch"], MAX_BATCH, faults),
         overwrite=given["overwrite"],
+        fp16=given["fp16"],
+        format=given["format"],
+        bisect=given["bisect"],
+        part=given["part"],
+        onnx=Path(given["onnx"]) if given["onnx"] else None,
+        random_weights=_seed(given["random_weights"], faults),
     )
     faults += options.faults()
     if faults:
@@ -146,24 +177,59 @@ def _steps(console: Console) -> Iterator[Callable[[str], None]]:
 
 
 def _show(exported: Exported, options: Options, console: Console) -> None:
-    report, manifest = exported.report, exported.manifest
-    console.print(report.table())
-    console.print(f"measured on: {report.images.origin}", soft_wrap=True, markup=False)
-    if report.images.stands_in:
+    manifest = exported.manifest
+    for report in exported.reports.values():
+        _show_report(report, console)
+    if not exported.reports:
+        console.print("nothing was measured: random weights are for benchmarks, and there is no image to score")
+    else:
+        _show_images(exported, options, console)
+    for file in exported.files:
+        console.print(f"wrote {file} ({_size(file.stat().st_size)})", soft_wrap=True, markup=False)
+    for note in exported.notes:
+        console.print(note, soft_wrap=True, markup=False)
+    engine = quote(str(exported.engine))
+    if options.part != "full":
+        console.print("next: load it with ONNX Runtime; qfae-run takes whole engines", soft_wrap=True)
+        return
+    extra = "" if manifest.certificate else " --allow-uncertified"
+    console.print(f"next: qfae-run IMAGES --engine {engine} --out results/{extra}", soft_wrap=True, markup=False)
+
+
+def _show_images(exported: Exported, options: Options, console: Console) -> None:
+    images = exported.report.images
+    console.print(f"measured on: {images.origin}", soft_wrap=True, markup=False)
+    if images.coloured:
+        console.print(
+            f"and {images.coloured} of them in false colours, which grey images cannot stand for", soft_wrap=True
+        )
+    if images.stands_in:
         console.print(
             "warning: these are not images of your kind; pass --parity-images DIR to measure on your own",
             soft_wrap=True,
         )
-    if options.max_batch is None and manifest.max_batch < DEFAULT_MAX_BATCH:
+    largest = exported.manifest.max_batch
+    if options.max_batch is None and largest < DEFAULT_MAX_BATCH:
         console.print(
-            f"largest batch {manifest.max_batch}, the number of images measured on; "
+            f"largest batch {largest}, the number of images measured on; "
             "for a larger one pass --parity-images DIR with more",
             soft_wrap=True,
         )
-    for file in exported.files:
-        console.print(f"wrote {file} ({_size(file.stat().st_size)})", soft_wrap=True, markup=False)
-    engine = quote(str(exported.engine))
-    console.print(f"next: qfae-run IMAGES --engine {engine} --out results/", soft_wrap=True, markup=False)
+
+
+def _show_report(report: ParityReport, console: Console) -> None:
+    console.print(report.table())
+    if len(report.links) > 1:
+        console.print(report.chain())
+
+
+def _seed(text: str | None, faults: list[str]) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        faults.append(f"--random-weights: got {text!r}, expected a seed, a whole number in 0..999999999")
+        return None
+    return int(text)
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,7 @@
-"""The images an engine is measured on: real ones, from the checkpoint or from a folder.
+"""The images an engine is measured on: real ones, from the checkpoint or from a folder, and a few coloured copies.
+
+Medical images are mostly grey, and on grey images an engine that confuses red with blue is right. So a few of them are
+added in false colours.
 
 Letters: N images, S pixels per side.
 """
@@ -14,15 +17,22 @@ import numpy as np
 from qfae_export.errors import ExportError
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import InputError
-from qfae_runtime.layout import scan
+from qfae_runtime.layout import UNGOOD, label_of, scan
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image
 
-MIN_IMAGES = 3
-"""Fewer cannot fill a single image, an odd batch and a largest batch."""
+MIN_IMAGES = 32
+"""Fewer say too little about percentiles and ranks."""
 
 FOLDER_LIMIT = 32
 """Images taken from a folder (or as many as the largest batch, if that is more): enough to measure on in minutes."""
+
+COLOURED = 4
+"""Copies in false colours, where all images are grey."""
+
+# How much of the grey value goes into red, green and blue: every order of the channels is another image, yet none is
+# so far from grey that the model's answer to it is out of all proportion.
+_TINTS = ((1.0, 0.94, 0.88), (0.9, 1.0, 0.95))
 
 SLICES = Path(__file__).parent / "parity_slices.npz"
 """Brain slices made by this project (demo/parity_slices.py), for checkpoints that bring no images."""
@@ -35,16 +45,24 @@ _CURE = "pass --parity-images DIR with a folder of real images, normal and anoma
 class ParityImages:
     """`pixels` uint8 (N, S, S, 3), all different; `names` say which is which, `origin` where they come from.
 
+    `labels` say which are anomalous (None: unknown). The last `coloured` images are copies in false colours.
     `stands_in`: they are not of the kind the engine is for.
     """
 
     pixels: UInt8
     names: tuple[str, ...]
     origin: str
+    labels: tuple[bool | None, ...]
+    coloured: int = 0
     stands_in: bool = False
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def real(self) -> int:
+        """How many images are as they came, coloured copies left out."""
+        return len(self.pixels) - self.coloured
 
 
 def from_checkpoint(stored: UInt8, image_size: int, file: str) -> ParityImages:
@@ -64,7 +82,7 @@ def from_checkpoint(stored: UInt8, image_size: int, file: str) -> ParityImages:
             f"{stored.shape}; {_CURE}"
         )
     names = [f"image {number} stored in {file}" for number in range(len(stored))]
-    return _distinct(stored, names, f"validation images stored in {file}")
+    return _prepared(stored, names, f"validation images stored in {file}", [None] * len(names))
 
 
 def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
@@ -81,12 +99,14 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
     if not found.images:
         raise ExportError(f"--parity-images: {folder}: holds no images; name a folder of real images")
     files = [found.images[index] for index in spread(len(found.images), limit)]
-    prepared, names, faults = [], [], []
+    prepared, names, labels, faults = [], [], [], []
     for file in files:
         name = found.source_of(file)
         try:
             prepared.append(preprocess(read_image(file, source=name).pixels, spec).image)
             names.append(name)
+            label = label_of(file, folder)
+            labels.append(None if label is None else label == UNGOOD)
         except InputError as error:
             faults.append(str(error))
     if faults:
@@ -96,19 +116,20 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
             f"{'; '.join(faults[:_SHOWN])}{more}; remove them: a measurement leaves no image out"
         )
     origin = f"{len(files)} of the {len(found.images)} images in {folder.absolute().name}/"
-    return _distinct(np.stack(prepared), names, origin)
+    return _prepared(np.stack(prepared), names, origin, labels)
 
 
 def from_slices(spec: PreprocessSpec) -> ParityImages:
     """Return the brain slices that come with this package, preprocessed as for scoring.
 
-    They are real anatomy, half of them with a lesion, but not the user's: `stands_in` is set.
+    They are real anatomy, every second one with a lesion, but not the user's: `stands_in` is set.
     """
     with np.load(SLICES, allow_pickle=False) as stored:
         slices = stored["slices"]
     pixels = np.stack([preprocess(np.repeat(one[:, :, None], 3, axis=2), spec).image for one in slices])
     names = [f"brain slice {number} of qfae" for number in range(len(pixels))]
-    return replace(_distinct(pixels, names, f"{len(pixels)} brain slices that come with qfae"), stands_in=True)
+    origin = f"{len(pixels)} brain slices that come with qfae"
+    return replace(_prepared(pixels, names, origin, [number % 2 == 1 for number in range(len(pixels))]), stands_in=True)
 
 
 def spread(count: int, limit: int) -> list[int]:
@@ -136,8 +157,8 @@ def largest_batch(asked: int | None, default: int, images: ParityImages) -> int:
     return asked
 
 
-def _distinct(pixels: UInt8, names: Sequence[str], origin: str) -> ParityImages:
-    """Keep the first of equal images: a copy measures nothing."""
+def _prepared(pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence[bool | None]) -> ParityImages:
+    """Keep the first of equal images, for a copy measures nothing; add coloured ones where all are grey."""
     first: dict[bytes, int] = {}
     for number, image in enumerate(pixels):
         first.setdefault(image.tobytes(), number)
@@ -146,4 +167,22 @@ def _distinct(pixels: UInt8, names: Sequence[str], origin: str) -> ParityImages:
         raise ExportError(
             f"{origin}: {len(kept)} different images, but a measurement needs {MIN_IMAGES} at least; {_CURE}"
         )
-    return ParityImages(np.ascontiguousarray(pixels[kept]), tuple(names[number] for number in kept), origin)
+    kept_names, kept_labels = [names[number] for number in kept], [labels[number] for number in kept]
+    pixels = np.ascontiguousarray(pixels[kept])
+    if not (pixels == pixels[..., :1]).all():
+        return ParityImages(pixels, tuple(kept_names), origin, tuple(kept_labels))
+    chosen = spread(len(pixels), COLOURED)
+    coloured = [_tinted(pixels[number], count) for count, number in enumerate(chosen)]
+    names_added = [f"{kept_names[number]} in false colours" for number in chosen]
+    return ParityImages(
+        np.concatenate([pixels, np.stack(coloured)]),
+        (*kept_names, *names_added),
+        origin,
+        (*kept_labels, *(None for _ in chosen)),
+        len(chosen),
+    )
+
+
+def _tinted(image: UInt8, number: int) -> UInt8:
+    coloured: UInt8 = np.rint(image * np.array(_TINTS[number % len(_TINTS)])).astype(np.uint8)
+    return coloured

@@ -9,6 +9,9 @@ from pathlib import Path
 from qfae_train.weight_files import WeightFiles
 
 DEFAULT_MAX_BATCH = 32
+FORMATS = ("onnx", "plan", "rtx-plan")
+PARTS = ("full", "reconstruction", "scorer")
+FP16_SUFFIX = ".fp16.onnx"
 
 # What a manifest accepts as a file name, with room for suffixes.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -19,16 +22,22 @@ class Options:
     """One export.
 
     ckpt            checkpoint that qfae-train wrote, or the authors' last_ckpt.pth
+    random_weights  in place of a checkpoint: seed of random weights for `config`, for benchmarks only
+    onnx            in place of a checkpoint: an exported ONNX file, to build its plan on this machine
     config          preset or TOML file that describes the authors' checkpoint; None: qfae-train's brings its own
     weights         files of frozen weights that the checkpoint lacks; empty: timm's hub
     out             folder for the engine; None: the checkpoint's folder
     parity_images   folder of images to measure on; None: those in the checkpoint, or the slices in this package
     name            NAME of NAME.onnx, NAME.json, NAME.golden.npz; None: the checkpoint's name without suffix
     max_batch       largest batch of the engine; None: DEFAULT_MAX_BATCH, or as many as there are parity images
+    fp16            write NAME.fp16.onnx as well
+    format          "onnx", "plan" or "rtx-plan"; None: a plan with fp16 where one can be built, else ONNX
+    part            "full", or one half of the graph
+    bisect          where FP16 breaks its contract, find what must stay FP32
     overwrite       replace an engine of that name
     """
 
-    ckpt: Path
+    ckpt: Path | None = None
     out: Path | None = None
     parity_images: Path | None = None
     name: str | None = None
@@ -36,27 +45,83 @@ class Options:
     overwrite: bool = False
     config: str | None = None
     weights: WeightFiles = field(default_factory=WeightFiles)
+    fp16: bool = False
+    format: str | None = None
+    part: str = "full"
+    bisect: bool = False
+    random_weights: int | None = None
+    onnx: Path | None = None
 
     @property
     def folder(self) -> Path:
         """The folder the engine is written to."""
-        return self.out if self.out is not None else self.ckpt.parent
+        source = self.ckpt or self.onnx
+        return self.out or (source.parent if source is not None else Path())
 
     @property
     def engine_name(self) -> str:
         """NAME, without suffix."""
-        return self.name if self.name is not None else self.ckpt.stem
+        if self.name is not None:
+            name = self.name
+        elif self.ckpt is not None:
+            name = self.ckpt.stem
+        elif self.onnx is not None:
+            name = self.onnx.name.removesuffix(FP16_SUFFIX).removesuffix(".onnx")
+        else:
+            name = f"{Path(self.config or 'model').stem}-random"
+        return name if self.part == "full" else f"{name}.{self.part}"
 
     def faults(self) -> list[str]:
         """Say what is wrong with the options themselves, one sentence each."""
         faults = []
+        sources = [
+            name
+            for name, given in (
+                ("--ckpt", self.ckpt is not None),
+                ("--random-weights", self.random_weights is not None),
+                ("--onnx", self.onnx is not None),
+            )
+            if given
+        ]
+        if not sources:
+            faults.append("--ckpt: missing; name the checkpoint that qfae-train wrote")
+        if len(sources) > 1:
+            faults.append(f"{', '.join(sources)}: give one of them")
+        if self.random_weights is not None and self.config is None:
+            faults.append("--random-weights: of which model? Name it with --preset or --config")
+        if self.format is not None and self.format not in FORMATS:
+            faults.append(f"--format: got {self.format!r}, accepted are {', '.join(FORMATS)}")
+        if self.part not in PARTS:
+            faults.append(f"--part: got {self.part!r}, accepted are {', '.join(PARTS)}")
+        if self.bisect and not self.fp16:
+            faults.append("--bisect: finds what must stay FP32 in an FP16 engine; pass --fp16 too")
+        if self.onnx is not None:
+            faults += self._faults_of_rebuilding()
         if not is_plain_name(self.engine_name):
-            option = "--name" if self.name is not None else "--ckpt"
+            option = "--name" if self.name is not None else sources[0] if sources else "--ckpt"
             faults.append(
                 f"{option}: {self.engine_name!r} cannot name an engine; pass a --name of letters, digits and _ . + -"
             )
         if self.folder.exists() and not self.folder.is_dir():
             faults.append(f"--out: {self.folder} is a file; name a folder")
+        return faults
+
+    def _faults_of_rebuilding(self) -> list[str]:
+        idle = (
+            ("--out", self.out is not None),
+            ("--name", self.name is not None),
+            ("--max-batch", self.max_batch is not None),
+            ("--preset or --config", self.config is not None),
+            ("--fp16", self.fp16),
+            ("--part", self.part != "full"),
+        )
+        faults = [
+            f"{name}: means nothing with --onnx, whose plan is written beside it as its manifest says"
+            for name, given in idle
+            if given
+        ]
+        if self.format == "onnx":
+            faults.append("--format: onnx is what --onnx names already; accepted are plan, rtx-plan")
         return faults
 
 

@@ -1,37 +1,41 @@
-"""The certificate in a manifest: what was measured for one engine file on one backend and device."""
+"""The certificate in a manifest: what was measured for one engine file on one backend and device, and against what."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from qfae_runtime.agreement import QUANTITIES, Agreement, Scale
 from qfae_runtime.checked import Fields
-from qfae_runtime.contract import Comparison
-from qfae_runtime.engines.base import OUTPUT_NAMES, Engine
+from qfae_runtime.contract import CONTRACTS, Contract
+from qfae_runtime.engines.base import Engine
 from qfae_runtime.hashing import sha256_of
 
 
 @dataclass(frozen=True)
-class OutputParity:
-    """Measured errors of one output and their bounds; the reconstruction has no relative bound."""
+class Link:
+    """One step of the chain from PyTorch to the engine, measured on its own: which step is guilty shows here.
 
-    max_abs: float
-    bound_abs: float
-    max_rel: float | None = None
-    bound_rel: float | None = None
+    `contract` names the bounds that the step was held against.
+    """
 
-    def holds(self) -> bool:
-        """Say whether the measured errors lie within the bounds."""
-        relative = self.max_rel is None or self.bound_rel is None or self.max_rel <= self.bound_rel
-        return self.max_abs <= self.bound_abs and relative
+    source: str
+    target: str
+    images: int
+    contract: str
+    measured: dict[str, float | None]
+    passed: bool
 
 
 @dataclass(frozen=True)
 class CertificateEntry:
-    """What was measured for one engine file on one backend and device; their hash binds it to its bytes."""
+    """What was measured for one engine file on one backend and device; their hash binds it to its bytes.
+
+    `measured` holds the worst of every quantity over all batch sizes, against PyTorch FP32 on the same images.
+    """
 
     engine: str
     engine_sha256: str
@@ -41,7 +45,10 @@ class CertificateEntry:
     batches: tuple[int, ...]
     images: int
     images_from: str
-    outputs: dict[str, OutputParity]
+    contract: Contract
+    scale: Scale
+    measured: dict[str, float | None]
+    links: tuple[Link, ...]
     passed: bool
     created: str
 
@@ -50,13 +57,21 @@ class CertificateEntry:
         cls,
         engine_path: Path,
         engine: Engine,
-        comparison: Comparison,
+        agreement: Agreement,
+        contract: Contract,
         *,
         batches: Iterable[int],
-        images: int,
         images_from: str,
+        links: Iterable[Link] = (),
     ) -> Self:
-        """Record a comparison on `images` images taken from `images_from` (said in words)."""
+        """Record an agreement with PyTorch on images taken from `images_from` (said in words).
+
+        Raises:
+            ValueError: the outputs could not be compared, so there is nothing to record.
+
+        """
+        if agreement.scale is None or agreement.fault is not None:
+            raise ValueError(f"nothing was measured: {agreement.fault}")
         return cls(
             engine=engine_path.name,
             engine_sha256=sha256_of(engine_path),
@@ -64,15 +79,20 @@ class CertificateEntry:
             backend_version=engine.version,
             device=engine.device,
             batches=tuple(batches),
-            images=images,
+            images=agreement.images,
             images_from=images_from,
-            outputs={
-                name: OutputParity(one.max_abs, one.bound_abs, one.max_rel, one.bound_rel)
-                for name, one in comparison.outputs.items()
-            },
-            passed=bool(comparison),
+            contract=contract,
+            scale=agreement.scale,
+            measured=agreement.values,
+            links=tuple(links),
+            passed=contract.holds(agreement.values),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        contract = {"name": self.contract.name, "bounds": dict(self.contract.bounds)}
+        return {**asdict(self), "contract": contract, "batches": list(self.batches)}
 
 
 def read_certificate(fields: Fields, where: str) -> tuple[CertificateEntry, ...]:
@@ -80,14 +100,14 @@ def read_certificate(fields: Fields, where: str) -> tuple[CertificateEntry, ...]
     if fields.is_null("certificate"):
         return ()
     entries = fields.array("certificate")
-    return tuple(_read_entry(Fields(entry, where, f"certificate.{n}")) for n, entry in enumerate(entries))
+    return tuple(_read_entry(Fields(entry, where, f"certificate.{n}"), where, n) for n, entry in enumerate(entries))
 
 
-def _read_entry(fields: Fields) -> CertificateEntry:
+def _read_entry(fields: Fields, where: str, number: int) -> CertificateEntry:
     batches = fields.array("batches")
     if not batches or any(type(size) is not int or size < 1 for size in batches):
         raise fields.fault("batches", "a list of batch sizes")
-    outputs = fields.inner("outputs")
+    links = [Fields(link, where, f"certificate.{number}.links.{n}") for n, link in enumerate(fields.array("links"))]
     entry = CertificateEntry(
         engine=fields.text("engine"),
         engine_sha256=fields.digest("engine_sha256"),
@@ -97,23 +117,60 @@ def _read_entry(fields: Fields) -> CertificateEntry:
         batches=tuple(batches),
         images=fields.whole("images", 1, 2**50),
         images_from=fields.text("images_from"),
-        outputs={name: _read_parity(outputs.inner(name)) for name in OUTPUT_NAMES},
+        contract=_read_contract(fields.inner("contract")),
+        scale=_read_scale(fields.inner("scale")),
+        measured=_read_measured(fields.inner("measured")),
+        links=tuple(_read_link(link) for link in links),
         passed=fields.flag("passed"),
         created=fields.text("created"),
     )
-    outputs.finish()
     fields.finish()
-    if entry.passed and not all(parity.holds() for parity in entry.outputs.values()):
-        raise fields.fault("passed", "false, since a measured error exceeds its bound")
+    if entry.passed and not entry.contract.holds(entry.measured):
+        raise fields.fault("passed", "false, since a measured quantity breaks its bound")
     return entry
 
 
-def _read_parity(fields: Fields) -> OutputParity:
-    parity = OutputParity(
-        max_abs=fields.number("max_abs"),
-        bound_abs=fields.number("bound_abs"),
-        max_rel=fields.optional_number("max_rel"),
-        bound_rel=fields.optional_number("bound_rel"),
+def _read_contract(fields: Fields) -> Contract:
+    bounds = fields.inner("bounds")
+    contract = Contract(
+        fields.text("name"), {name: bounds.number(name) for name in fields.mapping("bounds") if name in QUANTITIES}
+    )
+    bounds.finish()
+    promised = CONTRACTS.get(contract.name)
+    if promised is None:
+        raise fields.fault("name", f"one of {', '.join(CONTRACTS)}")
+    # A certificate may be stricter than this version asks for, never laxer.
+    if not contract.is_as_strict_as(promised):
+        raise fields.fault("bounds", f"bounds at least as strict as {dict(promised.bounds)}")
+    fields.finish()
+    return contract
+
+
+def _read_scale(fields: Fields) -> Scale:
+    scale = Scale(
+        score_iqr=fields.number("score_iqr"),
+        map_p999=fields.number("map_p999"),
+        threshold=fields.number("threshold"),
+        threshold_from=fields.text("threshold_from"),
     )
     fields.finish()
-    return parity
+    return scale
+
+
+def _read_measured(fields: Fields) -> dict[str, float | None]:
+    measured: Mapping[str, float | None] = {name: fields.optional_number(name) for name in QUANTITIES}
+    fields.finish()
+    return dict(measured)
+
+
+def _read_link(fields: Fields) -> Link:
+    link = Link(
+        source=fields.text("source"),
+        target=fields.text("target"),
+        images=fields.whole("images", 1, 2**50),
+        contract=fields.text("contract"),
+        measured=_read_measured(fields.inner("measured")),
+        passed=fields.flag("passed"),
+    )
+    fields.finish()
+    return link

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from qfae_runtime.certificate import CertificateEntry, OutputParity, read_certificate
+from qfae_runtime.certificate import CertificateEntry, read_certificate
 from qfae_runtime.checked import Fields, parse_json
 from qfae_runtime.errors import ManifestError
 from qfae_runtime.hashing import sha256_of
@@ -25,14 +25,13 @@ __all__ = [
     "CertificateEntry",
     "FileEntry",
     "Manifest",
-    "OutputParity",
     "TensorSpec",
     "Threshold",
     "find_manifest",
     "sha256_of",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROLES = ("engine", "weights", "golden")
 FORMATS = ("onnx", "plan", "rtx-plan")
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -80,7 +79,8 @@ class Manifest:
     """Everything `NAME.json` says. `certificate` is empty for an engine that nobody measured.
 
     `files` maps plain file names (same folder) to their entries; a model may have several engines.
-    `precision`, `provenance` are free-form JSON objects of finite numbers, strings and the like.
+    `precision` says by engine file what is computed in which type; it and `provenance` are free-form JSON objects of
+    finite numbers, strings and the like.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Manifest:
             "outputs": [dataclasses.asdict(tensor) for tensor in self.outputs],
             "preprocess": {"spec": self.preprocess.to_dict(), "sha256": self.preprocess.sha256()},
             "precision": self.precision,
-            "certificate": [dataclasses.asdict(entry) for entry in self.certificate] or None,
+            "certificate": [entry.to_dict() for entry in self.certificate] or None,
             "threshold": dataclasses.asdict(self.threshold) if self.threshold else None,
             "provenance": self.provenance,
         }
@@ -213,7 +213,8 @@ class Manifest:
         entry = self.files.get(engine)
         for one in self.certificate:
             same = (one.engine, one.backend, one.device) == (engine, backend, device)
-            if same and one.passed and entry is not None and one.engine_sha256 == entry.sha256:
+            mine = entry is not None and (one.engine_sha256, one.contract.name) == (entry.sha256, entry.precision)
+            if same and mine and one.passed:
                 return one
         return None
 
@@ -257,6 +258,11 @@ def find_manifest(engine_path: Path) -> Path:
 
 def _check_schema_version(stored: dict[str, Any], where: str) -> None:
     version = stored.get("schema_version")
+    if type(version) is int and version < SCHEMA_VERSION:
+        raise ManifestError(
+            f"{where}: schema_version is {version}, this qfae reads {SCHEMA_VERSION}; export the engine again, or use "
+            f"the qfae that wrote it"
+        )
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise ManifestError(
             f"{where}: schema_version is {version}, this qfae reads {SCHEMA_VERSION}; "

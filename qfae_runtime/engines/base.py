@@ -29,6 +29,10 @@ class Scores(NamedTuple):
     anomaly_map: Float32
     reconstruction: UInt8
 
+    def of(self, images: slice | list[int]) -> Scores:
+        """Return the outputs of some of the images, in the order given."""
+        return Scores(self.score[images], self.anomaly_map[images], self.reconstruction[images])
+
 
 class Engine(Protocol):
     """A loaded engine. Not for use from two threads at once; `close` (or `with`) frees what it holds."""

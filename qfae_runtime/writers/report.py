@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_runtime.metrics import TITLES
@@ -72,6 +73,7 @@ def write_report(
         areas=TITLES.items(),
         manifest=opened.manifest,
         certificate=opened.certificate,
+        quantities=QUANTITIES,
         threshold=threshold,
         scale=scale,
         scale_gradient=_gradient(),

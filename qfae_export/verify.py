@@ -1,0 +1,124 @@
+"""Measuring an engine again, where it will run: against PyTorch, or against what PyTorch left in the golden file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from qfae_export.errors import ExportError
+from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, from_slices
+from qfae_export.parity import ParityReport, measure, reference_scores
+from qfae_runtime.certificate import CertificateEntry
+from qfae_runtime.contract import CONTRACTS, Contract
+from qfae_runtime.engines import OpenedEngine, open_engine
+from qfae_runtime.engines.base import Scores
+from qfae_runtime.errors import OutputError
+from qfae_runtime.golden import golden_bytes, load_golden
+from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
+from qfae_train.checkpoint import build_scorer
+from qfae_train.config import load as load_config
+from qfae_train.official import open_checkpoint
+from qfae_train.weight_files import WeightFiles
+
+
+def verify(
+    engine: Path,
+    ckpt: Path | None = None,
+    config: str | None = None,
+    weights: WeightFiles | None = None,
+    parity_images: Path | None = None,
+    device: str = "cpu",
+    record: bool = False,
+    say: Callable[[str], None] = lambda step: None,
+) -> ParityReport:
+    """Measure an engine on this machine; with `record` and a kept contract, write the certificate into the manifest.
+
+    Raises:
+        ExportError: the checkpoint is another than the engine's, or there is nothing to measure with.
+        EngineError, ManifestError, CheckpointError: a file is missing, damaged, or does not fit the others.
+
+    """
+    with open_engine(engine, device=device, allow_uncertified=True) as opened:
+        precision = opened.manifest.files[engine.name].precision or "fp32"
+        contract = CONTRACTS[precision]
+        if ckpt is None:
+            if record:
+                raise ExportError(
+                    "--record: a certificate is measured on 32 images or more, and the golden file holds fewer; "
+                    "pass --ckpt"
+                )
+            images, reference = _golden(opened)
+            contract = _for_few_images(contract)
+        else:
+            say("reading the checkpoint")
+            images, reference = _anew(opened, ckpt, config, weights or WeightFiles(), parity_images, say)
+        say(f"comparing {engine.name} on {opened.engine.backend} {opened.engine.version}, {opened.engine.device}")
+        known = opened.certificate.scale if opened.certificate is not None and ckpt is None else None
+        report = measure(opened.engine, images, reference, contract, known)
+        if report and record:
+            _record(opened, report)
+    return report
+
+
+def _golden(opened: OpenedEngine) -> tuple[ParityImages, Scores]:
+    content = golden_bytes(opened)
+    if content is None:
+        raise ExportError(
+            f"{opened.path}: its manifest names no golden images to measure on; pass --ckpt, the checkpoint it is from"
+        )
+    golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
+    count = len(golden.images)
+    names = tuple(f"golden image {number}" for number in range(count))
+    origin = f"the {count} golden images and PyTorch's outputs on them"
+    return ParityImages(golden.images, names, origin, (None,) * count), golden.scores
+
+
+def _for_few_images(contract: Contract) -> Contract:
+    bounds = {name: bound for name, bound in contract.bounds.items() if name not in NOT_ON_FEW_IMAGES}
+    return replace(contract, bounds=bounds)
+
+
+def _anew(
+    opened: OpenedEngine,
+    ckpt: Path,
+    config: str | None,
+    weights: WeightFiles,
+    folder: Path | None,
+    say: Callable[[str], None],
+) -> tuple[ParityImages, Scores]:
+    checkpoint = open_checkpoint(ckpt, load_config(config) if config is not None else None, weights)
+    said = opened.manifest.provenance.get("checkpoint", {}).get("sha256")
+    if said != checkpoint.sha256:
+        raise ExportError(
+            f"{ckpt}: SHA-256 {checkpoint.sha256[:16]}..., but {opened.path.name} was exported from "
+            f"{str(said)[:16]}...; pass the checkpoint it was exported from"
+        )
+    spec, stored = opened.manifest.preprocess, checkpoint.parity_images.numpy()
+    if folder is not None:
+        images = from_folder(folder, spec, max(FOLDER_LIMIT, opened.engine.max_batch))
+    elif len(stored):
+        images = from_checkpoint(stored, spec.image_size, ckpt.name)
+    else:
+        images = from_slices(spec)
+    say(f"scoring {len(images)} images with PyTorch float32, the reference")
+    return images, reference_scores(build_scorer(checkpoint, weights), images.pixels)
+
+
+def _record(opened: OpenedEngine, report: ParityReport) -> None:
+    entry = CertificateEntry.issue(
+        opened.path,
+        opened.engine,
+        report.worst,
+        report.contract,
+        batches=report.batches,
+        images_from=report.images.origin,
+    )
+    place = (entry.engine, entry.backend, entry.device)
+    others = [one for one in opened.manifest.certificate if (one.engine, one.backend, one.device) != place]
+    manifest = replace(opened.manifest, certificate=(*others, entry))
+    path = opened.directory / f"{manifest.name}.json"
+    try:
+        manifest.save(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose who may write it") from error
