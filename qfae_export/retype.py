@@ -130,7 +130,8 @@ def _decompose(node: ir.Node) -> None:
     causal = node.attributes.get("is_causal")
     if causal is not None and causal.as_int():
         assert q.shape is not None
-        tokens = int(q.shape[2])  # the number of queries is fixed
+        tokens = q.shape[2]
+        assert isinstance(tokens, int)  # the number of queries is fixed
         unseen = np.triu(np.full((tokens, tokens), -math.inf, np.float32), 1)
         mask = ir.node("Constant", [], {"value": ir.tensor(unseen)}, name=f"{node.name}/Constant")
         steps += [mask, ir.node("Add", [*logits.outputs, *mask.outputs], name=f"{node.name}/Add")]
