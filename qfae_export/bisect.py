@@ -25,7 +25,6 @@ from qfae_export.search import Refined, refine, stages
 from qfae_export.survey import Survey, survey
 from qfae_export.trials import Bench, Open, OutOfTrials, Say, Trial, worst_numbers
 from qfae_runtime.agreement import Agreement, Scale
-from qfae_runtime.contract import Contract
 from qfae_runtime.engines.base import Scores
 
 MOST_TRIALS = 150
@@ -54,17 +53,23 @@ class Cost:
 class Bisected:
     """The policy found. `minimal`: without any one of its places in FP32, the contract is broken.
 
-    before, after  the worst of every quantity over all batch sizes, in FP16 and with this policy
-    files          what was written, the engine first
+    before  the worst of every quantity over all batch sizes, in FP16
+    report  the measurement of the engine with this policy
+    files   what was written, the engine first
     """
 
     precision: Precision
     minimal: bool
     trials: tuple[Trial, ...]
     before: Agreement
-    after: Agreement
+    report: ParityReport
     cost: Cost
     files: tuple[Path, ...]
+
+    @property
+    def after(self) -> Agreement:
+        """The worst of every quantity over all batch sizes, with this policy."""
+        return self.report.worst
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for the manifest."""
@@ -84,7 +89,7 @@ class Bisected:
             },
         }
 
-    def table(self, contract: Contract) -> Table:
+    def table(self) -> Table:
         """Return what stays FP32, what that costs and what it cures, for a terminal."""
         kept, cost = self.precision.kept, self.cost
         places = "1 place" if len(kept) == 1 else f"{len(kept)} places"
@@ -98,8 +103,8 @@ class Bisected:
         table.add_row("operations in FP32", f"{cost.units} of {cost.of_units}")
         table.add_row("matrix products in FP32", f"{cost.products:.1%}")
         table.add_row("file", f"{cost.bytes / max(cost.of_bytes, 1):+.1%} ({cost.bytes / 1e6:+.2f} MB)")
-        table.add_row("before", worst_numbers(self.before, contract))
-        table.add_row("after", worst_numbers(self.after, contract))
+        table.add_row("before", worst_numbers(self.before, self.report.contract))
+        table.add_row("after", worst_numbers(self.after, self.report.contract))
         return table
 
 
@@ -126,7 +131,7 @@ def bisect(
     """
     units, before, size = graph.units(), failed.worst, _bytes(path)
     if failed:
-        return Bisected(FP16, True, (), before, before, Cost(0, len(units), 0, size, 0.0), (path,))
+        return Bisected(FP16, True, (), before, failed, Cost(0, len(units), 0, size, 0.0), (path,))
     say("tracing the graph for trials")
     bench = Bench(graph, failed, reference, scale, open_engine, path.parent, say, most_trials)
     everything = stages(units)
@@ -144,7 +149,7 @@ def bisect(
     else:
         raise ParityError(_innocent(path, report), report)
     cost = _cost(seen, kept, _bytes(path) - size, size)
-    return Bisected(Precision("fp16", kept), minimal, tuple(bench.trials), before, report.worst, cost, tuple(files))
+    return Bisected(Precision("fp16", kept), minimal, tuple(bench.trials), before, report, cost, tuple(files))
 
 
 def _search(bench: Bench, seen: Survey) -> tuple[Refined, bool]:

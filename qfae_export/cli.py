@@ -180,6 +180,8 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     manifest = exported.manifest
     for report in exported.reports.values():
         _show_report(report, console)
+    if exported.bisected is not None:
+        console.print(exported.bisected.table())
     if not exported.reports:
         console.print("nothing was measured: random weights are for benchmarks, and there is no image to score")
     else:

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qfae_export.bisect import Bisected, bisect
 from qfae_export.describe import bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
@@ -78,6 +80,7 @@ class Exported:
     engines: tuple[str, ...]
     reports: dict[str, ParityReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bisected: Bisected | None = None
 
     @property
     def engine(self) -> Path:
@@ -175,13 +178,20 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
         written[name + FP16_SUFFIX] = (_write(graph, folder / (name + FP16_SUFFIX), say), FP16)
     del graph
     gc.collect()  # an engine of full size needs the memory that the graph held
-    reports, certificates = {}, []
+    reports, certificates, bisected = {}, [], None
     for engine, (files, precision) in written.items() if chain is not None else ():
         assert chain is not None
         say(f"comparing {engine} in ONNX Runtime with PyTorch")
-        with _opened(files[0], source, options.part, other) as opened:
-            reports[engine] = _measured(opened, files[0].name, precision, chain)
-            certificates.append(_certificate(files[0], opened, reports[engine]))
+        open_onnx = partial(_opened, source=source, part=options.part, other=other)
+        with open_onnx(files[0]) as opened:
+            report = measure(opened, chain.images, chain.reference, CONTRACTS[precision.name], chain.scale)
+        if options.bisect and precision == FP16 and not report:
+            _, graph = _graph(source, options.part)  # FP16 has rounded the other's weights
+            bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
+            report, written[engine] = bisected.report, (list(bisected.files), bisected.precision)
+            del graph
+        reports[engine] = _linked(report, files[0].name, precision, chain)
+        certificates.append(_certificate(files[0], opened, reports[engine]))
     golden = None
     if chain is not None and options.part == "full":
         golden = folder / f"{name}.golden.npz"
@@ -189,11 +199,13 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     manifest = manifest_of(
         name, source.config, options.part, source.max_batch, written, golden, certificates, source.provenance
     )
+    if bisected is not None:
+        manifest.precision[name + FP16_SUFFIX]["bisected"] = bisected.to_dict()
     manifest.save(folder / f"{name}.json")
     if golden is not None:
         for engine in written:  # the runtime's own door: files as written must open, their hashes and certificate fit
             open_engine(folder / engine).close()
-    return Exported(folder, manifest, tuple(written), reports)
+    return Exported(folder, manifest, tuple(written), reports, bisected=bisected)
 
 
 def _begin_chain(scorer: AnomalyScorer, graph: InferenceGraph, images: ParityImages, part: str, say: Say) -> _Chain:
@@ -208,14 +220,13 @@ def _begin_chain(scorer: AnomalyScorer, graph: InferenceGraph, images: ParityIma
     return _Chain(images, reference, scale, [first], GRAPH, outputs, few)
 
 
-def _measured(engine: Engine, file: str, precision: Precision, chain: _Chain) -> ParityReport:
-    """Measure an engine against PyTorch and against the chain's last step, of which it becomes the new one.
+def _linked(report: ParityReport, file: str, precision: Precision, chain: _Chain) -> ParityReport:
+    """Add to an engine's measurement the one against the chain's last step, of which it becomes the new one.
 
     Raises:
         ParityError: a bound was broken.
 
     """
-    report = measure(engine, chain.images, chain.reference, CONTRACTS[precision.name], chain.scale)
     step = f"ONNX {precision.name.upper()}"
     assert report.outputs is not None
     numbers = chain.numbers
@@ -302,6 +313,7 @@ def _refuse_existing(options: Options) -> None:
 def _refuse_full_disk(options: Options, weights: int) -> None:
     """Say now what would otherwise be found out after minutes of scoring."""
     needed = weights + (weights // 2 if options.fp16 else 0)
+    needed += weights if options.bisect else 0  # a trial, and what stays FP32
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise OutputError(
