@@ -21,7 +21,7 @@ from rich.table import Table
 from qfae_export.graph import InferenceGraph
 from qfae_export.parity import ParityError, ParityReport
 from qfae_export.precision import FP16, Precision, covers
-from qfae_export.search import Refined, refine, stages
+from qfae_export.search import Refined, merged, refine, stages
 from qfae_export.survey import Survey, survey
 from qfae_export.trials import Bench, Open, OutOfTrials, Say, Trial, worst_numbers
 from qfae_runtime.agreement import Agreement, Scale
@@ -157,7 +157,7 @@ def _search(bench: Bench, seen: Survey) -> tuple[Refined, bool]:
     try:
         return refine(bench.units, seen.effect, bench.passes), True
     except OutOfTrials:
-        return Refined(bench.least_passing(), ()), False
+        return Refined(merged(bench.least_passing(), bench.units), ()), False
 
 
 def _cost(seen: Survey, kept: tuple[str, ...], added: int, size: int) -> Cost:

@@ -41,9 +41,7 @@ class Retyper:
             # none is a 0 or 1 that would be optimised away; the values are of no further use.
             buffer.fill_(number % 2048).view(-1)[0] = number // 2048
         self._template = trace(template)
-        for name, value in self._template.graph.initializers.items():
-            if name in self._weights:
-                self._set_weight(value, torch.float16)
+        self._set_weights(self._template, frozenset())
 
     def write(self, precision: Precision, path: Path) -> list[Path]:
         """Write the graph in an FP16 policy; return the files written, the engine first.
@@ -53,11 +51,9 @@ class Retyper:
 
         """
         model = self._template.clone()
-        kept = {unit for unit in self._units if precision.dtype(unit) == torch.float32}
+        kept = frozenset(unit for unit in self._units if precision.dtype(unit) == torch.float32)
         halves = {value for node in model.graph for value in (*node.inputs, *node.outputs) if _is(value, _HALF)}
-        for name, value in model.graph.initializers.items():
-            if name.rpartition(".")[0] in kept:
-                self._set_weight(value, torch.float32)
+        self._set_weights(model, kept)
         casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         for node in list(model.graph):
             unit = (node.name or "").rpartition("/")[0]
@@ -81,14 +77,19 @@ class Retyper:
                 _decompose(node)
         return save(model, path)
 
-    def _set_weight(self, value: ir.Value, dtype: torch.dtype) -> None:
-        weight, kind, name = self._weights[value.name or ""], from_torch_dtype(dtype), value.name
-        shape = ir.Shape(weight.shape)
-        # Converted when the file is written and not kept: weights of a full-sized model are in memory once.
-        value.const_value = ir.LazyTensor(
-            lambda: TorchTensor(weight.to(dtype), name), dtype=kind, shape=shape, name=name
-        )
-        _set_type(value, kind)
+    def _set_weights(self, model: ir.Model, kept: frozenset[str]) -> None:
+        for name, value in model.graph.initializers.items():
+            if name in self._weights:
+                dtype = torch.float32 if name.rpartition(".")[0] in kept else torch.float16
+                value.const_value = _lazily(self._weights[name], dtype, name)
+                _set_type(value, value.const_value.dtype)
+
+
+def _lazily(weight: torch.Tensor, dtype: torch.dtype, name: str) -> ir.LazyTensor:
+    """Convert a weight when the file is written, and keep nothing: a full-sized model is in memory once."""
+    return ir.LazyTensor(
+        lambda: TorchTensor(weight.to(dtype), name), dtype=from_torch_dtype(dtype), shape=ir.Shape(weight.shape), name=name
+    )
 
 
 def _is(value: ir.Value | None, kind: ir.DataType) -> bool:

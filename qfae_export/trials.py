@@ -185,7 +185,7 @@ class Bench:
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)
         self._verdicts[self._policy(trial.kept)] = trial.passed
-        self._say(f"trial {len(self.trials)}: {trial.line(self._contract)}")
+        self._say(f"trial {len(self.trials)}: {trial.line(self._contract_of(trial.images))}")
 
     @contextmanager
     def _trial_file(self, kept: Sequence[str]) -> Iterator[Path]:
