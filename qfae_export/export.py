@@ -43,6 +43,7 @@ from qfae_export.parity import (
     scale_of,
 )
 from qfae_export.precision import FP16, FP32, Precision
+from qfae_export.resize_check import check_resize
 from qfae_runtime.agreement import Scale
 from qfae_runtime.certificate import CertificateEntry, Link
 from qfae_runtime.contract import CONTRACTS
@@ -140,6 +141,7 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
     _refuse_existing(options)
     say("reading the checkpoint" if options.ckpt is not None else "making random weights")
     source = _read(options)
+    check_resize(source.config.preprocess_spec())
     with _made_in(options) as made:
         exported = _engines(source, options, made, say)
         return hand_over(exported, options.folder)

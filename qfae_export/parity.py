@@ -46,7 +46,7 @@ class ParityError(ExportError):
 
 
 class Measured(NamedTuple):
-    """All images at one batch size. `run_at_this_size` of them were run so, the others at the largest batch."""
+    """One batch size. `run_at_this_size` of the images were run so; the others count as equal to the reference."""
 
     batch: int
     run_at_this_size: int
@@ -206,7 +206,7 @@ def measure(
         if fault is not None:
             rows.append(Measured(size, len(chosen), Agreement(len(chosen), scale, {}, {}, fault)))
             continue
-        mixed = _replaced(whole, chosen, got)
+        mixed = _replaced(reference, chosen, got)
         rows.append(Measured(size, len(chosen), measure_agreement(reference, mixed, images.labels, scale)))
     return ParityReport(tuple(sorted(rows)), images, contract, outputs=whole)
 

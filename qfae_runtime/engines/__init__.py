@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines.base import OUTPUT_NAMES, Engine, Scores
 from qfae_runtime.errors import EngineError, ManifestError, UsageError
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, check_digest, find_manifest
 
@@ -108,16 +108,22 @@ def _entry_of(manifest: Manifest, path: Path, manifest_path: Path) -> FileEntry:
             f"{manifest_path}: lists no engine {path.name!r}, only {', '.join(engines) or 'none'}; "
             "engine and manifest must come from the same export"
         )
+    missing = [name for name in OUTPUT_NAMES if name not in {tensor.name for tensor in manifest.outputs}]
+    if missing:
+        raise EngineError(
+            f"{path}: half an engine, without {', '.join(missing)}; it cannot score images by itself: "
+            "export the whole with qfae-export, without --part"
+        )
     if entry.format != "onnx":
         raise EngineError(f"{path}: format {entry.format!r} cannot be run yet, accepted is 'onnx'")
     return entry
 
 
 def _verified_model(manifest: Manifest, path: Path, entry: FileEntry, manifest_name: str) -> tuple[Path | bytes, str]:
-    weights = [name for name, one in manifest.files.items() if one.role == "weights"]
-    if weights:
+    weights = f"{path.name}.data"
+    if weights in manifest.files:
         # External data is read by the backend itself, from the folder of the engine.
-        manifest.verify_files(path.parent, [path.name, *weights])
+        manifest.verify_files(path.parent, [path.name, weights])
         return path, entry.sha256
     # Hashed and loaded from one read: the file cannot be exchanged in between, nor refer to other files.
     model = path.read_bytes()

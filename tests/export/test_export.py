@@ -51,10 +51,12 @@ def test_engine_opens_passes_its_self_test_and_scores_like_pytorch(
     scorer = build_scorer(load(checkpoint))
     with open_engine(exported.engine, threads=2) as opened:
         assert opened.certificate is not None
-        assert opened.certificate.batches == (1, 7, 9)
-        assert opened.certificate.images == 9
+        assert opened.certificate.batches == (1, 7, 32)
+        assert opened.certificate.images == 32
+        assert opened.certificate.contract.name == "fp32"
+        assert [link.target for link in opened.certificate.links] == ["graph FP32", "ONNX FP32"]
         verdict = self_test(opened, force=True, cache=tmp_path)
-        assert (verdict.status, verdict.images) == ("passed", 9)
+        assert (verdict.status, verdict.images) == ("passed", 16)
         got = opened.engine.run(images)
     import torch
 
@@ -66,19 +68,21 @@ def test_manifest_says_where_the_engine_comes_from(exported: Exported, checkpoin
     manifest.verify_files(exported.engine.parent)
     stored = load(checkpoint)
     assert set(manifest.files) == {"tiny.onnx", "tiny.golden.npz"}
-    assert manifest.max_batch == 9  # as many as the checkpoint holds images
-    assert manifest.precision == {"policy": "fp32"}
+    assert manifest.max_batch == 32
+    assert manifest.precision == {"tiny.onnx": {"policy": "fp32"}}
     assert manifest.provenance["checkpoint"] == {"file": "tiny.pt", "sha256": stored.sha256}
     assert manifest.provenance["config"]["score"] == stored.config.to_dict()["score"]
     assert [one["sha256"] for one in manifest.provenance["frozen"]] == list(stored.embedded)
     assert manifest.provenance["training"] == {"epoch": 3, "loss": "nan"}  # JSON knows no NaN
-    assert {"torch", "onnx", "onnxruntime", "opset"} <= manifest.provenance["exported_by"].keys()
+    assert {"torch", "onnx", "onnxruntime", "opsets"} <= manifest.provenance["exported_by"].keys()
     assert {path.name for path in exported.files} == {"tiny.onnx", "tiny.golden.npz", "tiny.json"}
 
 
 def test_golden_file_holds_the_stored_images_from_low_to_high(exported: Exported) -> None:
     with np.load(exported.engine.with_name("tiny.golden.npz")) as golden:
-        assert sorted(image.tobytes() for image in golden["images"]) == sorted(i.tobytes() for i in pictures(9))
+        stored = {image.tobytes() for image in pictures(32)}
+        assert len(golden["images"]) == 16
+        assert {image.tobytes() for image in golden["images"]} < stored
         assert np.all(np.diff(golden["score"]) >= 0)
 
 
@@ -88,11 +92,11 @@ def test_nothing_else_is_left_in_the_folder(exported: Exported) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_images_from_a_folder_and_a_name_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "scans", 6)
+    folder = picture_folder(tmp_path / "scans", 33)
     made = export(Options(checkpoint, tmp_path / "new" / "deep", folder, name="brain-1", max_batch=4))
     [entry] = Manifest.load(tmp_path / "new" / "deep" / "brain-1.json").certificate
-    assert (entry.engine, entry.batches, entry.images) == ("brain-1.onnx", (1, 3, 4), 6)
-    assert entry.images_from == "6 of the 6 images in scans/"
+    assert (entry.engine, entry.batches, entry.images) == ("brain-1.onnx", (1, 3, 4), 32)
+    assert entry.images_from == "32 of the 33 images in scans/"
     assert made.engine == tmp_path / "new" / "deep" / "brain-1.onnx"
 
 
@@ -109,7 +113,8 @@ def test_a_changed_weight_is_caught_and_leaves_nothing(
     assert not error.value.report
     lines = str(error.value).splitlines()
     assert lines[0] == ("tiny.onnx: ONNX Runtime does not compute what PyTorch computes, so nothing was written:")
-    assert any("batch 9: anomaly_map: absolute error" in line and ", y " in line for line in lines)
+    assert any("batch 32: map error, largest: " in line and ", y " in line for line in lines)
+    assert lines[-2] == "the step at fault: graph FP32 -> ONNX FP32"
     assert listing(tmp_path / "out") == {}
 
 
