@@ -83,10 +83,10 @@ def test_every_quantity_against_another_computation() -> None:
 
 def test_ranks_of_equal_scores() -> None:
     want, got = scores(), noisy(scores(), 0.03)
-    tied = [one._replace(score=np.round(one.score, 1)) for one in (want, got)]
-    assert len(np.unique(tied[0].score)) < 12
-    measured = measure_agreement(*tied).values["spearman"]
-    assert measured == pytest.approx(spearmanr(tied[0].score, tied[1].score).statistic)
+    want, got = (one._replace(score=np.round(one.score, 1)) for one in (want, got))
+    assert len(np.unique(want.score)) < 12
+    measured = measure_agreement(want, got).values["spearman"]
+    assert measured == pytest.approx(spearmanr(want.score, got.score).statistic)
 
 
 def test_a_flip_is_seen_and_near_ones_are_told_from_far_ones() -> None:
@@ -96,7 +96,7 @@ def test_a_flip_is_seen_and_near_ones_are_told_from_far_ones() -> None:
     values = measure_agreement(reference, near, scale=scale).values
     assert (values["flips"], values["flips_beyond"]) == (1.0, 0.0)
     # Its own error is the largest of all; only an error above the 99.9th percentile can flip a decision from afar.
-    many = Scores(*(np.repeat(output, 200, axis=0) for output in reference))
+    many = reference.of([number for number in range(12) for _ in range(200)])
     far = changed(many, "score", (5,), float(scale.threshold) - 0.1 if many.score[5] >= scale.threshold else 9.0)
     values = measure_agreement(many, far, scale=scale).values
     assert (values["flips"], values["flips_beyond"]) == (1.0, 1.0)
@@ -154,5 +154,5 @@ def test_shapes_types_and_emptiness_are_faults() -> None:
     assert measure_agreement(scores(2), scores(3)).fault == "score: expected shape (2,), got (3,)"
     empty = scores().of([])
     assert measure_agreement(empty, empty).fault == "score: nothing to compare: the batch is empty"
-    floats = scores()._replace(reconstruction=scores().reconstruction.astype(np.float32))  # type: ignore[arg-type]
+    floats = scores()._replace(reconstruction=scores().reconstruction.astype(np.float32))
     assert measure_agreement(scores(), floats).fault == "reconstruction: expected uint8, got float32"

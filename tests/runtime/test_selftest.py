@@ -87,7 +87,8 @@ def test_without_a_certificate_the_contract_itself_holds() -> None:
 def test_images_that_are_prepared_otherwise_here(engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nearest(pixels: UInt8, height: int, width: int) -> UInt8:
         rows, columns = (np.arange(n) * m // n for n, m in zip((height, width), pixels.shape[:2], strict=True))
-        return pixels[rows][:, columns]
+        sampled: UInt8 = pixels[rows][:, columns]
+        return sampled
 
     monkeypatch.setattr(sys.modules["qfae_runtime.preprocess"], "resize", nearest)
     with open_engine(engine_path) as opened, pytest.raises(SelfTestError, match="prepares images otherwise than"):
