@@ -92,11 +92,10 @@ class Cuda:
         return address
 
     def host_memory(self, size: int) -> UInt8:
-        """Return `size` page-locked bytes of this machine, (size,), zeroed. The array dangles after `close`."""
+        """Return `size` page-locked bytes of this machine, undefined as yet. The array dangles after `close`."""
         address = int(self._call("cudaHostAlloc", size, _PAGE_LOCKED))
         self._frees.callback(self._runtime.cudaFreeHost, address)
         array: UInt8 = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-        array[:] = 0
         return array
 
     def copy(self, to: int, source: int, size: int, stream: Any) -> None:

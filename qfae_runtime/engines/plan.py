@@ -137,12 +137,39 @@ def logger_of(trt: Any) -> Any:
 
 
 class Execution:
-    """An execution context, set up once for one batch size and never changed: a captured graph depends on that."""
+    """An execution context, set up once for one batch size and never changed: a captured graph depends on that.
 
-    def __init__(self, plan: Plan, context: Any, batch: int) -> None:
+    No other name refers to the context, so that `close` frees it though a traceback may still hold who used it.
+    """
+
+    def __init__(self, plan: Plan, context: Any, bucket: Bucket) -> None:
         self._plan = plan
         self._context = context
-        self.batch = batch
+        self._bucket = bucket
+        self.batch = bucket.batch
+
+    def set_up(self, addresses: Mapping[str, int], memory: int, stream: Any) -> None:
+        """Give the context its memory, profile, shape and addresses; see Plan.execution."""
+        plan, (batch, profile) = self._plan, self._bucket
+        if plan.memory_size:
+            plan.ask("take its memory", lambda: self._context.set_device_memory(memory, plan.memory_size) or True)
+        image = (batch, *plan.tensors[0].shape)
+        plan.ask(
+            f"be set up for batches of {batch}",
+            lambda: (
+                self._context.set_optimization_profile_async(profile, int(stream))
+                and self._context.set_input_shape(INPUT_NAME, image)
+                and all(self._context.set_tensor_address(name, address) for name, address in addresses.items())
+                and not self._context.infer_shapes()
+            ),
+        )
+        for tensor in plan.tensors:
+            got, expected = tuple(self._context.get_tensor_shape(tensor.name)), (batch, *tensor.shape)
+            if got != expected:  # it would write past the end of the buffer
+                raise EngineError(
+                    f"{plan.name}: tensor {tensor.name!r}: expected shape {expected} in a batch of {batch}, got {got}; "
+                    f"this is no plan that qfae-export built, build it with: {plan.rebuild}"
+                )
 
     def enqueue(self, stream: Any) -> None:
         """Enqueue one run of the plan; it reads and writes the addresses that `Plan.execution` was given.
@@ -219,29 +246,15 @@ class Plan:
             EngineError: TensorRT refuses, or its outputs are not as large as they should be.
 
         """
-        what = f"be set up for batches of {bucket.batch}"
-        context = self.ask(what, lambda: self._engine.create_execution_context(self._settings))
-        image = self.tensors[0].shape
-
-        def set_up() -> bool:
-            if self.memory_size:
-                context.set_device_memory(memory, self.memory_size)
-            return (
-                context.set_optimization_profile_async(bucket.profile, int(stream))
-                and context.set_input_shape(INPUT_NAME, (bucket.batch, *image))
-                and all(context.set_tensor_address(name, address) for name, address in addresses.items())
-                and not context.infer_shapes()
-            )
-
-        self.ask(what, set_up)
-        for tensor in self.tensors:
-            got, expected = tuple(context.get_tensor_shape(tensor.name)), (bucket.batch, *tensor.shape)
-            if got != expected:  # it would write past the end of the buffer
-                raise EngineError(
-                    f"{self.name}: tensor {tensor.name!r}: expected shape {expected} in a batch of {bucket.batch}, "
-                    f"got {got}; this is no plan that qfae-export built, build it with: {self.rebuild}"
-                )
-        return Execution(self, context, bucket.batch)
+        execution = Execution(
+            self, self.ask("create a context", lambda: self._engine.create_execution_context(self._settings)), bucket
+        )
+        try:
+            execution.set_up(addresses, memory, stream)
+        except BaseException:
+            execution.close()
+            raise
+        return execution
 
     def ask(self, what: str, call: Callable[[], Any], cure: str = "build it again with") -> Any:
         """Call TensorRT; return its answer, or turn False, None and exceptions into a sentence with its own reason.
@@ -294,16 +307,16 @@ class Plan:
         surplus = [name for name in found if name not in wanted]
         if surplus:
             raise self._foreign(surplus[0], "nothing of that name", "it")
+        numpy_types = {theirs: ours for ours, theirs in _TYPES.items()}
         for name, tensor in wanted.items():
-            expected = f"{tensor.dtype} {_shape(('batch', *tensor.shape))}"
+            mode = "input" if name == INPUT_NAME else "output"
+            expected = f"{mode} {tensor.dtype} {_shape(tensor.shape)}"
             if name not in found:
                 raise self._foreign(name, expected, f"none, only {', '.join(sorted(found))}")
-            mode = "INPUT" if name == INPUT_NAME else "OUTPUT"
             dtype, shape = engine.get_tensor_dtype(name).name, tuple(engine.get_tensor_shape(name))
-            fits = dtype == _TYPES[tensor.dtype] and shape[1:] == tensor.shape and len(shape) == len(tensor.shape) + 1
-            if not fits or engine.get_tensor_mode(name).name != mode:
-                numpy_type = {theirs: ours for ours, theirs in _TYPES.items()}.get(dtype, dtype)
-                raise self._foreign(name, expected, f"{numpy_type} {_shape(('batch', *shape[1:]))}")
+            got = f"{engine.get_tensor_mode(name).name.lower()} {numpy_types.get(dtype, dtype)} {_shape(shape[1:])}"
+            if got != expected:
+                raise self._foreign(name, expected, got)
 
     def _foreign(self, name: str, expected: str, got: str) -> EngineError:
         return EngineError(
@@ -312,8 +325,8 @@ class Plan:
         )
 
 
-def _shape(sizes: Sequence[int | str]) -> str:
-    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+def _shape(image: Sequence[int]) -> str:
+    return f"({', '.join(map(str, ('batch', *image)))}{'' if image else ','})"
 
 
 def _line(text: str) -> str:

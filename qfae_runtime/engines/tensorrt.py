@@ -138,6 +138,7 @@ class TensorRtEngine:
             EngineError: also if batches are submitted that were not collected.
 
         """
+        self._opened()
         if self._submitted:
             raise EngineError(f"run: {len(self._submitted)} submitted batches wait; collect them first")
         self.submit(images)
@@ -193,6 +194,7 @@ class TensorRtEngine:
         if self._closed:
             return
         self._closed = True
+        self._submitted.clear()
         self._cuda.settle(*self._streams)
         for ready in self._ready.values():
             if ready.graph is not None:
