@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,6 +220,7 @@ class Plan:
         self.title = f"{LIBRARIES[backend][0]} {self.version}"
         self.tensors = tensors_of(image_size)
         self._log.warnings.clear()
+        self._cache: Any = None
         # Kept, as the engine is, until the engine is gone.
         self._runtime = self.ask("start", lambda: trt.Runtime(self._log))
         self._engine: Any = self.ask(
@@ -280,11 +282,11 @@ class Plan:
         path = Path(self.name)
         stem = path.name.removesuffix(".plan").removesuffix(".rtx").removesuffix(".fp16")
         kind = " --format rtx-plan" if self._rtx else ""
-        return f"qfae-export --onnx {path.with_name(stem + '.fp16.onnx')}{kind}"
+        return f"qfae-export --onnx {quote(str(path.with_name(stem + '.fp16.onnx')))}{kind}"
 
     def close(self) -> None:
         """Free the plan, whose Executions must be closed before."""
-        self._settings = self._engine = self._runtime = None
+        self._settings = self._cache = self._engine = self._runtime = None
 
     def _context_settings(self) -> Any:
         """Return what execution contexts are created with: their working memory is given to them, and shared."""
@@ -298,7 +300,8 @@ class Plan:
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         settings.dynamic_shapes_kernel_specialization_strategy = eager
         # One cache for all contexts: else each of them compiles the same kernels.
-        settings.set_runtime_cache(settings.create_runtime_cache())
+        self._cache = settings.create_runtime_cache()
+        settings.set_runtime_cache(self._cache)
         return settings
 
     def _check_signature(self) -> None:

@@ -64,6 +64,9 @@ class TensorRtEngine:
     GPU memory: the plan's weights and working memory, and three times what its inputs and outputs take at the largest
     batch; all is allocated here. The first run of each batch size takes longer: the plan is made ready for it.
 
+    For the record of a run: `version` of the library, `gpu`, `batches`, `warnings` that the library gave while the
+    plan was opened, and `uncaptured`, the batch sizes that run without a CUDA graph and why.
+
     Raises:
         EngineError: TensorRT, cuda-python or the GPU is missing; the plan cannot be loaded, or is none of QFAE's.
 
