@@ -117,7 +117,8 @@ def test_one_weight_matrix_perturbed_by_one_percent(
     scorer: AnomalyScorer, images: ParityImages, reference: Scores
 ) -> None:
     """Every matrix, one after the other; 1 % of its own size, in random directions."""
-    graph, few = InferenceGraph(scorer), slice(0, 36, 5)
+    graph = InferenceGraph(scorer)
+    few = [int(number) for number in np.argsort(reference.score)[-9:]]
     scale, given = scale_of(images, reference), torch.from_numpy(images.pixels[few])
     unseen = []
     for name, module in graph.named_modules():
