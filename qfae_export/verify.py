@@ -28,7 +28,7 @@ def verify(
     config: str | None = None,
     weights: WeightFiles | None = None,
     parity_images: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     record: bool = False,
     say: Callable[[str], None] = lambda step: None,
 ) -> ParityReport:
