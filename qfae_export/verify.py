@@ -8,8 +8,7 @@ from pathlib import Path
 
 from qfae_export.errors import ExportError
 from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, from_slices
-from qfae_export.parity import ParityReport, measure, reference_scores
-from qfae_runtime.certificate import CertificateEntry
+from qfae_export.parity import ParityReport, certificate_of, measure, reference_scores
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores
@@ -106,14 +105,7 @@ def _anew(
 
 
 def _record(opened: OpenedEngine, report: ParityReport) -> None:
-    entry = CertificateEntry.issue(
-        opened.path,
-        opened.engine,
-        report.worst,
-        report.contract,
-        batches=report.batches,
-        images_from=report.images.origin,
-    )
+    entry = certificate_of(opened.path, opened.engine, report)
     place = (entry.engine, entry.backend, entry.device)
     others = [one for one in opened.manifest.certificate if (one.engine, one.backend, one.device) != place]
     manifest = replace(opened.manifest, certificate=(*others, entry))

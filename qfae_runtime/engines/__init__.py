@@ -122,9 +122,7 @@ def _load(
     from qfae_runtime.engines.tensorrt import TensorRtEngine
 
     plan = model if isinstance(model, bytes) else model.read_bytes()
-    return TensorRtEngine(
-        plan, manifest.image_size, manifest.max_batch, backend=backend, device=device, name=str(path)
-    )
+    return TensorRtEngine(plan, manifest.image_size, manifest.max_batch, backend=backend, device=device, name=str(path))
 
 
 def _check_choice(backend: str, device: str) -> None:
