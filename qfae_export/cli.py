@@ -177,14 +177,13 @@ def _steps(console: Console) -> Iterator[Callable[[str], None]]:
 
 
 def _show(exported: Exported, options: Options, console: Console) -> None:
-    manifest = exported.manifest
     for report in exported.reports.values():
         _show_report(report, console)
-    if not exported.reports:
-        console.print("nothing was measured: random weights are for benchmarks, and there is no image to score")
-    else:
+    if exported.reports:
         _show_images(exported, options, console)
-    for file in exported.files:
+    elif options.random_weights is not None:
+        console.print("nothing was measured: random weights are for benchmarks alone", soft_wrap=True)
+    for file in exported.written:
         console.print(f"wrote {file} ({_size(file.stat().st_size)})", soft_wrap=True, markup=False)
     for note in exported.notes:
         console.print(note, soft_wrap=True, markup=False)
@@ -192,7 +191,9 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     if options.part != "full":
         console.print("next: load it with ONNX Runtime; qfae-run takes whole engines", soft_wrap=True)
         return
-    extra = "" if manifest.certificate else " --allow-uncertified"
+    if options.random_weights is None and not exported.reports:
+        return  # the note says what to do next
+    extra = "" if exported.reports else " --allow-uncertified"
     console.print(f"next: qfae-run IMAGES --engine {engine} --out results/{extra}", soft_wrap=True, markup=False)
 
 

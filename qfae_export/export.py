@@ -57,6 +57,7 @@ class Exported:
     engines: tuple[str, ...]
     reports: dict[str, ParityReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    from_onnx: bool = False
 
     @property
     def engine(self) -> Path:
@@ -73,6 +74,12 @@ class Exported:
         """Every file of the export, the engines first, the manifest last."""
         others = [name for name in self.manifest.files if name not in self.engines]
         return [self.folder / name for name in (*self.engines, *others, f"{self.manifest.name}.json")]
+
+    @property
+    def written(self) -> list[Path]:
+        """The files that this export wrote: all of them, or the plan and the manifest where it was built from ONNX."""
+        rebuilt = [self.folder / name for name in (*self.engines, f"{self.manifest.name}.json")]
+        return rebuilt if self.from_onnx else self.files
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ def _with_plan(exported: Exported, kind: str, chain: Chain | None, say: Say) -> 
 
 def _rebuilt(options: Options, say: Say) -> Exported:
     folder, manifest, name, note, report = rebuild(options, say)
-    return Exported(folder, manifest, (name,), {name: report} if report else {}, (note,) if note else ())
+    return Exported(folder, manifest, (name,), {name: report} if report else {}, (note,) if note else (), True)
 
 
 def _opened(path: Path, source: _Source, part: str, other: InferenceGraph | None) -> Engine:

@@ -47,7 +47,11 @@ def wanted(options: Options, onnx: str) -> tuple[str | None, str | None]:
     if not options.fp16:
         return None, None
     reason = available("plan", onnx)
-    return ("plan", None) if reason is None else (None, f"no plan: {reason}")
+    if reason is None:
+        return "plan", None
+    command = f"qfae-export --onnx {onnx}"
+    there = "" if command in reason else f"; on the machine with the GPU run: {command}"
+    return None, f"no plan: {reason}{there}"
 
 
 def add_plan(
