@@ -17,7 +17,7 @@ from qfae_export.errors import ExportError
 from qfae_export.options import DEFAULT_MAX_BATCH, FORMATS, PARTS, Options
 from qfae_export.verify_cli import verify_command
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
+from qfae_runtime.command_line import CONTEXT, fail, size_text, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_runtime.manifest import MAX_BATCH
 from qfae_train.config import presets
@@ -184,7 +184,7 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     elif options.random_weights is not None:
         console.print("nothing was measured: random weights are for benchmarks alone", soft_wrap=True)
     for file in exported.written:
-        console.print(f"wrote {file} ({_size(file.stat().st_size)})", soft_wrap=True, markup=False)
+        console.print(f"wrote {file} ({size_text(file.stat().st_size)})", soft_wrap=True, markup=False)
     for note in exported.notes:
         console.print(note, soft_wrap=True, markup=False)
     engine = quote(str(exported.engine))
@@ -231,13 +231,6 @@ def _seed(text: str | None, faults: list[str]) -> int | None:
         faults.append(f"--random-weights: got {text!r}, expected a seed, a whole number in 0..999999999")
         return None
     return int(text)
-
-
-def _size(count: int) -> str:
-    for unit, bytes_in_unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= bytes_in_unit:
-            return f"{count / bytes_in_unit:.1f} {unit}"
-    return f"{count} B"
 
 
 if __name__ == "__main__":

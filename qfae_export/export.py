@@ -30,6 +30,7 @@ from qfae_export.plans import SUFFIXES, add_plan, rebuild, wanted
 from qfae_export.precision import FP16, FP32, Precision
 from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
+from qfae_runtime.command_line import size_text
 from qfae_runtime.engines import open_engine
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -256,7 +257,7 @@ def _refuse_full_disk(options: Options, weights: int) -> None:
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise OutputError(
-            f"{options.folder}: {free / 1e9:.1f} GB are free, but the engine takes {needed / 1e9:.1f} GB; "
+            f"{options.folder}: {size_text(free)} are free, but the engine takes {size_text(needed)}; "
             "nothing was exported: free some space or choose another --out"
         )
 
