@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qfae_export.chain
 import qfae_export.export
 from qfae_export.cli import main
 from qfae_export.export import Exported
@@ -108,7 +109,7 @@ def test_disagreement_shows_the_table_and_exits_1(
         scores.anomaly_map[3, 10, 20] += 2e-4
         return scores
 
-    monkeypatch.setattr(qfae_export.export, "reference_scores", shifted)
+    monkeypatch.setattr(qfae_export.chain, "reference_scores", shifted)
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path / "out")
     assert ran.code == 1
     assert "on 32 images, contract fp32" in ran.err
