@@ -197,7 +197,7 @@ def _quiet_stderr() -> Iterator[None]:
         yield
         return
     before = sys.stderr
-    ours = os.fdopen(os.dup(terminal), "w", buffering=1, encoding="utf-8")
+    ours = os.fdopen(os.dup(terminal), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         if before is not None:
