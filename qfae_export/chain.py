@@ -52,17 +52,20 @@ class Chain:
             chain._add(GRAPH, "fp32", pytorch_scores(graph, images.pixels[few]), few)
         return chain
 
-    def measure(self, engine: Engine, file: str, step: str, precision: str) -> ParityReport:
-        """Measure an engine against PyTorch and against the chain's last step, of which it becomes the new one.
+    def measure(self, engine: Engine, precision: str) -> ParityReport:
+        """Measure an engine against PyTorch, by the precision's contract, and pass no verdict."""
+        return measure(engine, self.images, self.reference, CONTRACTS[precision], self.scale)
+
+    def accept(self, report: ParityReport, file: str, step: str, backend: str) -> ParityReport:
+        """Make an engine that was measured the chain's last step, and return the report with its links.
 
         Raises:
-            ParityError: a bound of the precision's contract was broken.
+            ParityError: a bound of its contract was broken.
 
         """
-        report = measure(engine, self.images, self.reference, CONTRACTS[precision], self.scale)
         if report.outputs is not None:
-            self._add(step, precision, report.outputs, list(range(len(self.images))))
-        return accepted(replace(report, links=tuple(self.links)), file, engine.backend)
+            self._add(step, report.contract.name, report.outputs, list(range(len(self.images))))
+        return accepted(replace(report, links=tuple(self.links)), file, backend)
 
     def _add(self, step: str, precision: str, outputs: Scores, numbers: list[int]) -> None:
         """Measure the step from the last one to this one, on the images that both have seen."""

@@ -179,6 +179,8 @@ def _steps(console: Console) -> Iterator[Callable[[str], None]]:
 def _show(exported: Exported, options: Options, console: Console) -> None:
     for report in exported.reports.values():
         _show_report(report, console)
+    if exported.bisected is not None:
+        console.print(exported.bisected.table())
     if exported.reports:
         _show_images(exported, options, console)
     elif options.random_weights is not None:

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qfae_export.bisect import Bisected, bisect
 from qfae_export.chain import Chain
 from qfae_export.describe import bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
@@ -59,6 +61,7 @@ class Exported:
     reports: dict[str, ParityReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     from_onnx: bool = False
+    bisected: Bisected | None = None
 
     @property
     def engine(self) -> Path:
@@ -142,13 +145,20 @@ def _engines(source: _Source, options: Options, kind: str | None, folder: Path, 
     name = options.engine_name
     written, chain, other = _written(source, options, folder, say)
     reports: dict[str, ParityReport] = {}
-    certificates = []
+    certificates, bisected = [], None
     for engine, (files, precision) in written.items() if chain is not None else ():
         assert chain is not None
         say(f"comparing {engine} in ONNX Runtime with PyTorch")
-        with _opened(files[0], source, options.part, other) as opened:
-            reports[engine] = chain.measure(opened, engine, f"ONNX {precision.name.upper()}", precision.name)
-            certificates.append(certificate_of(files[0], opened, reports[engine]))
+        open_onnx = partial(_opened, source=source, part=options.part, other=other)
+        with open_onnx(files[0]) as opened:
+            report = chain.measure(opened, precision.name)
+        if options.bisect and precision == FP16 and not report:
+            _, graph = _graph(source, options.part)  # FP16 has rounded the other's weights
+            bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
+            report, written[engine] = bisected.report, (list(bisected.files), bisected.precision)
+            del graph
+        reports[engine] = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
+        certificates.append(certificate_of(files[0], opened, reports[engine]))
     golden = None
     if chain is not None and options.part == "full":
         golden = folder / f"{name}.golden.npz"
@@ -156,7 +166,9 @@ def _engines(source: _Source, options: Options, kind: str | None, folder: Path, 
     manifest = manifest_of(
         name, source.config, options.part, source.max_batch, written, golden, certificates, source.provenance
     )
-    exported = Exported(folder, manifest, tuple(written), reports)
+    if bisected is not None:
+        manifest.precision[name + FP16_SUFFIX]["bisected"] = bisected.to_dict()
+    exported = Exported(folder, manifest, tuple(written), reports, bisected=bisected)
     if kind is not None:
         exported = _with_plan(exported, kind, chain, say)
     exported.manifest.save(folder / f"{name}.json")
@@ -199,14 +211,14 @@ def _with_plan(exported: Exported, kind: str, chain: Chain | None, say: Say) -> 
 
     def held(engine: Engine) -> ParityReport:
         assert chain is not None
-        reports["plan"] = chain.measure(engine, "the plan", "plan", precision)
+        reports["plan"] = chain.accept(chain.measure(engine, precision), "the plan", "plan", engine.backend)
         return reports["plan"]
 
     manifest, name, note = add_plan(exported.manifest, onnx, kind, say, held if chain is not None else None)
     if "plan" in reports:
         reports[name] = reports.pop("plan")
     notes = (*exported.notes, note) if note is not None else exported.notes
-    return Exported(exported.folder, manifest, (*exported.engines, name), reports, notes)
+    return replace(exported, manifest=manifest, engines=(*exported.engines, name), reports=reports, notes=notes)
 
 
 def _rebuilt(options: Options, say: Say) -> Exported:
@@ -254,6 +266,7 @@ def _refuse_existing(options: Options) -> None:
 def _refuse_full_disk(options: Options, weights: int) -> None:
     """Say now what would otherwise be found out after minutes of scoring."""
     needed = weights + (weights // 2 if options.fp16 else 0)
+    needed += weights if options.bisect else 0  # a trial, and what stays FP32
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise OutputError(

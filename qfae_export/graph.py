@@ -13,6 +13,7 @@ Letters: B images, S pixels per side.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,16 @@ class InferenceGraph(nn.Module):
                 module.set_dtype(precision.dtype(name))
         self.precision = precision
         return self
+
+    def at(self, precision: Precision) -> InferenceGraph:
+        """Return this FP32 graph in a precision policy, as a copy that shares every tensor that stays FP32.
+
+        Raises:
+            ExportError: a selector of the policy names nothing in this graph.
+
+        """
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        return copy.deepcopy(self, shared).cast(precision)
 
     def forward(self, *inputs: Tensor) -> Result | Reconstruction | Anomaly:
         """Return what the part gives.

@@ -1,5 +1,8 @@
 """The stages of the inference graph, built from training's modules; the weights are folded once, here.
 
+Where a stage joins what several units gave (torch.cat, a sum), one FP32 part makes the whole FP32: what a policy keeps
+is rounded by the next FP16 unit and nowhere else.
+
 Letters: B images, S pixels per side, L context tokens, Q queries, T tokens, D width, H heads, K width of a head.
 """
 
@@ -68,7 +71,7 @@ class EncoderStage(nn.Module):
             x = self.get_submodule(str(number))(x, [x.shape[1]])
             states[number] = x
         taps = [states[tap] for tap in self.taps]
-        return torch.cat([tap.to(taps[0].dtype) for tap in taps], dim=1) if len(taps) > 1 else taps[0]
+        return torch.cat(taps, dim=1) if len(taps) > 1 else taps[0]
 
 
 class CrossBlock(nn.Module):
@@ -98,8 +101,8 @@ class CrossBlock(nn.Module):
     def forward(self, queries: Tensor | None, hidden: Sequence[Tensor]) -> Tensor:
         """Return [B, Q, D] from queries [B, Q, D] (None: a constant) and every encoder's hidden states [B, L, D]."""
         parts = [self.get_submodule(f"kv{number}")(states) for number, states in enumerate(hidden, start=1)]
-        null = self.null().to(parts[0].dtype).expand(parts[0].shape[0], -1, -1)
-        kv = torch.cat([null, *(part.to(null.dtype) for part in parts)], dim=1)  # [B, 1 + L, 2 * H * K]
+        null = self.null().expand(parts[0].shape[0], -1, -1)
+        kv = torch.cat([null, *parts], dim=1)  # [B, 1 + L, 2 * H * K]
         k, v = kv.chunk(2, dim=2)
         q = self.q() if queries is None else self.q(self.norm_q(queries))
         out: Tensor = self.norm_out(self.out(self.attention(q, k, v)))
@@ -215,7 +218,7 @@ class PerceptualStage(nn.Module):
         """Return patch tokens [B, T, D] by (block, patch size) from pixels [B, S, S, 3]."""
         packs = [self.get_submodule(f"embed{size}")(patches(pixels, size)) for size in self.patch_sizes]
         lengths = [pack.shape[1] for pack in packs]
-        x = torch.cat([pack.to(packs[0].dtype) for pack in packs], dim=1) if len(packs) > 1 else packs[0]
+        x = torch.cat(packs, dim=1) if len(packs) > 1 else packs[0]
         features: Features = {}
         for number in range(1, self.depth + 1):
             x = self.get_submodule(str(number))(x, lengths)
