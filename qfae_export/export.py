@@ -24,7 +24,7 @@ from qfae_export.describe import bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
-from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, from_slices, largest_batch
+from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, largest_batch
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, Options
 from qfae_export.parity import ParityError, ParityReport, certificate_of, golden_of
@@ -303,10 +303,8 @@ def _images(options: Options, stored: Any, config: Config) -> ParityImages:
     spec = config.preprocess_spec()
     if options.parity_images is not None:
         return from_folder(options.parity_images, spec, max(FOLDER_LIMIT, options.max_batch or 0))
-    if len(stored):
-        assert options.ckpt is not None
-        return from_checkpoint(stored, spec.image_size, options.ckpt.name)
-    return from_slices(spec)
+    assert options.ckpt is not None
+    return from_checkpoint(stored, spec, options.ckpt.name)
 
 
 def hand_over(exported: Exported, folder: Path) -> Exported:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qfae_export.errors import ExportError
-from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, from_slices
+from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder
 from qfae_export.parity import ParityReport, certificate_of, measure, reference_scores
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines import OpenedEngine, open_engine
@@ -96,10 +96,8 @@ def _anew(
     spec, stored = opened.manifest.preprocess, checkpoint.parity_images.numpy()
     if folder is not None:
         images = from_folder(folder, spec, max(FOLDER_LIMIT, opened.engine.max_batch))
-    elif len(stored):
-        images = from_checkpoint(stored, spec.image_size, ckpt.name)
     else:
-        images = from_slices(spec)
+        images = from_checkpoint(stored, spec, ckpt.name)
     say(f"scoring {len(images)} images with PyTorch float32, the reference")
     return images, reference_scores(build_scorer(checkpoint, weights), images.pixels)
 

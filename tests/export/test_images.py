@@ -67,15 +67,26 @@ def test_missing_empty_and_repetitive_folders(tmp_path: Path) -> None:
 def test_stored_images_and_their_copies() -> None:
     stored = pictures(33)
     stored[4] = stored[1]
-    images = from_checkpoint(stored, 32, "demo.pt")
+    images = from_checkpoint(stored, SPEC, "demo.pt")
     assert len(images) == 32
     assert images.names[4] == "image 5 stored in demo.pt"
     assert set(images.labels) == {None}
 
 
+def test_a_few_stored_images_are_joined_by_slices() -> None:
+    stored = pictures(7)
+    stored[6] = stored[0]
+    images = from_checkpoint(stored, SPEC, "small.pt")
+    assert (len(images), images.coloured, images.stands_in) == (32, 0, False)
+    assert images.origin == "6 validation images stored in small.pt, and 26 brain slices that come with qfae"
+    assert images.names[5:7] == ("image 5 stored in small.pt", "brain slice 0 of qfae")
+    assert images.labels[5:9] == (None, False, True, False)
+    assert from_checkpoint(stored[:0], SPEC, "small.pt").origin == "32 brain slices that come with qfae"
+
+
 def test_grey_images_get_coloured_copies() -> None:
     grey = np.repeat(pictures(32)[..., :1], 3, axis=3)
-    images = from_checkpoint(grey, 32, "demo.pt")
+    images = from_checkpoint(grey, SPEC, "demo.pt")
     assert (len(images), images.real, images.coloured) == (36, 32, 4)
     assert images.names[-4:] == tuple(
         f"image {number} stored in demo.pt in false colours" for number in (0, 10, 21, 31)
@@ -96,16 +107,16 @@ def test_slices_stand_in_where_there_are_no_images() -> None:
     assert (slices.origin, slices.names[5]) == ("32 brain slices that come with qfae", "brain slice 5 of qfae")
     assert slices.labels[:4] == (False, True, False, True)  # every second one has a lesion
     assert len({image.tobytes() for image in slices.pixels}) == 36
-    assert not from_checkpoint(pictures(32), 32, "demo.pt").stands_in
+    assert not from_checkpoint(pictures(32), SPEC, "demo.pt").stands_in
 
 
 def test_checkpoint_with_wrong_images() -> None:
     with pytest.raises(ExportError, match=r"expected uint8 \(N, 64, 64, 3\), got uint8 \(3, 32, 32, 3\); pass"):
-        from_checkpoint(pictures(3), 64, "demo.pt")
+        from_checkpoint(pictures(3), PreprocessSpec(image_size=64), "demo.pt")
 
 
 def test_largest_batch_never_exceeds_the_images() -> None:
-    images = from_checkpoint(pictures(33), 32, "demo.pt")
+    images = from_checkpoint(pictures(33), SPEC, "demo.pt")
     assert largest_batch(None, 64, images) == 33
     assert largest_batch(None, 4, images) == 4
     assert largest_batch(33, 32, images) == 33

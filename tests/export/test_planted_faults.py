@@ -74,7 +74,7 @@ def scorer() -> AnomalyScorer:
 def images() -> ParityImages:
     """Grey slices that the trainer stored, and some of them in false colours."""
     stored = load(ROOT / "demo/weights/demo.pt").parity_images.numpy()
-    return from_checkpoint(stored, 112, "demo.pt")
+    return from_checkpoint(stored, PreprocessSpec("resize", 112), "demo.pt")
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_a_half_precision_tail() -> None:
     """1 - cosine of half precision numbers, multiplied over three maps: 1 % of a score at distances near 0.02."""
     scorer = scorer_of(config_of(patch_sizes=[8, 16, 32], blocks=[1, 2]))
     brightness = np.linspace(0.3, 1, 32)[:, None, None, None]
-    images = from_checkpoint((pictures(32) * brightness).astype(np.uint8), 32, "made up")
+    images = from_checkpoint((pictures(32) * brightness).astype(np.uint8), PreprocessSpec("resize", 32), "made up")
     with torch.no_grad():
         outputs = Near(scorer, half_tail=False, half=False)(torch.from_numpy(images.pixels))
     reference = Scores(*(output.numpy() for output in outputs))
