@@ -17,7 +17,7 @@ from qfae_export.errors import ExportError
 from qfae_export.options import DEFAULT_MAX_BATCH, FORMATS, PARTS, Options
 from qfae_export.verify_cli import verify_command
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
+from qfae_runtime.command_line import CONTEXT, fail, size_text, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_runtime.manifest import MAX_BATCH
 from qfae_train.config import presets
@@ -177,24 +177,25 @@ def _steps(console: Console) -> Iterator[Callable[[str], None]]:
 
 
 def _show(exported: Exported, options: Options, console: Console) -> None:
-    manifest = exported.manifest
     for report in exported.reports.values():
         _show_report(report, console)
     if exported.bisected is not None:
         console.print(exported.bisected.table())
-    if not exported.reports:
-        console.print("nothing was measured: random weights are for benchmarks, and there is no image to score")
-    else:
+    if exported.reports:
         _show_images(exported, options, console)
-    for file in exported.files:
-        console.print(f"wrote {file} ({_size(file.stat().st_size)})", soft_wrap=True, markup=False)
+    elif options.random_weights is not None:
+        console.print("nothing was measured: random weights are for benchmarks alone", soft_wrap=True)
+    for file in exported.written:
+        console.print(f"wrote {file} ({size_text(file.stat().st_size)})", soft_wrap=True, markup=False)
     for note in exported.notes:
         console.print(note, soft_wrap=True, markup=False)
     engine = quote(str(exported.engine))
     if options.part != "full":
         console.print("next: load it with ONNX Runtime; qfae-run takes whole engines", soft_wrap=True)
         return
-    extra = "" if manifest.certificate else " --allow-uncertified"
+    if options.random_weights is None and not exported.reports:
+        return  # the note says what to do next
+    extra = "" if exported.reports else " --allow-uncertified"
     console.print(f"next: qfae-run IMAGES --engine {engine} --out results/{extra}", soft_wrap=True, markup=False)
 
 
@@ -232,13 +233,6 @@ def _seed(text: str | None, faults: list[str]) -> int | None:
         faults.append(f"--random-weights: got {text!r}, expected a seed, a whole number in 0..999999999")
         return None
     return int(text)
-
-
-def _size(count: int) -> str:
-    for unit, bytes_in_unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= bytes_in_unit:
-            return f"{count / bytes_in_unit:.1f} {unit}"
-    return f"{count} B"
 
 
 if __name__ == "__main__":

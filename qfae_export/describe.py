@@ -15,6 +15,7 @@ from qfae_export.precision import Precision
 from qfae_runtime import __version__
 from qfae_runtime.engines.base import INPUT_NAME
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, TensorSpec
+from qfae_runtime.preprocess import probe
 from qfae_train.checkpoint import Checkpoint, portable_config
 from qfae_train.config import Config
 
@@ -48,6 +49,7 @@ def manifest_of(
         inputs=tuple(_tensor(one, spec.image_size) for one in inputs),
         outputs=tuple(_tensor(one, spec.image_size) for one in outputs),
         golden=golden.name if golden is not None else None,
+        probe=probe(spec),
         precision={engine: precision.describe() for engine, (_, precision) in written.items()},
         certificate=tuple(certificate),
         provenance={**provenance, "part": part, "exported_by": _versions()},

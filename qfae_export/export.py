@@ -19,37 +19,22 @@ from typing import Any
 import torch
 
 from qfae_export.bisect import Bisected, bisect
+from qfae_export.chain import Chain
 from qfae_export.describe import bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
-from qfae_export.images import (
-    FOLDER_LIMIT,
-    ParityImages,
-    from_checkpoint,
-    from_folder,
-    from_slices,
-    largest_batch,
-    spread,
-)
+from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, largest_batch
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, Options
-from qfae_export.parity import (
-    ParityError,
-    ParityReport,
-    golden_of,
-    link,
-    measure,
-    pytorch_scores,
-    reference_scores,
-    scale_of,
-)
+from qfae_export.parity import ParityError, ParityReport, certificate_of, golden_of
+from qfae_export.plans import SUFFIXES, add_plan, rebuild, wanted
 from qfae_export.precision import FP16, FP32, Precision
-from qfae_runtime.agreement import Scale
-from qfae_runtime.certificate import CertificateEntry, Link
-from qfae_runtime.contract import CONTRACTS
+from qfae_export.random_weights import random_scorer
+from qfae_export.resize_check import check_resize
+from qfae_runtime.command_line import size_text
 from qfae_runtime.engines import open_engine
-from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.errors import OutputError, UsageError
 from qfae_runtime.golden import save_golden
@@ -61,11 +46,6 @@ from qfae_train.config import load as load_config
 from qfae_train.official import open_checkpoint
 
 Say = Callable[[str], None]
-
-PYTORCH, GRAPH = "PyTorch FP32", "graph FP32"
-
-# The graph in PyTorch is measured on a few images: it is there to tell a fault of the rewriting from one of the export.
-_LINK_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -80,23 +60,30 @@ class Exported:
     engines: tuple[str, ...]
     reports: dict[str, ParityReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    from_onnx: bool = False
     bisected: Bisected | None = None
 
     @property
     def engine(self) -> Path:
-        """The engine asked for: the last one of the chain."""
-        return self.folder / self.engines[-1]
+        """The last engine of the chain that was measured."""
+        return self.folder / next(reversed(self.reports), self.engines[-1])
 
     @property
     def report(self) -> ParityReport:
-        """The measurement of the engine asked for."""
-        return self.reports[self.engines[-1]]
+        """The measurement of that engine."""
+        return self.reports[self.engine.name]
 
     @property
     def files(self) -> list[Path]:
         """Every file of the export, the engines first, the manifest last."""
         others = [name for name in self.manifest.files if name not in self.engines]
         return [self.folder / name for name in (*self.engines, *others, f"{self.manifest.name}.json")]
+
+    @property
+    def written(self) -> list[Path]:
+        """The files that this export wrote: all of them, or the plan and the manifest where it was built from ONNX."""
+        rebuilt = [self.folder / name for name in (*self.engines, f"{self.manifest.name}.json")]
+        return rebuilt if self.from_onnx else self.files
 
 
 @dataclass(frozen=True)
@@ -108,20 +95,6 @@ class _Source:
     provenance: dict[str, Any]
     images: ParityImages | None
     max_batch: int
-
-
-@dataclass
-class _Chain:
-    """The reference, and the links measured so far on the way from there to an engine."""
-
-    images: ParityImages
-    reference: Scores
-    scale: Scale
-    links: list[Link]
-    last: str
-    outputs: Scores
-    """Of the last step of the chain, on `numbers` of the images."""
-    numbers: list[int]
 
 
 def export(options: Options, say: Say = lambda step: None) -> Exported:
@@ -140,12 +113,17 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
     """
     if faults := options.faults():
         raise UsageError(faults)
+    if options.onnx is not None:
+        return _rebuilt(options, say)
     _refuse_existing(options)
+    kind, note = wanted(options, options.engine_name + (FP16_SUFFIX if options.fp16 else ".onnx"))
     say("reading the checkpoint" if options.ckpt is not None else "making random weights")
     source = _read(options)
+    check_resize(source.config.preprocess_spec())
     with _made_in(options) as made:
-        exported = _engines(source, options, made, say)
-        return hand_over(exported, options.folder)
+        exported = _engines(source, options, kind, made, say)
+        notes = (*exported.notes, note) if note is not None else exported.notes
+        return hand_over(replace(exported, notes=notes), options.folder)
 
 
 @contextmanager
@@ -162,36 +140,25 @@ def _made_in(options: Options) -> Iterator[Path]:
         ) from error
 
 
-def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Exported:
-    """Write the ONNX files, measure each, and write golden file and manifest beside them."""
-    scorer, graph = _graph(source, options.part)
-    _refuse_full_disk(options, bytes_of(graph))
-    chain = None
-    if source.images is not None:
-        chain = _begin_chain(scorer, graph, source.images, options.part, say)
-    other = None if options.part == "full" else InferenceGraph(scorer, _other(options.part))
-    del scorer
+def _engines(source: _Source, options: Options, kind: str | None, folder: Path, say: Say) -> Exported:
+    """Write the engines, measure each, and write golden file and manifest beside them."""
     name = options.engine_name
-    written = {f"{name}.onnx": (_write(graph, folder / f"{name}.onnx", say), FP32)}
-    if options.fp16:
-        graph.cast(FP16)
-        written[name + FP16_SUFFIX] = (_write(graph, folder / (name + FP16_SUFFIX), say), FP16)
-    del graph
-    gc.collect()  # an engine of full size needs the memory that the graph held
-    reports, certificates, bisected = {}, [], None
+    written, chain, other = _written(source, options, folder, say)
+    reports: dict[str, ParityReport] = {}
+    certificates, bisected = [], None
     for engine, (files, precision) in written.items() if chain is not None else ():
         assert chain is not None
         say(f"comparing {engine} in ONNX Runtime with PyTorch")
         open_onnx = partial(_opened, source=source, part=options.part, other=other)
         with open_onnx(files[0]) as opened:
-            report = measure(opened, chain.images, chain.reference, CONTRACTS[precision.name], chain.scale)
+            report = chain.measure(opened, precision.name)
         if options.bisect and precision == FP16 and not report:
             _, graph = _graph(source, options.part)  # FP16 has rounded the other's weights
             bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
             report, written[engine] = bisected.report, (list(bisected.files), bisected.precision)
             del graph
-        reports[engine] = _linked(report, files[0].name, precision, chain)
-        certificates.append(_certificate(files[0], opened, reports[engine]))
+        reports[engine] = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
+        certificates.append(certificate_of(files[0], opened, reports[engine]))
     golden = None
     if chain is not None and options.part == "full":
         golden = folder / f"{name}.golden.npz"
@@ -201,72 +168,62 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     )
     if bisected is not None:
         manifest.precision[name + FP16_SUFFIX]["bisected"] = bisected.to_dict()
-    manifest.save(folder / f"{name}.json")
+    exported = Exported(folder, manifest, tuple(written), reports, bisected=bisected)
+    if kind is not None:
+        exported = _with_plan(exported, kind, chain, say)
+    exported.manifest.save(folder / f"{name}.json")
     if golden is not None:
         for engine in written:  # the runtime's own door: files as written must open, their hashes and certificate fit
             open_engine(folder / engine).close()
-    return Exported(folder, manifest, tuple(written), reports, bisected=bisected)
+    return exported
 
 
-def _begin_chain(scorer: AnomalyScorer, graph: InferenceGraph, images: ParityImages, part: str, say: Say) -> _Chain:
-    say(f"scoring {len(images)} images with PyTorch float32, the reference")
-    reference = reference_scores(scorer, images.pixels)
-    scale = scale_of(images, reference)
-    if part != "full":
-        return _Chain(images, reference, scale, [], PYTORCH, reference, list(range(len(images))))
-    few = spread(len(images), _LINK_IMAGES)
-    outputs = pytorch_scores(graph, images.pixels[few])
-    first = link(PYTORCH, GRAPH, reference.of(few), outputs, "fp32", scale, [images.labels[one] for one in few])
-    return _Chain(images, reference, scale, [first], GRAPH, outputs, few)
+def _written(
+    source: _Source, options: Options, folder: Path, say: Say
+) -> tuple[dict[str, tuple[list[Path], Precision]], Chain | None, InferenceGraph | None]:
+    """Write the ONNX files; return them with their policies, the chain as far as PyTorch goes, and a half's other half.
 
-
-def _linked(report: ParityReport, file: str, precision: Precision, chain: _Chain) -> ParityReport:
-    """Add to an engine's measurement the one against the chain's last step, of which it becomes the new one.
-
-    Raises:
-        ParityError: a bound was broken.
-
+    What PyTorch holds is let go here: an engine of full size needs the memory.
     """
-    step = f"ONNX {precision.name.upper()}"
-    assert report.outputs is not None
-    numbers = chain.numbers
-    got = report.outputs.of(numbers)
-    labels = [chain.images.labels[number] for number in numbers]
-    chain.links.append(link(chain.last, step, chain.outputs, got, precision.name, chain.scale, labels))
-    chain.last, chain.outputs, chain.numbers = step, report.outputs, list(range(len(chain.images)))
-    report = replace(report, links=tuple(chain.links))
-    if not report:
-        raise ParityError(_disagreement(file, report), report)
-    return report
+    scorer, graph = _graph(source, options.part)
+    _refuse_full_disk(options, bytes_of(graph))
+    chain = None
+    if source.images is not None:
+        say(f"scoring {len(source.images)} images with PyTorch float32, the reference")
+        chain = Chain.begin(scorer, graph, source.images)
+    other = None if options.part == "full" else InferenceGraph(scorer, _other(options.part))
+    del scorer
+    written = {}
+    for precision in (FP32, FP16) if options.fp16 else (FP32,):
+        engine = options.engine_name + (".onnx" if precision is FP32 else FP16_SUFFIX)
+        say(f"writing {engine}")
+        written[engine] = (write_onnx(graph.cast(precision), folder / engine), precision)
+    del graph
+    gc.collect()
+    return written, chain, other
 
 
-def _disagreement(engine: str, report: ParityReport) -> str:
-    lines = [f"{engine}: ONNX Runtime does not compute what PyTorch computes, so nothing was written:"]
-    lines += [f"  {failure}" for failure in report.failures()]
-    guilty = report.guilty()
-    lines.append(f"the step at fault: {guilty}" if guilty else "no step of the chain is at fault alone: errors add up")
-    if report.contract.name == "fp32":
-        lines.append(
-            "the checkpoint is not at fault, its export is: try other versions of torch, onnxscript or onnxruntime, "
-            "and report these lines"
-        )
-    else:
-        lines.append(
-            "FP16 rounds more than this model bears; pass --bisect to find what must stay FP32, or leave out --fp16"
-        )
-    return "\n".join(lines)
+def _with_plan(exported: Exported, kind: str, chain: Chain | None, say: Say) -> Exported:
+    """Add the plan of the last ONNX engine."""
+    onnx = exported.folder / exported.engines[-1]
+    precision = exported.manifest.files[onnx.name].precision or "fp32"
+    reports = dict(exported.reports)
+
+    def held(engine: Engine) -> ParityReport:
+        assert chain is not None
+        reports["plan"] = chain.accept(chain.measure(engine, precision), "the plan", "plan", engine.backend)
+        return reports["plan"]
+
+    manifest, name, note = add_plan(exported.manifest, onnx, kind, say, held if chain is not None else None)
+    if "plan" in reports:
+        reports[name] = reports.pop("plan")
+    notes = (*exported.notes, note) if note is not None else exported.notes
+    return replace(exported, manifest=manifest, engines=(*exported.engines, name), reports=reports, notes=notes)
 
 
-def _certificate(path: Path, engine: Engine, report: ParityReport) -> CertificateEntry:
-    return CertificateEntry.issue(
-        path,
-        engine,
-        report.worst,
-        report.contract,
-        batches=report.batches,
-        images_from=report.images.origin,
-        links=report.links,
-    )
+def _rebuilt(options: Options, say: Say) -> Exported:
+    folder, manifest, name, note, report = rebuild(options, say)
+    return Exported(folder, manifest, (name,), {name: report} if report else {}, (note,) if note else (), True)
 
 
 def _opened(path: Path, source: _Source, part: str, other: InferenceGraph | None) -> Engine:
@@ -274,11 +231,6 @@ def _opened(path: Path, source: _Source, part: str, other: InferenceGraph | None
     if other is None:
         return OnnxRuntimeEngine(path, size, source.max_batch)
     return CompletedHalf(path, part, other, size, source.max_batch)
-
-
-def _write(graph: InferenceGraph, path: Path, say: Say) -> list[Path]:
-    say(f"writing {path.name}")
-    return write_onnx(graph, path)
 
 
 def _graph(source: _Source, part: str) -> tuple[AnomalyScorer, InferenceGraph]:
@@ -300,7 +252,8 @@ def _other(part: str) -> str:
 
 
 def _refuse_existing(options: Options) -> None:
-    suffixes = (".onnx", ".onnx.data", FP16_SUFFIX, FP16_SUFFIX + ".data", ".plan", ".rtx.plan", ".golden.npz", ".json")
+    onnx = (".onnx", ".onnx.data", FP16_SUFFIX, f"{FP16_SUFFIX}.data")
+    suffixes = (*onnx, *SUFFIXES.values(), ".golden.npz", ".json")
     names = [options.engine_name + suffix for suffix in suffixes]
     existing = [name for name in names if (options.folder / name).exists()]
     if existing and not options.overwrite:
@@ -317,7 +270,7 @@ def _refuse_full_disk(options: Options, weights: int) -> None:
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise OutputError(
-            f"{options.folder}: {free / 1e9:.1f} GB are free, but the engine takes {needed / 1e9:.1f} GB; "
+            f"{options.folder}: {size_text(free)} are free, but the engine takes {size_text(needed)}; "
             "nothing was exported: free some space or choose another --out"
         )
 
@@ -327,8 +280,6 @@ def _read(options: Options) -> _Source:
     if options.ckpt is None:
         assert config is not None
         assert options.random_weights is not None
-        from qfae_export.random_weights import random_scorer
-
         seed = options.random_weights
         return _Source(
             config,
@@ -352,18 +303,16 @@ def _images(options: Options, stored: Any, config: Config) -> ParityImages:
     spec = config.preprocess_spec()
     if options.parity_images is not None:
         return from_folder(options.parity_images, spec, max(FOLDER_LIMIT, options.max_batch or 0))
-    if len(stored):
-        assert options.ckpt is not None
-        return from_checkpoint(stored, spec.image_size, options.ckpt.name)
-    return from_slices(spec)
+    assert options.ckpt is not None
+    return from_checkpoint(stored, spec, options.ckpt.name)
 
 
 def hand_over(exported: Exported, folder: Path) -> Exported:
     """Move the finished files to their final names, the manifest last: until then no engine there can be opened."""
     for file in exported.files:
         file.replace(folder / file.name)
-    for engine in (f"{exported.manifest.name}.onnx", exported.manifest.name + FP16_SUFFIX):
-        for stale in (engine, f"{engine}.data"):
+    for suffix in (".onnx", FP16_SUFFIX, *SUFFIXES.values()):
+        for stale in (exported.manifest.name + suffix, f"{exported.manifest.name}{suffix}.data"):
             if stale not in exported.manifest.files:
                 (folder / stale).unlink(missing_ok=True)
     return replace(exported, folder=folder)

@@ -65,13 +65,16 @@ class ParityImages:
         return len(self.pixels) - self.coloured
 
 
-def from_checkpoint(stored: UInt8, image_size: int, file: str) -> ParityImages:
+def from_checkpoint(stored: UInt8, spec: PreprocessSpec, file: str) -> ParityImages:
     """Return the held-out images uint8 (N, S, S, 3) that the trainer stored in the checkpoint `file`.
 
+    Where a small data set left too few, brain slices join them; without any, those stand alone.
+
     Raises:
-        ExportError: there are too few, or they are not images of this size.
+        ExportError: they are not images of this size.
 
     """
+    image_size = spec.image_size
     if (
         stored.dtype != np.uint8
         or stored.ndim != 4
@@ -81,8 +84,21 @@ def from_checkpoint(stored: UInt8, image_size: int, file: str) -> ParityImages:
             f"{file}: parity images: expected uint8 (N, {image_size}, {image_size}, 3), got {stored.dtype} "
             f"{stored.shape}; {_CURE}"
         )
+    if not len(stored):
+        return from_slices(spec)
     names = [f"image {number} stored in {file}" for number in range(len(stored))]
-    return _prepared(stored, names, f"validation images stored in {file}", [None] * len(names))
+    origin, labels = f"validation images stored in {file}", [None] * len(names)
+    different = len({image.tobytes() for image in stored})
+    if different >= MIN_IMAGES:
+        return _prepared(stored, names, origin, labels)
+    slices = from_slices(spec)
+    added = list(range(MIN_IMAGES - different))
+    return _prepared(
+        np.concatenate([stored, slices.pixels[added]]),
+        [*names, *(slices.names[number] for number in added)],
+        f"{different} {origin}, and {len(added)} brain slices that come with qfae",
+        [*labels, *(slices.labels[number] for number in added)],
+    )
 
 
 def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:

@@ -30,6 +30,9 @@ from qfae_runtime.manifest import MAX_BATCH
 OPSETS = {"fp32": 18, "fp16": 23}
 """The opset of each flavour."""
 
+PRODUCER = "qfae-export"
+"""What the file says of where it comes from."""
+
 PIXELS_NAME = "pixels"
 """What one half of the graph hands to the other: the reconstruction in grey levels, neither clipped nor rounded."""
 
@@ -132,7 +135,7 @@ def _name_nodes(model: ir.Model) -> None:
 
 def _strip(model: ir.Model) -> None:
     """Remove what only describes the export: source lines, paths of this machine, names of Python objects."""
-    model.producer_name, model.producer_version = "qfae-export", __version__
+    model.producer_name, model.producer_version = PRODUCER, __version__
     model.metadata_props.clear()
     model.doc_string = None
     graph = model.graph

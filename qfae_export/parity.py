@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages, spread
 from qfae_runtime.agreement import QUANTITIES, Agreement, Scale, incomparable, measure_agreement
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.certificate import Link
+from qfae_runtime.certificate import CertificateEntry, Link
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.golden import MAX_IMAGES, Golden
@@ -34,7 +35,12 @@ _ODD_BATCHES = (7, 5, 3)
 # measured. All images at every size would take three times as long and say nothing more.
 _SINGLES = 3
 
-_SHOWN = ("score_abs", "score_iqr", "spearman", "map_abs", "map_share", "map_cosine_p1", "reconstruction_levels")
+_CURES = {
+    "fp32": "the checkpoint is not at fault, its export is: try other versions of torch, onnxscript or onnxruntime, "
+    "and report these lines",
+    "fp16": "FP16 rounds more than this model bears; pass --bisect to find what must stay FP32, or leave out --fp16",
+    "plan": "the ONNX file it was built from keeps its contract: try another TensorRT, and report these lines",
+}
 
 
 class ParityError(ExportError):
@@ -46,7 +52,7 @@ class ParityError(ExportError):
 
 
 class Measured(NamedTuple):
-    """All images at one batch size. `run_at_this_size` of them were run so, the others at the largest batch."""
+    """One batch size. `run_at_this_size` of the images were run so; the others count as equal to the reference."""
 
     batch: int
     run_at_this_size: int
@@ -206,7 +212,7 @@ def measure(
         if fault is not None:
             rows.append(Measured(size, len(chosen), Agreement(len(chosen), scale, {}, {}, fault)))
             continue
-        mixed = _replaced(whole, chosen, got)
+        mixed = _replaced(reference, chosen, got)
         rows.append(Measured(size, len(chosen), measure_agreement(reference, mixed, images.labels, scale)))
     return ParityReport(tuple(sorted(rows)), images, contract, outputs=whole)
 
@@ -215,6 +221,36 @@ def run_in_batches(engine: Engine, images: UInt8, size: int) -> Scores:
     """Return the engine's outputs on uint8 (N, S, S, 3), `size` images at a time; the last batch may be smaller."""
     parts = [engine.run(images[start : start + size]) for start in range(0, len(images), size)]
     return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def accepted(report: ParityReport, file: str, backend: str) -> ParityReport:
+    """Return the report if every bound held.
+
+    Raises:
+        ParityError: which bounds did not, and which step is at fault.
+
+    """
+    if report:
+        return report
+    lines = [f"{file}: {backend} does not compute what PyTorch computes, so nothing was written:"]
+    lines += [f"  {failure}" for failure in report.failures()]
+    guilty = report.guilty()
+    lines.append(f"the step at fault: {guilty}" if guilty else "no step of the chain is at fault alone: errors add up")
+    lines.append(_CURES["plan" if backend.startswith("tensorrt") else report.contract.name])
+    raise ParityError("\n".join(lines), report)
+
+
+def certificate_of(path: Path, engine: Engine, report: ParityReport) -> CertificateEntry:
+    """Return what a manifest keeps of a measurement."""
+    return CertificateEntry.issue(
+        path,
+        engine,
+        report.worst,
+        report.contract,
+        batches=report.batches,
+        images_from=report.images.origin,
+        links=report.links,
+    )
 
 
 def golden_of(images: ParityImages, reference: Scores) -> Golden:

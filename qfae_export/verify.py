@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qfae_export.errors import ExportError
-from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, from_slices
-from qfae_export.parity import ParityReport, measure, reference_scores
-from qfae_runtime.certificate import CertificateEntry
+from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder
+from qfae_export.parity import ParityReport, certificate_of, measure, reference_scores
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores
@@ -28,7 +27,7 @@ def verify(
     config: str | None = None,
     weights: WeightFiles | None = None,
     parity_images: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     record: bool = False,
     say: Callable[[str], None] = lambda step: None,
 ) -> ParityReport:
@@ -97,23 +96,14 @@ def _anew(
     spec, stored = opened.manifest.preprocess, checkpoint.parity_images.numpy()
     if folder is not None:
         images = from_folder(folder, spec, max(FOLDER_LIMIT, opened.engine.max_batch))
-    elif len(stored):
-        images = from_checkpoint(stored, spec.image_size, ckpt.name)
     else:
-        images = from_slices(spec)
+        images = from_checkpoint(stored, spec, ckpt.name)
     say(f"scoring {len(images)} images with PyTorch float32, the reference")
     return images, reference_scores(build_scorer(checkpoint, weights), images.pixels)
 
 
 def _record(opened: OpenedEngine, report: ParityReport) -> None:
-    entry = CertificateEntry.issue(
-        opened.path,
-        opened.engine,
-        report.worst,
-        report.contract,
-        batches=report.batches,
-        images_from=report.images.origin,
-    )
+    entry = certificate_of(opened.path, opened.engine, report)
     place = (entry.engine, entry.backend, entry.device)
     others = [one for one in opened.manifest.certificate if (one.engine, one.backend, one.device) != place]
     manifest = replace(opened.manifest, certificate=(*others, entry))

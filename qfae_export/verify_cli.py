@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from qfae_runtime.command_line import CONTEXT, fail, unexpected
+from qfae_runtime.engines import DEVICES
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_train.config import presets
 from qfae_train.options import config_source, needing_extra, weight_options
@@ -34,7 +35,7 @@ Examples:
 @click.option("--preset", metavar="NAME", help=f"Architecture of the authors' checkpoint: {', '.join(presets())}.")
 @click.option("--config", metavar="FILE.toml", help="The same as a file of your own.")
 @click.option("--parity-images", metavar="DIR", help="Real images to measure on, normal and anomalous; with --ckpt.")
-@click.option("--device", metavar="cpu|cuda:0", default="cpu", show_default=True, help="Where the engine runs.")
+@click.option("--device", metavar="|".join(DEVICES), default=DEVICES[0], show_default=True, help="Where it runs.")
 @click.option("--record", is_flag=True, help="Write what was measured into the manifest, as its certificate here.")
 @weight_options
 def verify_command(rest: tuple[str, ...], **given: Any) -> None:

@@ -224,14 +224,19 @@ def _cosine(want: Float64, have: Float64) -> float:
 
 def _spearman(want: Float64, have: Float64) -> float | None:
     """Return the correlation of ranks, ties sharing theirs; None where all scores of one side are equal."""
-    from scipy.stats import rankdata
-
-    a, b = rankdata(want), rankdata(have)
+    a, b = (_ranks(values) for values in (want, have))
     a, b = a - a.mean(), b - b.mean()
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     if norm == 0:
         return 1.0 if np.array_equal(want, have) else None
     return float(a @ b) / norm
+
+
+def _ranks(values: Float64) -> Float64:
+    """Return ranks from 1, equal values sharing the mean of theirs; SciPy's takes half a second to import."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Float64 = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return ranks
 
 
 def _auroc_change(want: Float64, have: Float64, labels: Sequence[bool | None]) -> float | None:

@@ -46,3 +46,11 @@ def whole_number(option: str, text: str | None, largest: int, faults: list[str])
         return int(text)
     faults.append(f"{option}: got {text!r}, expected a whole number in 1..{largest}")
     return None
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people read it."""
+    for unit, bytes_in_unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= bytes_in_unit:
+            return f"{count / bytes_in_unit:.1f} {unit}"
+    return f"{count} B"

@@ -79,8 +79,8 @@ class Manifest:
     """Everything `NAME.json` says. `certificate` is empty for an engine that nobody measured.
 
     `files` maps plain file names (same folder) to their entries; a model may have several engines.
-    `precision` says by engine file what is computed in which type; it and `provenance` are free-form JSON objects of
-    finite numbers, strings and the like.
+    `probe` is the exporter's preprocess.probe. `precision` says by engine file what is computed in which type; it and
+    `provenance` are free-form JSON objects of finite numbers, strings and the like.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     golden: str | None
+    probe: str | None = None
     precision: dict[str, Any] = field(default_factory=dict)
     certificate: tuple[CertificateEntry, ...] = ()
     threshold: Threshold | None = None
@@ -111,7 +112,11 @@ class Manifest:
             "golden": self.golden,
             "inputs": [dataclasses.asdict(tensor) for tensor in self.inputs],
             "outputs": [dataclasses.asdict(tensor) for tensor in self.outputs],
-            "preprocess": {"spec": self.preprocess.to_dict(), "sha256": self.preprocess.sha256()},
+            "preprocess": {
+                "spec": self.preprocess.to_dict(),
+                "sha256": self.preprocess.sha256(),
+                "probe": self.probe,
+            },
             "precision": self.precision,
             "certificate": [entry.to_dict() for entry in self.certificate] or None,
             "threshold": dataclasses.asdict(self.threshold) if self.threshold else None,
@@ -132,9 +137,11 @@ class Manifest:
         files = {
             _plain_name(name, where): _read_file_entry(fields.inner("files"), name) for name in fields.mapping("files")
         }
+        spec, prepared = _read_preprocess(fields.inner("preprocess"), where)
         manifest = cls(
             name=_plain_name(fields.text("name"), where),
-            preprocess=_read_preprocess(fields.inner("preprocess"), where),
+            preprocess=spec,
+            probe=prepared,
             max_batch=fields.whole("max_batch", 1, MAX_BATCH),
             files=files,
             inputs=_read_tensors(fields.array("inputs"), where, "inputs"),
@@ -299,15 +306,16 @@ def _read_file_entry(files: Fields, name: str) -> FileEntry:
     return entry
 
 
-def _read_preprocess(fields: Fields, where: str) -> PreprocessSpec:
+def _read_preprocess(fields: Fields, where: str) -> tuple[PreprocessSpec, str | None]:
     try:
         spec = PreprocessSpec.from_dict(fields.mapping("spec"))
     except ManifestError as error:
         raise ManifestError(f"{where}: {error}") from None
     if fields.digest("sha256") != spec.sha256():
         raise fields.fault("sha256", f"{spec.sha256()}, the hash of 'preprocess.spec'")
+    prepared = None if fields.is_null("probe") else fields.digest("probe")
     fields.finish()
-    return spec
+    return spec, prepared
 
 
 def _read_tensors(stored: list[Any], where: str, key: str) -> tuple[TensorSpec, ...]:

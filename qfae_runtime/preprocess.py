@@ -111,6 +111,19 @@ class PreprocessSpec:
         ]
 
 
+def probe(spec: PreprocessSpec) -> str | None:
+    """Return the SHA-256 (hex) of a coloured test image after preparation; None where it is not the same everywhere.
+
+    An engine's manifest holds the exporter's: another value on this machine means that engines would be given other
+    pixels here. Liver images pass OpenCV's filters, whose last grey level depends on the version.
+    """
+    if spec.kind != "resize":
+        return None
+    y, x, channel = np.ogrid[:301, :197, :3]
+    image = ((x * y // 7 + 31 * x * (channel + 1) + 57 * y * (3 - channel)) % 256).astype(np.uint8)
+    return hashlib.sha256(preprocess(image, spec).image.tobytes()).hexdigest()
+
+
 def preprocess(pixels: UInt8, spec: PreprocessSpec) -> Prepared:
     """Turn decoded pixels uint8 (H, W, 3) into the uint8 (S, S, 3) an engine takes; nothing is normalised.
 

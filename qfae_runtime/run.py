@@ -44,7 +44,7 @@ class Options:
     out: Path = Path("results")
     batch_size: int | None = None
     backend: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     threads: int | None = None
     maps: bool = True
     save_maps: bool = False

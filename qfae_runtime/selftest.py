@@ -30,6 +30,7 @@ from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.errors import SelfTestError
 from qfae_runtime.golden import Golden, golden_bytes, load_golden
+from qfae_runtime.preprocess import probe
 
 _SHOWN_FAILURES = 6
 _MARGIN = 10.0
@@ -72,6 +73,11 @@ def self_test(opened: OpenedEngine, *, force: bool = False, cache: Path | None =
 
     """
     contract = contract_for(opened.certificate, opened.manifest.files[opened.path.name].precision or "fp32")
+    if opened.manifest.probe not in (None, probe(opened.manifest.preprocess)):
+        raise SelfTestError(
+            f"{opened.path}: self-test failed: this machine prepares images otherwise than the one that exported the "
+            "engine; do not use its scores: install the numpy and qfae that the manifest names, or export again here"
+        )
     content = golden_bytes(opened)
     if content is None:
         return Verdict("skipped", "the manifest names no golden file", 0, 0.0, False)

@@ -20,6 +20,7 @@ from qfae_runtime.cli import run_command
 from qfae_train.config import Backbone, Perceptual
 from tests.benchmarks.test_reproduce import tree
 from tests.commands import ROOT, run
+from tests.export.tiny import checkpoint_file
 from tests.train.made_up import DINOV2, config, made_up, toml
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,6 +94,23 @@ def test_the_published_models(tmp_path: Path) -> None:
     assert (tmp_path / "last_ckpt.onnx").is_file()
     assert json.loads((tmp_path / "runs/brats/brats.seeds.json").read_text(encoding="utf-8"))["statistics"]
     assert ["make", "reproduce", "DATA=BMAD"] in commands("make")  # tests/benchmarks/test_reproduce.py runs it
+
+
+def test_fp16_and_tensorrt(tmp_path: Path) -> None:
+    """As far as a machine without TensorRT and GPU comes: FP16, the reason why there is no plan, and verifying."""
+    checkpoint_file(tmp_path / "brats.pt")
+    export, rebuild, verify = commands("qfae-export")[2:]
+    done = run(*export, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "brats.fp16.onnx").is_file()
+    if not (tmp_path / "brats.plan").is_file():
+        assert "no plan: TensorRT" in done.stdout
+        assert shlex.join(rebuild) in done.stdout
+        done = run(*rebuild, cwd=tmp_path)
+        assert (done.returncode, "TensorRT" in done.stderr) == (1, True)
+        verify = [word.replace("brats.plan", "brats.fp16.onnx") for word in verify]
+    done = run(*verify, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "demo-train", "reproduce"])

@@ -63,10 +63,13 @@ def test_the_engine_carries_its_certificate(build: Path) -> None:
 
     assert sorted(path.name for path in (build / "engine").iterdir()) == ["demo.golden.npz", "demo.json", "demo.onnx"]
     assert len(certificate["batches"]) == 3
-    for name in ("score", "anomaly_map"):
-        parity = certificate["outputs"][name]
-        assert parity["max_abs"] <= parity["bound_abs"] == 1e-4
-        assert parity["max_rel"] <= parity["bound_rel"] == 1e-3
+    assert certificate["contract"]["name"] == "fp32"
+    for name, bound in (("score_abs", 1e-4), ("map_abs", 1e-4), ("score_rel", 1e-3), ("map_rel", 1e-3)):
+        assert certificate["measured"][name] <= certificate["contract"]["bounds"][name] == bound
+    assert [(link["source"], link["target"]) for link in certificate["links"]] == [
+        ("PyTorch FP32", "graph FP32"),
+        ("graph FP32", "ONNX FP32"),
+    ]
 
 
 @pytest.fixture(scope="module")

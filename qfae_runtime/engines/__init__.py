@@ -8,14 +8,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines.base import OUTPUT_NAMES, Engine, Scores
 from qfae_runtime.errors import EngineError, ManifestError, UsageError
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, check_digest, find_manifest
 
 __all__ = ["BACKENDS", "DEVICES", "Engine", "OpenedEngine", "Scores", "open_engine"]
 
-BACKENDS = ("auto", "onnxruntime")
-DEVICES = ("cpu",)
+BACKENDS = ("auto", "onnxruntime", "tensorrt")
+DEVICES = ("auto", "cpu", "cuda:0")
+
+# Who runs a format, and where unless a device is named.
+_RUNS = {"onnx": ("onnxruntime", "cpu"), "plan": ("tensorrt", "cuda:0"), "rtx-plan": ("tensorrt-rtx", "cuda:0")}
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,14 @@ def open_engine(
     path: Path | str,
     *,
     backend: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     threads: int | None = None,
     allow_uncertified: bool = False,
 ) -> OpenedEngine:
     """Open an engine file whose manifest lies beside it. Nothing is loaded before its hash has been checked.
+
+    `backend` and `device` "auto" follow the file: ONNX runs in ONNX Runtime on the CPU, a plan in TensorRT on the
+    first GPU.
 
     Raises:
         UsageError: the backend or device is unknown.
@@ -79,15 +85,44 @@ def open_engine(
             f"{error.filename or path}: cannot be read ({error.strerror or error}); "
             "check who may read the engine's files and their folder"
         ) from None
-    chosen = "onnxruntime" if backend == "auto" else backend
+    chosen, device = _runner(path, entry.format or "onnx", backend, device)
     certificate = manifest.certified(path.name, chosen, device)
     if certificate is None and not allow_uncertified:
         raise EngineError(_uncertified(manifest, path, chosen, device, manifest_path.name))
-    # Imported here, so that a manifest can be read where this backend is not installed.
-    from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
-
-    engine = OnnxRuntimeEngine(model, manifest.image_size, manifest.max_batch, threads)
+    engine = _load(model, path, manifest, chosen, device, threads)
     return OpenedEngine(engine, manifest, path, digest, certificate)
+
+
+def _runner(path: Path, format: str, backend: str, device: str) -> tuple[str, str]:
+    """Return the backend and the device that run a file of this format.
+
+    Raises:
+        EngineError: what was asked for cannot run it.
+
+    """
+    runner, place = _RUNS[format]
+    if backend != "auto" and not runner.startswith(backend):
+        raise EngineError(f"{path}: format {format!r} is run by {runner}, not by {backend}; leave out the backend")
+    if device != "auto" and (device == "cpu") != (place == "cpu"):
+        raise EngineError(
+            f"{path}: format {format!r} runs on {place}, not on {device}; leave out the device"
+            + ("" if place != "cpu" else ", or build a plan for the GPU: qfae-export --onnx " + path.name)
+        )
+    return runner, place if device == "auto" else device
+
+
+def _load(
+    model: Path | bytes, path: Path, manifest: Manifest, backend: str, device: str, threads: int | None
+) -> Engine:
+    # Imported here, so that a manifest can be read where a backend is not installed.
+    if backend == "onnxruntime":
+        from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(model, manifest.image_size, manifest.max_batch, threads)
+    from qfae_runtime.engines.tensorrt import TensorRtEngine
+
+    plan = model if isinstance(model, bytes) else model.read_bytes()
+    return TensorRtEngine(plan, manifest.image_size, manifest.max_batch, backend=backend, device=device, name=str(path))
 
 
 def _check_choice(backend: str, device: str) -> None:
@@ -108,16 +143,20 @@ def _entry_of(manifest: Manifest, path: Path, manifest_path: Path) -> FileEntry:
             f"{manifest_path}: lists no engine {path.name!r}, only {', '.join(engines) or 'none'}; "
             "engine and manifest must come from the same export"
         )
-    if entry.format != "onnx":
-        raise EngineError(f"{path}: format {entry.format!r} cannot be run yet, accepted is 'onnx'")
+    missing = [name for name in OUTPUT_NAMES if name not in {tensor.name for tensor in manifest.outputs}]
+    if missing:
+        raise EngineError(
+            f"{path}: half an engine, without {', '.join(missing)}; it cannot score images by itself: "
+            "export the whole with qfae-export, without --part"
+        )
     return entry
 
 
 def _verified_model(manifest: Manifest, path: Path, entry: FileEntry, manifest_name: str) -> tuple[Path | bytes, str]:
-    weights = [name for name, one in manifest.files.items() if one.role == "weights"]
-    if weights:
+    weights = f"{path.name}.data"
+    if weights in manifest.files:
         # External data is read by the backend itself, from the folder of the engine.
-        manifest.verify_files(path.parent, [path.name, *weights])
+        manifest.verify_files(path.parent, [path.name, weights])
         return path, entry.sha256
     # Hashed and loaded from one read: the file cannot be exchanged in between, nor refer to other files.
     model = path.read_bytes()

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import qfae_export.chain
 import qfae_export.export
 from qfae_export.cli import main
 from qfae_export.export import Exported
-from qfae_export.parity import pytorch_scores
+from qfae_export.parity import reference_scores
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.manifest import Manifest
-from tests.export.tiny import checkpoint_file, picture_folder, pictures
+from tests.export.tiny import checkpoint_file, picture_folder
 
 
 class Ran:
@@ -37,7 +38,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
 def fault_of(ran: Ran) -> str:
     """The one line that says what was wrong, below the lines that say what was being done."""
     lines = [line.removeprefix("qfae-export: ") for line in ran.err.splitlines()]
-    steps = ("reading the", "scoring ", "writing the", "comparing ")
+    steps = ("reading the", "scoring ", "writing ", "comparing ")
     [fault] = [line for line in lines if not line.startswith(steps)]
     return fault
 
@@ -56,12 +57,13 @@ def test_another_process_writes_the_same_bytes(exported: Exported, checkpoint: P
     assert engine.read_bytes() == exported.engine.read_bytes()
     assert done.stderr.splitlines() == [
         "qfae-export: reading the checkpoint",
-        "qfae-export: scoring 9 images with PyTorch float32, the reference",
-        "qfae-export: writing the ONNX file",
-        "qfae-export: comparing ONNX Runtime with PyTorch",
+        "qfae-export: scoring 32 images with PyTorch float32, the reference",
+        "qfae-export: writing tiny.onnx",
+        "qfae-export: comparing tiny.onnx in ONNX Runtime with PyTorch",
     ]
     lines = done.stdout.splitlines()
-    assert "largest error on 9 images" in lines[0]
+    assert "on 32 images, contract fp32" in lines[0]
+    assert any("graph FP32 →" in line for line in lines)
     assert "measured on: validation images stored in tiny.pt" in lines
     assert lines[-1] == f"next: qfae-run IMAGES --engine '{engine}' --out results/"
 
@@ -70,12 +72,12 @@ def test_another_process_writes_the_same_bytes(exported: Exported, checkpoint: P
 def test_success_shows_table_files_and_next_command(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder = picture_folder(tmp_path / "scans", 8)
+    folder = picture_folder(tmp_path / "scans", 32)
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--parity-images", folder, "--max-batch", 5)
     assert ran.code == 0
-    for text in ("batch 1", "batch 3", "batch 5", "score, relative", "reconstruction, grey levels", "0.0001"):
+    for text in ("batch 1", "batch 3", "batch 5", "score error, relative", "reconstruction, grey levels", "≤ 0.0001"):
         assert text in ran.out
-    assert "measured on: 8 of the 8 images in scans/" in ran.out
+    assert "measured on: 32 of the 32 images in scans/" in ran.out
     assert "largest batch" not in ran.out  # it was asked for
     assert f"wrote {tmp_path / 'tiny.onnx'} (" in ran.out
     assert ran.out.endswith(f"next: qfae-run IMAGES --engine {tmp_path / 'tiny.onnx'} --out results/\n")
@@ -83,13 +85,15 @@ def test_success_shows_table_files_and_next_command(
 
 @pytest.mark.usefixtures("quick")
 def test_default_folder_is_the_checkpoints_and_a_capped_batch_is_told(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = run(capsys, "--ckpt", checkpoint_file(tmp_path / "tiny.pt", parity_images=pictures(4)))
+    monkeypatch.setattr("qfae_export.export.DEFAULT_MAX_BATCH", 64)
+    monkeypatch.setattr("qfae_export.cli.DEFAULT_MAX_BATCH", 64)
+    ran = run(capsys, "--ckpt", checkpoint_file(tmp_path / "tiny.pt"))
     assert ran.code == 0
     assert (tmp_path / "tiny.onnx").is_file()
-    assert Manifest.load(tmp_path / "tiny.json").max_batch == 4
-    assert "largest batch 4, the number of images measured on; for a larger one pass --parity-images" in ran.out
+    assert Manifest.load(tmp_path / "tiny.json").max_batch == 32
+    assert "largest batch 32, the number of images measured on; for a larger one pass --parity-images" in ran.out
     again = run(capsys, "--ckpt", tmp_path / "tiny.pt")
     assert again.code == 1
     assert fault_of(again).endswith("pass --overwrite to replace it, or another --out or --name")
@@ -101,18 +105,17 @@ def test_disagreement_shows_the_table_and_exits_1(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shifted(scorer: object, images: object) -> Scores:
-        scores = pytorch_scores(scorer, images)  # type: ignore[arg-type]
+        scores = reference_scores(scorer, images)  # type: ignore[arg-type]
         scores.anomaly_map[3, 10, 20] += 2e-4
         return scores
 
-    monkeypatch.setattr(qfae_export.export, "pytorch_scores", shifted)
+    monkeypatch.setattr(qfae_export.chain, "reference_scores", shifted)
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path / "out")
     assert ran.code == 1
-    assert "largest error on 9 images" in ran.err
+    assert "on 32 images, contract fp32" in ran.err
     # 2e-4 and the engine's own rounding
-    said = r"anomaly_map: absolute error 0\.000(2|20\d|19\d) exceeds 0\.0001 at image 3, y 10, x 20: "
-    assert re.search(said, ran.err)
-    assert "(image 3: image 3 stored in tiny.pt)" in ran.err
+    said = r"map error, largest: 0\.000(2|20\d|19\d) exceeds 0\.0001, worst at image 3, y 10, x 20 "
+    assert re.search(said + r"\(image 3 stored in tiny\.pt\): expected", ran.err)
     assert "next:" not in ran.out
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -146,8 +149,8 @@ def test_all_usage_faults_at_once(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert ran.err.splitlines() == [
         "qfae-export: --max-bach: no such option; did you mean --max-batch?",
         "qfae-export: 'x.pt': unexpected; everything is named by an option",
-        "qfae-export: --ckpt: missing; name the checkpoint that qfae-train wrote",
         "qfae-export: --max-batch: got '0', expected a whole number in 1..4096",
+        "qfae-export: --ckpt: missing; name the checkpoint that qfae-train wrote",
         "qfae-export: --name: '../up' cannot name an engine; pass a --name of letters, digits and _ . + -",
         f"qfae-export: --out: {tmp_path / 'file'} is a file; name a folder",
         "Try 'qfae-export --help'.",
@@ -157,8 +160,8 @@ def test_all_usage_faults_at_once(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_too_large_a_batch_and_a_missing_folder(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--max-batch", 10)
-    assert (ran.code, fault_of(ran)[:61]) == (1, "--max-batch 10: the largest batch is measured with 10 differe")
+    ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--max-batch", 33)
+    assert (ran.code, fault_of(ran)[:61]) == (1, "--max-batch 33: the largest batch is measured with 33 differe")
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--parity-images", tmp_path / "nowhere")
     assert (ran.code, "no such folder" in fault_of(ran)) == (1, True)
 
@@ -169,8 +172,7 @@ def test_help_is_quick_and_ends_with_an_example() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("Example:\n    qfae-export --ckpt demo.pt --out engines/\n")
-    assert "--fp16" not in done.stdout  # what does not work yet is not offered
+    assert done.stdout.endswith("qfae-export verify --engine brats.onnx --ckpt brats.pt\n")
 
 
 def test_a_missing_package_names_the_extra(
@@ -194,3 +196,40 @@ def test_interruption_leaves_nothing(
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path / "out")
     assert (ran.code, fault_of(ran)) == (130, "interrupted; nothing was written")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "faults"),
+    [
+        (("--fp15",), ["--fp15: no such option; did you mean --fp16?", "--ckpt: missing; name the checkpoint that"]),
+        (
+            ("--ckpt", "a.pt", "--format", "engine", "--part", "half", "--bisect"),
+            [
+                "--format: got 'engine', accepted are onnx, plan, rtx-plan",
+                "--part: got 'half', accepted are full, reconstruction, scorer",
+                "--bisect: finds what must stay FP32 in an FP16 engine; pass --fp16 too",
+            ],
+        ),
+        (
+            ("--ckpt", "a.pt", "--random-weights", "x"),
+            ["--random-weights: got 'x', expected a seed, a whole number in 0..999999999"],
+        ),
+        (("--random-weights", "1"), ["--random-weights: of which model? Name it with --preset or --config"]),
+        (
+            ("--onnx", "a.fp16.onnx", "--ckpt", "a.pt", "--fp16", "--name", "b", "--format", "onnx"),
+            [
+                "--ckpt, --onnx: give one of them",
+                "--name: means nothing with --onnx, whose plan is written beside it as its manifest says",
+                "--fp16: means nothing with --onnx, whose plan is written beside it as its manifest says",
+                "--format: onnx is what --onnx names already; accepted are plan, rtx-plan",
+            ],
+        ),
+    ],
+)
+def test_contradictions(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], faults: list[str]) -> None:
+    ran = run(capsys, *arguments)
+    assert ran.code == 2
+    lines = ran.err.splitlines()[:-1]
+    assert len(lines) == len(faults)
+    for line, fault in zip(lines, faults, strict=True):
+        assert line.startswith(f"qfae-export: {fault}")

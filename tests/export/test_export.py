@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +17,8 @@ from onnx import numpy_helper
 
 import qfae_export.export
 from qfae_export.export import Exported, Options, ParityError, export
+from qfae_export.layers import Linear
+from qfae_export.onnx_file import write_onnx
 from qfae_export.options import is_plain_name
 from qfae_runtime.engines import open_engine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, UsageError
@@ -51,10 +57,12 @@ def test_engine_opens_passes_its_self_test_and_scores_like_pytorch(
     scorer = build_scorer(load(checkpoint))
     with open_engine(exported.engine, threads=2) as opened:
         assert opened.certificate is not None
-        assert opened.certificate.batches == (1, 7, 9)
-        assert opened.certificate.images == 9
+        assert opened.certificate.batches == (1, 7, 32)
+        assert opened.certificate.images == 32
+        assert opened.certificate.contract.name == "fp32"
+        assert [link.target for link in opened.certificate.links] == ["graph FP32", "ONNX FP32"]
         verdict = self_test(opened, force=True, cache=tmp_path)
-        assert (verdict.status, verdict.images) == ("passed", 9)
+        assert (verdict.status, verdict.images) == ("passed", 16)
         got = opened.engine.run(images)
     import torch
 
@@ -66,19 +74,21 @@ def test_manifest_says_where_the_engine_comes_from(exported: Exported, checkpoin
     manifest.verify_files(exported.engine.parent)
     stored = load(checkpoint)
     assert set(manifest.files) == {"tiny.onnx", "tiny.golden.npz"}
-    assert manifest.max_batch == 9  # as many as the checkpoint holds images
-    assert manifest.precision == {"policy": "fp32"}
+    assert manifest.max_batch == 32
+    assert manifest.precision == {"tiny.onnx": {"policy": "fp32"}}
     assert manifest.provenance["checkpoint"] == {"file": "tiny.pt", "sha256": stored.sha256}
     assert manifest.provenance["config"]["score"] == stored.config.to_dict()["score"]
     assert [one["sha256"] for one in manifest.provenance["frozen"]] == list(stored.embedded)
     assert manifest.provenance["training"] == {"epoch": 3, "loss": "nan"}  # JSON knows no NaN
-    assert {"torch", "onnx", "onnxruntime", "opset"} <= manifest.provenance["exported_by"].keys()
+    assert {"torch", "onnx", "onnxruntime", "opsets"} <= manifest.provenance["exported_by"].keys()
     assert {path.name for path in exported.files} == {"tiny.onnx", "tiny.golden.npz", "tiny.json"}
 
 
 def test_golden_file_holds_the_stored_images_from_low_to_high(exported: Exported) -> None:
     with np.load(exported.engine.with_name("tiny.golden.npz")) as golden:
-        assert sorted(image.tobytes() for image in golden["images"]) == sorted(i.tobytes() for i in pictures(9))
+        stored = {image.tobytes() for image in pictures(32)}
+        assert len(golden["images"]) == 16
+        assert {image.tobytes() for image in golden["images"]} < stored
         assert np.all(np.diff(golden["score"]) >= 0)
 
 
@@ -88,11 +98,11 @@ def test_nothing_else_is_left_in_the_folder(exported: Exported) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_images_from_a_folder_and_a_name_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "scans", 6)
+    folder = picture_folder(tmp_path / "scans", 33)
     made = export(Options(checkpoint, tmp_path / "new" / "deep", folder, name="brain-1", max_batch=4))
     [entry] = Manifest.load(tmp_path / "new" / "deep" / "brain-1.json").certificate
-    assert (entry.engine, entry.batches, entry.images) == ("brain-1.onnx", (1, 3, 4), 6)
-    assert entry.images_from == "6 of the 6 images in scans/"
+    assert (entry.engine, entry.batches, entry.images) == ("brain-1.onnx", (1, 3, 4), 32)
+    assert entry.images_from == "32 of the 33 images in scans/"
     assert made.engine == tmp_path / "new" / "deep" / "brain-1.onnx"
 
 
@@ -108,8 +118,9 @@ def test_a_changed_weight_is_caught_and_leaves_nothing(
     assert error.value.exit_code == 1
     assert not error.value.report
     lines = str(error.value).splitlines()
-    assert lines[0] == ("tiny.onnx: ONNX Runtime does not compute what PyTorch computes, so nothing was written:")
-    assert any("batch 9: anomaly_map: absolute error" in line and ", y " in line for line in lines)
+    assert lines[0] == ("tiny.onnx: onnxruntime does not compute what PyTorch computes, so nothing was written:")
+    assert any("batch 32: map error, largest: " in line and ", y " in line for line in lines)
+    assert lines[-2] == "the step at fault: graph FP32 -> ONNX FP32"
     assert listing(tmp_path / "out") == {}
 
 
@@ -179,3 +190,66 @@ def test_names_a_manifest_takes(name: str, exported: Exported) -> None:
 @pytest.mark.parametrize("name", ["", "a b", "../up", "a/b", ".hidden", "a..b", "ends.", "x" * 101, "ä"])
 def test_names_that_are_refused(name: str) -> None:
     assert not is_plain_name(name)
+
+
+@pytest.mark.parametrize("part", ["reconstruction", "scorer"])
+def test_a_half_is_measured_and_no_engine_of_its_own(checkpoint: Path, tmp_path: Path, part: str) -> None:
+    done = export(Options(checkpoint, tmp_path, part=part))
+    assert [file.name for file in done.files] == [f"tiny.{part}.onnx", f"tiny.{part}.json"]
+    [entry] = done.manifest.certificate
+    assert entry.passed
+    inputs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in done.manifest.inputs}
+    outputs = [tensor.name for tensor in done.manifest.outputs]
+    if part == "scorer":
+        assert inputs["pixels"] == ("float32", ("batch", 32, 32, 3))
+        assert outputs == ["score", "anomaly_map"]
+    else:
+        assert list(inputs) == ["images"]
+        assert outputs == ["reconstruction", "pixels"]
+    with pytest.raises(EngineError, match=r"half an engine, without .*; it cannot score images by itself: export the"):
+        open_engine(done.engine)
+
+
+@pytest.mark.parametrize("part", ["reconstruction", "scorer"])
+def test_a_changed_half_is_caught(checkpoint: Path, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(graph: Any, path: Path) -> list[Path]:
+        for unit in graph.modules():
+            if isinstance(unit, Linear):
+                unit.weight.mul_(1.01)
+        return write_onnx(graph, path)
+
+    monkeypatch.setattr(qfae_export.export, "write_onnx", write)
+    with pytest.raises(ParityError, match="the step at fault: PyTorch FP32 -> ONNX FP32"):
+        export(Options(checkpoint, tmp_path, part=part))
+    assert listing(tmp_path) == {}
+
+
+def test_a_disk_that_is_too_full_is_told_before_anything_is_scored(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    said: list[str] = []
+    with pytest.raises(OutputError, match=r"100\.0 kB are free, but the engine takes 5\d\d\.\d kB; nothing was exp"):
+        export(Options(checkpoint, tmp_path / "out"), said.append)
+    assert said == ["reading the checkpoint"]
+
+
+def test_a_disk_that_fills_up_while_weights_are_written_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """No file may pass 200 kB here, as on a disk that is full; the engine takes 570 kB."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "from qfae_export.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--ckpt", str(checkpoint), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written (File too large); nothing was exported: free some space" in done.stderr
+    assert listing(tmp_path / "out") == {}

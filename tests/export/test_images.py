@@ -17,21 +17,25 @@ SPEC = PreprocessSpec(image_size=32)
 
 
 def test_folder_images_are_preprocessed_as_for_scoring(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "test" / "good", 5)
+    folder = picture_folder(tmp_path / "test" / "good", 32)
     images = from_folder(folder, SPEC, limit=32)
-    assert images.names == ("00.png", "01.png", "02.png", "03.png", "04.png")
-    assert images.origin == "5 of the 5 images in good/"
+    assert images.names[:3] == ("00.png", "01.png", "02.png")
+    assert images.origin == "32 of the 32 images in good/"
+    assert images.coloured == 0  # they have colours of their own
     np.testing.assert_array_equal(images.pixels[3], preprocess(read_image(folder / "03.png").pixels, SPEC).image)
 
 
 def test_masks_are_no_images_and_a_large_folder_is_sampled_evenly(tmp_path: Path) -> None:
     root = tmp_path / "test"
-    picture_folder(root / "good" / "img", 10)
-    picture_folder(root / "Ungood" / "img", 10)
+    picture_folder(root / "good" / "img", 30)
+    picture_folder(root / "Ungood" / "img", 60)
     picture_folder(root / "Ungood" / "label", 10)
-    images = from_folder(root, SPEC, limit=4)
-    assert images.names == ("Ungood/img/00.png", "Ungood/img/06.png", "good/img/03.png", "good/img/09.png")
-    assert images.origin == "4 of the 20 images in test/"
+    images = from_folder(root, SPEC, limit=40)
+    assert images.names[0] == "Ungood/img/00.png"
+    assert images.names[-1] == "good/img/29.png"
+    assert images.origin == "40 of the 90 images in test/"
+    assert images.labels == tuple(name.startswith("Ungood") for name in images.names)
+    assert 25 < sum(map(bool, images.labels)) < 29
 
 
 def test_every_unreadable_image_is_named(tmp_path: Path) -> None:
@@ -56,43 +60,71 @@ def test_missing_empty_and_repetitive_folders(tmp_path: Path) -> None:
     folder = picture_folder(tmp_path / "copies", 2)
     for number in range(5):
         (folder / f"copy{number}.png").write_bytes((folder / "00.png").read_bytes())
-    with pytest.raises(ExportError, match=r"copies/: 2 different images, but a measurement needs 3 at least; pass"):
+    with pytest.raises(ExportError, match=r"copies/: 2 different images, but a measurement needs 32 at least; pass"):
         from_folder(folder, SPEC, limit=32)
 
 
 def test_stored_images_and_their_copies() -> None:
-    stored = pictures(6)
+    stored = pictures(33)
     stored[4] = stored[1]
-    images = from_checkpoint(stored, 32, "demo.pt")
-    assert len(images) == 5
+    images = from_checkpoint(stored, SPEC, "demo.pt")
+    assert len(images) == 32
     assert images.names[4] == "image 5 stored in demo.pt"
+    assert set(images.labels) == {None}
+
+
+def test_a_few_stored_images_are_joined_by_slices() -> None:
+    stored = pictures(7)
+    stored[6] = stored[0]
+    images = from_checkpoint(stored, SPEC, "small.pt")
+    assert (len(images), images.coloured, images.stands_in) == (32, 0, False)
+    assert images.origin == "6 validation images stored in small.pt, and 26 brain slices that come with qfae"
+    assert images.names[5:7] == ("image 5 stored in small.pt", "brain slice 0 of qfae")
+    assert images.labels[5:9] == (None, False, True, False)
+    assert from_checkpoint(stored[:0], SPEC, "small.pt").origin == "32 brain slices that come with qfae"
+
+
+def test_grey_images_get_coloured_copies() -> None:
+    grey = np.repeat(pictures(32)[..., :1], 3, axis=3)
+    images = from_checkpoint(grey, SPEC, "demo.pt")
+    assert (len(images), images.real, images.coloured) == (36, 32, 4)
+    assert images.names[-4:] == tuple(
+        f"image {number} stored in demo.pt in false colours" for number in (0, 10, 21, 31)
+    )
+    assert images.labels[-4:] == (None,) * 4
+    coloured = images.pixels[32:].astype(int)
+    for one in coloured:
+        orders = {one[..., list(order)].tobytes() for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 1, 0))}
+        assert len(orders) == 5
+    assert np.abs(coloured - grey[[0, 10, 21, 31]]).max() <= 31
 
 
 def test_slices_stand_in_where_there_are_no_images() -> None:
     slices = from_slices(SPEC)
-    assert len(slices) == 32
-    assert slices.pixels.shape == (32, 32, 32, 3)
+    assert (len(slices), slices.real) == (36, 32)
+    assert slices.pixels.shape == (36, 32, 32, 3)
     assert slices.stands_in
     assert (slices.origin, slices.names[5]) == ("32 brain slices that come with qfae", "brain slice 5 of qfae")
-    assert len({image.tobytes() for image in slices.pixels}) == 32
-    assert not from_checkpoint(pictures(3), 32, "demo.pt").stands_in
+    assert slices.labels[:4] == (False, True, False, True)  # every second one has a lesion
+    assert len({image.tobytes() for image in slices.pixels}) == 36
+    assert not from_checkpoint(pictures(32), SPEC, "demo.pt").stands_in
 
 
 def test_checkpoint_with_wrong_images() -> None:
     with pytest.raises(ExportError, match=r"expected uint8 \(N, 64, 64, 3\), got uint8 \(3, 32, 32, 3\); pass"):
-        from_checkpoint(pictures(3), 64, "demo.pt")
+        from_checkpoint(pictures(3), PreprocessSpec(image_size=64), "demo.pt")
 
 
 def test_largest_batch_never_exceeds_the_images() -> None:
-    images = from_checkpoint(pictures(9), 32, "demo.pt")
-    assert largest_batch(None, 32, images) == 9
+    images = from_checkpoint(pictures(33), SPEC, "demo.pt")
+    assert largest_batch(None, 64, images) == 33
     assert largest_batch(None, 4, images) == 4
-    assert largest_batch(9, 32, images) == 9
+    assert largest_batch(33, 32, images) == 33
     with pytest.raises(ExportError) as error:
-        largest_batch(10, 32, images)
+        largest_batch(34, 32, images)
     assert str(error.value) == (
-        "--max-batch 10: the largest batch is measured with 10 different images, but there are 9 "
-        "(validation images stored in demo.pt); pass --parity-images DIR with 10 or more, or --max-batch 9"
+        "--max-batch 34: the largest batch is measured with 34 different images, but there are 33 "
+        "(validation images stored in demo.pt); pass --parity-images DIR with 34 or more, or --max-batch 33"
     )
 
 

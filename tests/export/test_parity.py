@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from io import StringIO
@@ -14,8 +15,17 @@ from rich.console import Console
 
 from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages
-from qfae_export.parity import ParityReport, batch_sizes, golden_of, measure, pytorch_scores
+from qfae_export.parity import (
+    ParityReport,
+    batch_sizes,
+    golden_of,
+    link,
+    measure,
+    reference_scores,
+    scale_of,
+)
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.base import Scores
 from tests.export.tiny import config_of, pictures, scorer_of
 
@@ -54,7 +64,8 @@ class Echo:
 
 @pytest.fixture
 def images() -> ParityImages:
-    return ParityImages(pictures(COUNT, SIZE), tuple(f"{n}.png" for n in range(COUNT)), "made up")
+    labels = tuple(n % 2 == 1 for n in range(COUNT))
+    return ParityImages(pictures(COUNT, SIZE), tuple(f"{n}.png" for n in range(COUNT)), "made up", labels)
 
 
 @pytest.fixture
@@ -68,7 +79,7 @@ def reference() -> Scores:
 
 
 def report_of(images: ParityImages, reference: Scores, fault: Fault) -> ParityReport:
-    return measure(Echo(images, reference, fault), images, reference)
+    return measure(Echo(images, reference, fault), images, reference, CONTRACTS["fp32"])
 
 
 def spoil(output: str, image: int, where: tuple[int, ...], change: Callable[[float], float]) -> Fault:
@@ -89,8 +100,13 @@ def test_equal_outputs_pass_and_every_image_counts(images: ParityImages, referen
     assert report
     assert report.failures() == []
     assert report.batches == (1, 7, COUNT)
-    assert sorted(seen) == sorted(list(range(COUNT)) * 3)
-    assert report.worst.outputs["anomaly_map"].elements == 3 * COUNT * SIZE * SIZE
+    singles, odd = [0, 4, 9], [0, 2, 3, 4, 6, 8, 9]  # evenly spread
+    assert seen == [*range(COUNT), *singles, *odd]
+    assert [row.run_at_this_size for row in report.rows] == [3, 7, COUNT]
+    assert report.worst.values["map_abs"] == 0
+    assert report.worst.values["auroc_change"] == 0
+    assert report.outputs is not None
+    np.testing.assert_array_equal(report.outputs.score, reference.score)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +114,12 @@ def test_equal_outputs_pass_and_every_image_counts(images: ParityImages, referen
     [
         pytest.param(
             spoil("anomaly_map", 9, (3, 5), lambda value: value + 2e-4),
-            r"batch 1: anomaly_map: absolute error 0.0002 exceeds 0.0001 at image 9, y 3, x 5: .*\(image 9: 9\.png\)",
+            r"batch 1: map error, largest: 0\.0002 exceeds 0\.0001, worst at image 9, y 3, x 5 \(9\.png\): expected",
             id="one pixel off by 2e-4",
         ),
         pytest.param(
             spoil("score", 4, (), lambda value: value + 2e-4),
-            r"batch 7: score: absolute error 0.0002 exceeds 0.0001 at image 4: ",
+            r"batch 7: score error, largest: 0\.0002 exceeds 0\.0001, worst at image 4 \(4\.png\): ",
             id="one score off by 2e-4",
         ),
         pytest.param(
@@ -113,12 +129,12 @@ def test_equal_outputs_pass_and_every_image_counts(images: ParityImages, referen
         ),
         pytest.param(
             spoil("score", 9, (), lambda value: float("inf")),
-            r"batch 7: score: the engine has 1 values that are not finite",
+            r"batch 10: score: the engine has 1 values that are not finite",
             id="an infinite score of the last image",
         ),
         pytest.param(
             spoil("reconstruction", 2, (1, 1, 2), lambda value: value + 2),
-            r"reconstruction: absolute error 2 exceeds 1 at image 2, y 1, x 1, channel 2: ",
+            r"reconstruction, grey levels: 2 exceeds 1, worst at image 2, y 1, x 1, channel 2",
             id="two grey levels",
         ),
     ],
@@ -130,24 +146,24 @@ def test_planted_faults_are_named(images: ParityImages, reference: Scores, fault
 
 
 def test_relative_error_counts_where_values_are_small(images: ParityImages, reference: Scores) -> None:
-    reference.anomaly_map[6, 2, 2] = 0.02
-    report = report_of(images, reference, spoil("anomaly_map", 6, (2, 2), lambda value: value + 5e-5))
+    reference.anomaly_map[4, 2, 2] = 0.02
+    report = report_of(images, reference, spoil("anomaly_map", 4, (2, 2), lambda value: value + 5e-5))
     assert len(report.failures()) == 3  # the absolute bound holds; the relative one breaks at each batch size
-    assert "anomaly_map: relative error 0.0025 exceeds 0.001 at image 6, y 2, x 2" in report.failures()[0]
+    assert "map error, relative: 0.0025 exceeds 0.001, worst at image 4, y 2, x 2" in report.failures()[0]
 
 
 def test_relative_error_does_not_count_below_the_floor(images: ParityImages, reference: Scores) -> None:
-    reference.anomaly_map[6, 2, 2] = 0.0005
-    assert report_of(images, reference, spoil("anomaly_map", 6, (2, 2), lambda value: value + 5e-5))
+    reference.anomaly_map[4, 2, 2] = 0.0005
+    assert report_of(images, reference, spoil("anomaly_map", 4, (2, 2), lambda value: value + 5e-5))
 
 
 def test_a_fault_at_one_batch_size_only_is_seen(images: ParityImages, reference: Scores) -> None:
     def fault(answer: Scores, numbers: list[int]) -> None:
-        if len(numbers) == 3:  # what is left of 10 images after a batch of 7
-            answer.score[2] *= 1.01
+        if len(numbers) == 7:
+            answer.score[6] += 2e-4
 
-    [failure] = [text for text in report_of(images, reference, fault).failures() if "absolute" in text]
-    assert failure.startswith("batch 7: score: absolute error")
+    [failure] = report_of(images, reference, fault).failures()
+    assert failure.startswith("batch 7: score error, largest")
     assert "at image 9" in failure
 
 
@@ -156,8 +172,8 @@ def test_a_map_of_another_image_is_seen(images: ParityImages, reference: Scores)
         answer.anomaly_map[:] = np.roll(answer.anomaly_map, 1, axis=0)
 
     failures = report_of(images, reference, fault).failures()
-    assert failures
-    assert all("anomaly_map" in failure and "batch 1:" not in failure for failure in failures)
+    assert any("map cosine, p1" in failure for failure in failures)
+    assert all(": map " in failure and ("batch 7:" in failure or "batch 10:" in failure) for failure in failures)
 
 
 def test_lost_images_are_seen(images: ParityImages, reference: Scores) -> None:
@@ -166,7 +182,7 @@ def test_lost_images_are_seen(images: ParityImages, reference: Scores) -> None:
             answer = super().run(images, maps)
             return Scores(answer.score[:-1], answer.anomaly_map[:-1], answer.reconstruction[:-1])
 
-    report = measure(Loses(images, reference, lambda *_: None), images, reference)
+    report = measure(Loses(images, reference, lambda *_: None), images, reference, CONTRACTS["fp32"])
     assert "batch 10: score: expected shape (10,), got (9,)" in report.failures()
 
 
@@ -175,8 +191,37 @@ def test_table_shows_errors_bounds_and_faults(images: ParityImages, reference: S
     console = Console(width=100, file=shown)
     console.print(report_of(images, reference, spoil("score", 1, (), lambda value: value + 2e-4)).table())
     console.print(report_of(images, reference, spoil("score", 1, (), lambda value: float("nan"))).table())
-    for text in ("largest error on 10 images", "score, absolute", "batch 7", "2.0e-04", "0.0001", "none"):
+    for text in ("on 10 images, contract fp32", "score error, largest", "batch 7", "2.0e-04", "≤ 0.0001", "none"):
         assert text in shown.getvalue()
+
+
+def test_the_least_tolerance_that_would_have_passed(images: ParityImages, reference: Scores) -> None:
+    report = report_of(images, reference, spoil("score", 4, (), lambda value: value + 2e-4))
+    assert report.worst.values["score_abs"] == pytest.approx(2e-4, rel=1e-3)
+    enough = dataclasses.replace(report.contract, bounds={"score_abs": report.worst.values["score_abs"] or 0.0})
+    assert enough.holds(report.worst.values)
+
+
+def test_links_name_the_guilty_step(images: ParityImages, reference: Scores) -> None:
+    scale = scale_of(images, reference)
+    good = link("PyTorch FP32", "graph FP32", reference, reference, "fp32", scale, images.labels)
+    spoilt = reference._replace(score=reference.score + np.float32(0.01))
+    bad = link("graph FP32", "ONNX FP32", reference, spoilt, "fp32", scale, images.labels)
+    lost = link("ONNX FP32", "ONNX FP16", reference, reference.of([0, 1]), "fp16", scale, images.labels)
+    assert (good.passed, bad.passed, lost.passed) == (True, False, False)
+    report = dataclasses.replace(report_of(images, reference, lambda *_: None), links=(good, bad, lost))
+    assert report.guilty() == "graph FP32 -> ONNX FP32"
+    shown = StringIO()
+    Console(width=100, file=shown).print(report.chain())
+    assert "graph FP32 → ONNX FP32" in shown.getvalue()
+    assert "undefined" in shown.getvalue()
+
+
+def test_coloured_copies_do_not_count_in_the_scale(images: ParityImages, reference: Scores) -> None:
+    with_two = dataclasses.replace(images, coloured=2)
+    assert scale_of(with_two, reference) == scale_of(
+        dataclasses.replace(images, pixels=images.pixels[:8], labels=images.labels[:8]), reference.of(slice(8))
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +237,7 @@ def test_golden_images_span_the_scores() -> None:
         np.arange(40, dtype=np.float32)[:, None, None].repeat(SIZE, 1).repeat(SIZE, 2),
         np.zeros((40, SIZE, SIZE, 3), np.uint8),
     )
-    images = ParityImages(pictures(40, SIZE), tuple(map(str, range(40))), "made up")
+    images = ParityImages(pictures(40, SIZE), tuple(map(str, range(40))), "made up", (None,) * 40)
     golden = golden_of(images, reference)
     assert len(golden.images) == 16
     assert (golden.scores.score[0], golden.scores.score[-1]) == (0, 39)
@@ -203,13 +248,13 @@ def test_golden_images_span_the_scores() -> None:
 
 def test_reference_is_the_training_modules_in_float32() -> None:
     scorer, images = scorer_of(config_of()), pictures(11)
-    scores = pytorch_scores(scorer, images)
+    scores = reference_scores(scorer, images)
     want = scorer(torch.from_numpy(images))
     np.testing.assert_allclose(scores.score, want.score.numpy(), atol=1e-6)
     assert scores.anomaly_map.shape == (11, 32, 32)
     assert scores.reconstruction.dtype == np.uint8
     with pytest.raises(ExportError, match="the reference must be float32"):
-        pytorch_scores(scorer.half(), images)
+        reference_scores(scorer.half(), images)
 
 
 def test_a_diverged_checkpoint_is_named_as_the_cause() -> None:
@@ -217,4 +262,4 @@ def test_a_diverged_checkpoint_is_named_as_the_cause() -> None:
     with torch.no_grad():
         scorer.autoencoder.decoder.predict.bias.fill_(float("nan"))
     with pytest.raises(ExportError, match=r"gives 3 values that are not finite .* training diverged"):
-        pytorch_scores(scorer, pictures(3))
+        reference_scores(scorer, pictures(3))

@@ -77,7 +77,7 @@ def checkpoint_file(path: Path, config: Config | None = None, parity_images: UIn
         trained=scorer_of(config).autoencoder.trained_state(),
         frozen=records,
         embedded=dict(zip(digests, states, strict=True)),
-        parity_images=torch.from_numpy(pictures(9) if parity_images is None else parity_images),
+        parity_images=torch.from_numpy(pictures(32) if parity_images is None else parity_images),
         record={"epoch": 3, "loss": float("nan")},
     )
     save(path, content)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from .doubles.cuda import FakeCuda
+from .doubles.tensorrt import FakeTensorRt
 from .tiny import export_tiny
 
 
@@ -17,6 +20,23 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def engine_path(tmp_path: Path) -> Path:
     return export_tiny(tmp_path / "engine")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A double in the place of cuda-python."""
+    cuda = FakeCuda()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    return cuda
+
+
+@pytest.fixture
+def trt(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    """A double in the place of TensorRT and of TensorRT-RTX, on the double of cuda-python."""
+    trt = FakeTensorRt(fake_cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    return trt
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_all_usage_faults_are_told_at_once() -> None:
         "qfae-run: --engine: missing; name the engine file that qfae-export wrote",
         "qfae-run: --batch-size: got 'none', expected a whole number in 1..4096",
         "qfae-run: --threads: got '0', expected a whole number in 1..4096",
-        "qfae-run: --device: got 'tpu', accepted are cpu",
+        "qfae-run: --device: got 'tpu', accepted are auto, cpu, cuda:0",
         "Try 'qfae-run --help'.",
     ]
 

@@ -1,98 +1,117 @@
+"""The bounds: which outputs pass, and what is said of those that do not."""
+
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qfae_runtime.contract import Contract, compare, worst_of
+from qfae_runtime.agreement import measure_agreement
+from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines.base import Scores
 
+from .test_agreement import changed, scores
 
-def scores(batch: int = 2, size: int = 4) -> Scores:
-    rng = np.random.default_rng(1)
-    anomaly_map = rng.uniform(0.01, 0.5, (batch, size, size)).astype(np.float32)
-    reconstruction = rng.integers(10, 240, (batch, size, size, 3), dtype=np.uint8)
-    return Scores(anomaly_map.max(axis=(1, 2)), anomaly_map, reconstruction)
+FP32, FP16 = CONTRACTS["fp32"], CONTRACTS["fp16"]
 
 
-def changed(reference: Scores, name: str, index: tuple[int, ...], value: float) -> Scores:
-    array = getattr(reference, name).copy()
-    array[index] = value
-    return reference._replace(**{name: array})
+def failures(reference: Scores, got: Scores, contract: Contract = FP32) -> list[str]:
+    return contract.failures(measure_agreement(reference, got))
+
+
+def titles(sentences: list[str]) -> list[str]:
+    return [sentence.partition(":")[0] for sentence in sentences]
+
+
+def test_what_the_contracts_promise() -> None:
+    assert dict(FP32.bounds) == {
+        "score_abs": 1e-4,
+        "score_rel": 1e-3,
+        "score_iqr": 0.01,
+        "spearman": 0.999,
+        "flips_beyond": 0.0,
+        "map_abs": 1e-4,
+        "map_rel": 1e-3,
+        "map_share": 0.01,
+        "map_cosine_p1": 0.9995,
+        "reconstruction_levels": 1.0,
+    }
+    assert dict(FP16.bounds) == {
+        "score_iqr": 0.01,
+        "spearman": 0.999,
+        "flips_beyond": 0.0,
+        "map_share": 0.01,
+        "map_cosine_p1": 0.9995,
+        "reconstruction_p999": 2.0,
+    }
+    assert CONTRACTS["bf16"].bounds == FP16.bounds
 
 
 def test_equal_outputs_pass() -> None:
-    comparison = compare(scores(), scores())
-    assert comparison
-    assert comparison.failures() == []
-    assert comparison.outputs["score"].max_abs == 0
-    assert comparison.outputs["reconstruction"].max_rel is None
+    assert failures(scores(), scores()) == failures(scores(), scores(), FP16) == []
 
 
 def test_one_pixel_off_is_found_and_named() -> None:
     reference = scores()
     value = float(reference.anomaly_map[1, 2, 3])
-    comparison = compare(reference, changed(reference, "anomaly_map", (1, 2, 3), value + 0.01))
-    assert not comparison
-    assert len(comparison.failures()) == 2
-    assert comparison.failures()[0].startswith(
-        "anomaly_map: absolute error 0.01 exceeds 0.0001 at image 1, y 2, x 3: expected "
+    agreement = measure_agreement(reference, changed(reference, "anomaly_map", (1, 2, 3), value + 2e-4))
+    [sentence, *_] = FP32.failures(agreement, ["a.png", "b.png"])
+    assert sentence == (
+        f"map error, largest: 0.0002 exceeds 0.0001, worst at image 1, y 2, x 3 (b.png): "
+        f"expected {value:.7g}, got {float(np.float32(value + 2e-4)):.7g}"
     )
-    assert comparison.outputs["score"]
+
+
+def test_tiny_maps_do_not_pass_unseen() -> None:
+    """All values far below the absolute bound and the relative floor: only scale-free quantities can see a fault."""
+    reference = scores()
+    tiny = Scores(
+        reference.score * np.float32(1e-6), reference.anomaly_map * np.float32(1e-6), reference.reconstruction
+    )
+    assert failures(tiny, tiny) == []
+    flipped = tiny._replace(anomaly_map=np.ascontiguousarray(tiny.anomaly_map.swapaxes(1, 2)))
+    assert titles(failures(tiny, flipped)) == ["map error, p99.9 / p99.9 of maps", "map cosine, p1"]
+    shuffled = tiny._replace(score=tiny.score[::-1].copy())
+    assert {"score error, p99.9 / IQR", "score ranks, Spearman"} <= set(titles(failures(tiny, shuffled)))
 
 
 def test_relative_bound_bites_where_the_absolute_one_does_not() -> None:
     reference = changed(scores(), "anomaly_map", (0, 0, 0), 0.01)
-    comparison = compare(reference, changed(reference, "anomaly_map", (0, 0, 0), 0.01005))
-    assert [sentence.split(" exceeds")[0] for sentence in comparison.failures()] == [
-        "anomaly_map: relative error 0.005"
-    ]
-
-
-def test_relative_bound_leaves_tiny_values_alone() -> None:
-    reference = changed(scores(), "anomaly_map", (0, 0, 0), 0.0009)
-    assert compare(reference, changed(reference, "anomaly_map", (0, 0, 0), 0.00095))
+    assert titles(failures(reference, changed(reference, "anomaly_map", (0, 0, 0), 0.01005))) == ["map error, relative"]
 
 
 def test_reconstruction_may_be_one_level_off_but_not_two() -> None:
     reference = scores()
     level = int(reference.reconstruction[0, 1, 2, 0])
-    assert compare(reference, changed(reference, "reconstruction", (0, 1, 2, 0), level + 1))
-    worse = compare(reference, changed(reference, "reconstruction", (0, 1, 2, 0), level - 2))
-    assert worse.failures() == [
-        f"reconstruction: absolute error 2 exceeds 1 at image 0, y 1, x 2, channel 0: expected {level}, got {level - 2}"
+    assert failures(reference, changed(reference, "reconstruction", (0, 1, 2, 0), level + 1)) == []
+    assert failures(reference, changed(reference, "reconstruction", (0, 1, 2, 0), level - 2)) == [
+        "reconstruction, grey levels: 2 exceeds 1, worst at image 0, y 1, x 2, channel 0: "
+        f"expected {level}, got {level - 2}"
     ]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_fail_on_either_side(value: float) -> None:
-    odd = changed(scores(), "score", (1,), value)
-    assert compare(scores(), odd).failures() == [
-        "score: the engine has 1 values that are not finite, the first at index (1,)"
-    ]
-    assert compare(odd, scores()).failures()[0].startswith("score: the reference has 1")
-    assert not compare(odd, odd)
+def test_what_is_undefined_fails_with_a_cure() -> None:
+    same = scores()._replace(score=np.full(12, 0.5, np.float32))
+    [first, *_] = failures(same, changed(same, "score", (0,), 0.50001))
+    assert first == (
+        "score error, p99.9 / IQR is undefined: the reference does not tell these images apart; "
+        "measure on images of which some are normal and some are not"
+    )
 
 
-def test_shapes_and_emptiness_fail() -> None:
-    assert compare(scores(2), scores(3)).failures()[0] == "score: expected shape (2,), got (3,)"
-    some = scores()
-    empty = Scores(some.score[:0], some.anomaly_map[:0], some.reconstruction[:0])
-    assert compare(empty, empty).failures()[0] == "score: nothing to compare: the batch is empty"
+def test_a_fault_is_the_only_sentence() -> None:
+    assert failures(scores(2), scores(3)) == ["score: expected shape (2,), got (3,)"]
 
 
-def test_contract_can_be_wider() -> None:
-    reference = scores()
-    got = reference._replace(score=reference.score + np.float32(0.001))
-    assert not compare(reference, got)
-    assert compare(reference, got, Contract(abs=0.01, rel=0.1))
+@pytest.mark.parametrize(
+    ("name", "bound", "expected"),
+    [("score_iqr", 0.005, True), ("score_iqr", 0.02, False), ("spearman", 0.9999, True), ("spearman", 0.99, False)],
+)
+def test_stricter_and_laxer(name: str, bound: float, expected: bool) -> None:
+    assert replace(FP16, bounds={**FP16.bounds, name: bound}).is_as_strict_as(FP16) is expected
 
 
-def test_worst_of_keeps_the_worst() -> None:
-    reference = scores()
-    bad = compare(reference, changed(reference, "anomaly_map", (0, 1, 1), 0.9))
-    merged = worst_of([compare(reference, reference), bad])
-    assert not merged
-    assert merged.failures() == bad.failures()
-    assert merged.outputs["score"].elements == 4
-    with pytest.raises(ValueError, match="no comparison was given"):
-        worst_of([])
+def test_a_missing_bound_is_laxer() -> None:
+    assert not replace(FP16, bounds={"score_iqr": 0.0}).is_as_strict_as(FP16)
+    assert not FP16.is_as_strict_as(FP32)

@@ -148,7 +148,7 @@ def test_unknown_backend_and_device_are_told_together(engine_path: Path) -> None
         open_engine(engine_path, backend="abacus", device="tpu")
     assert caught.value.faults == [
         "backend: got 'abacus', accepted are auto, onnxruntime",
-        "device: got 'tpu', accepted are cpu",
+        "device: got 'tpu', accepted are auto, cpu, cuda:0",
     ]
 
 

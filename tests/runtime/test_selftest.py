@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from onnx import numpy_helper
 
 from qfae_runtime import open_engine
-from qfae_runtime.contract import Contract
+from qfae_runtime.arrays import UInt8
+from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.errors import ManifestError, SelfTestError
 from qfae_runtime.golden import load_golden
-from qfae_runtime.manifest import FileEntry, OutputParity
+from qfae_runtime.manifest import FileEntry
 from qfae_runtime.selftest import cache_folder, contract_for, self_test
 
 from .tiny import SIZE, export_tiny, mend_hashes
@@ -47,8 +49,8 @@ def test_one_changed_weight_with_every_hash_mended_fails(engine_path: Path) -> N
         self_test(opened)
     text = str(caught.value)
     assert "self-test failed on onnxruntime" in text
-    assert "score: absolute error" in text
-    assert "exceeds 5e-06 at image" in text
+    assert "score error, largest: " in text
+    assert " exceeds 5e-06, worst at image" in text
     assert text.endswith(
         "do not use its scores; export the engine again, or use the backend version it was certified on"
     )
@@ -59,16 +61,38 @@ def test_bounds_are_tightened_to_the_certified_errors_and_never_widened(engine_p
         certificate = opened.certificate
     assert certificate is not None
 
-    def certified_with(max_abs: float, max_rel: float) -> Contract:
-        outputs = {**certificate.outputs, "anomaly_map": OutputParity(max_abs, 1e-4, max_rel, 1e-3)}
-        return contract_for(replace(certificate, outputs=outputs))
+    def bounds(contract: str = "fp32", **measured: float) -> dict[str, float]:
+        entry = replace(certificate, contract=CONTRACTS[contract], measured={**certificate.measured, **measured})
+        return dict(contract_for(entry).bounds)
 
-    assert contract_for(None) == Contract()
-    assert certified_with(0.0, 0.0) == Contract(abs=5e-6, rel=5e-5)
-    tightened = certified_with(2e-6, 2e-5)
-    assert tightened.abs == pytest.approx(2e-5)
-    assert tightened.rel == pytest.approx(2e-4)
-    assert certified_with(9e-5, 9e-4) == Contract()
+    exact = bounds()
+    assert (exact["score_abs"], exact["map_abs"], exact["map_rel"]) == (5e-6, 5e-6, 5e-5)
+    assert exact["reconstruction_levels"] == 1.0
+    assert bounds(map_abs=2e-6)["map_abs"] == pytest.approx(2e-5)
+    assert bounds(map_abs=9e-5)["map_abs"] == 1e-4  # the contract's
+    half = bounds("fp16", score_abs=2e-3, score_iqr=0.008, map_cosine_min=0.9998)
+    assert half["score_abs"] == pytest.approx(2e-2)
+    assert half["score_iqr"] == 0.01
+    assert half["map_cosine_min"] == pytest.approx(0.998)
+    # Single golden images may be worse than a percentile of more images, but not than the worst of those.
+    assert bounds("fp16", score_iqr=0.0101)["score_iqr"] == 0.0101
+    assert not {"spearman", "flips", "auroc_change"} & exact.keys()
+
+
+def test_without_a_certificate_the_contract_itself_holds() -> None:
+    assert contract_for(None).bounds["score_abs"] == 1e-4
+    assert "score_abs" not in contract_for(None, "fp16").bounds
+
+
+def test_images_that_are_prepared_otherwise_here(engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nearest(pixels: UInt8, height: int, width: int) -> UInt8:
+        rows, columns = (np.arange(n) * m // n for n, m in zip((height, width), pixels.shape[:2], strict=True))
+        sampled: UInt8 = pixels[rows][:, columns]
+        return sampled
+
+    monkeypatch.setattr(sys.modules["qfae_runtime.preprocess"], "resize", nearest)
+    with open_engine(engine_path) as opened, pytest.raises(SelfTestError, match="prepares images otherwise than"):
+        self_test(opened)
 
 
 def test_damaged_memory_means_testing_again(engine_path: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from qfae_runtime.agreement import measure_agreement
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.contract import compare
+from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.golden import Golden, save_golden
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, TensorSpec
-from qfae_runtime.preprocess import PreprocessSpec
+from qfae_runtime.preprocess import PreprocessSpec, probe
 
 SIZE = 32
 MAX_BATCH = 32
@@ -96,7 +97,12 @@ def export_tiny(
         save_golden(golden_path, Golden(images, scores))
         if certified:
             entry = CertificateEntry.issue(
-                engine_path, engine, compare(scores, scores), batches=(1, 5), images=5, images_from="noise"
+                engine_path,
+                engine,
+                measure_agreement(scores, scores),
+                CONTRACTS["fp32"],
+                batches=(1, 5),
+                images_from="noise",
             )
             certificate = (entry,)
     square = ("batch", size, size)
@@ -115,6 +121,7 @@ def export_tiny(
             TensorSpec("reconstruction", "uint8", (*square, 3)),
         ),
         golden=golden_path.name,
+        probe=probe(PreprocessSpec(kind, size)),
         certificate=certificate,
     )
     manifest.save(folder / f"{name}.json")

@@ -1,0 +1,77 @@
+"""The chain of links from PyTorch to an engine: PyTorch FP32 -> graph FP32 -> ONNX FP32 -> ONNX FP16 -> plan.
+
+Every engine is held against PyTorch itself; the links beside it tell which step an error comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qfae_export.graph import InferenceGraph
+from qfae_export.images import ParityImages, spread
+from qfae_export.parity import ParityReport, accepted, link, measure, pytorch_scores, reference_scores, scale_of
+from qfae_runtime.agreement import Scale
+from qfae_runtime.certificate import Link
+from qfae_runtime.contract import CONTRACTS
+from qfae_runtime.engines.base import Engine, Scores
+from qfae_train.autoencoder import AnomalyScorer
+
+PYTORCH, GRAPH = "PyTorch FP32", "graph FP32"
+
+# The graph in PyTorch is measured on a few images: it is there to tell a fault of the rewriting from one of the export.
+_LINK_IMAGES = 8
+
+
+@dataclass
+class Chain:
+    """The reference on all images, the links measured so far, and the outputs of the last step on some of the images.
+
+    `numbers` are those images; `last` is the step's name.
+    """
+
+    images: ParityImages
+    reference: Scores
+    scale: Scale
+    links: list[Link]
+    last: str
+    outputs: Scores
+    numbers: list[int]
+
+    @classmethod
+    def begin(cls, scorer: AnomalyScorer, graph: InferenceGraph, images: ParityImages) -> Chain:
+        """Score the images with the training modules, and a few with the inference graph if it is a whole one.
+
+        Raises:
+            ExportError: PyTorch's own outputs are not finite.
+
+        """
+        reference = reference_scores(scorer, images.pixels)
+        chain = cls(images, reference, scale_of(images, reference), [], PYTORCH, reference, list(range(len(images))))
+        if graph.part == "full":
+            few = spread(len(images), _LINK_IMAGES)
+            chain._add(GRAPH, "fp32", pytorch_scores(graph, images.pixels[few]), few)
+        return chain
+
+    def measure(self, engine: Engine, precision: str) -> ParityReport:
+        """Measure an engine against PyTorch, by the precision's contract, and pass no verdict."""
+        return measure(engine, self.images, self.reference, CONTRACTS[precision], self.scale)
+
+    def accept(self, report: ParityReport, file: str, step: str, backend: str) -> ParityReport:
+        """Make an engine that was measured the chain's last step, and return the report with its links.
+
+        Raises:
+            ParityError: a bound of its contract was broken.
+
+        """
+        if report.outputs is not None:
+            self._add(step, report.contract.name, report.outputs, list(range(len(self.images))))
+        return accepted(replace(report, links=tuple(self.links)), file, backend)
+
+    def _add(self, step: str, precision: str, outputs: Scores, numbers: list[int]) -> None:
+        """Measure the step from the last one to this one, on the images that both have seen."""
+        both = [number for number in self.numbers if number in numbers]
+        before = self.outputs.of([self.numbers.index(number) for number in both])
+        after = outputs.of([numbers.index(number) for number in both])
+        labels = [self.images.labels[number] for number in both]
+        self.links.append(link(self.last, step, before, after, precision, self.scale, labels))
+        self.last, self.outputs, self.numbers = step, outputs, numbers

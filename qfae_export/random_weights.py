@@ -1,0 +1,63 @@
+"""Models of any configuration at full size on random weights: for benchmarks and tests, where no weights are at hand.
+
+The weights are on the scale of trained ones, so that every stage works on numbers like those of a real model: nothing
+overflows in FP16, attention is neither uniform nor one-hot, and scores differ from image to image.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfae_train.autoencoder import AnomalyScorer, assemble, perceptual_backbone
+from qfae_train.backbone import create
+from qfae_train.config import Backbone, Config
+
+
+def random_scorer(config: Config, seed: int) -> AnomalyScorer:
+    """Return the scorer of a configuration, in eval mode, its weights made from the seed alone; needs no network.
+
+    The same seed gives the same weights on every machine that has this version of torch. Weight files that the
+    configuration names are not read.
+    """
+    size = config.model.image_size
+    entries = [*config.model.encoders, perceptual_backbone(config)]
+    backbones = [_backbone(entry, size, f"{seed}/backbone{number}") for number, entry in enumerate(entries)]
+    with torch.random.fork_rng(devices=[]):  # what the modules draw for themselves is overwritten
+        scorer = assemble(config, backbones[:-1], backbones[-1])
+    for name, tensor in scorer.autoencoder.trained_state().items():
+        _fill(tensor, name, f"{seed}/autoencoder")
+    return scorer.eval().requires_grad_(False)
+
+
+def _backbone(entry: Backbone, image_size: int, seed: str) -> nn.Module:
+    # Created without memory first: timm would fill every weight in its own, slower way.
+    with torch.device("meta"):
+        model: Any = create(entry, image_size)
+    if all(name in model.state_dict() for name, _ in model.named_buffers()):
+        model = model.to_empty(device="cpu")
+    else:  # tables that are computed, not loaded
+        with torch.random.fork_rng(devices=[]):
+            model = create(entry, image_size)
+    for name, tensor in model.state_dict().items():
+        _fill(tensor, name, seed)
+    backbone: nn.Module = model.eval().requires_grad_(False)
+    return backbone
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, name: str, seed: str) -> None:
+    """Fill a weight in place; each has a generator of its own, named after it, so that their order does not matter."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    tensor.normal_(generator=generator)
+    if tensor.ndim >= 2 and name.endswith("weight"):
+        tensor.mul_(tensor[0].numel() ** -0.5)  # a product's outputs have the variance of its inputs
+    elif name.endswith(("weight", "gamma")):
+        tensor.mul_(0.1).add_(1)
+    elif name.endswith("bias"):
+        tensor.mul_(0.1)
+    else:
+        tensor.mul_(0.5)  # tokens, queries, tables of positions

@@ -1,0 +1,109 @@
+"""Measuring an engine again: from the golden file, from the checkpoint, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from qfae_export.cli import main
+from qfae_export.export import Exported
+from qfae_runtime.hashing import sha256_of
+from qfae_runtime.manifest import Manifest
+from tests.export.test_cli import Ran, run
+from tests.export.tiny import checkpoint_file, config_of, picture_folder
+
+
+@pytest.fixture
+def here(exported: Exported, tmp_path: Path) -> Path:
+    for file in exported.files:
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def verify(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
+    return run(capsys, "verify", *arguments)
+
+
+def spoil(folder: Path, factor: float) -> None:
+    """Scale the largest matrix and mend every hash, as someone would who wants it to pass."""
+    model = onnx.load(folder / "tiny.onnx")
+    largest = max(model.graph.initializer, key=lambda one: numpy_helper.to_array(one).size)
+    largest.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(largest) * np.float32(factor), largest.name))
+    onnx.save(model, folder / "tiny.onnx")
+    stored = json.loads((folder / "tiny.json").read_text())
+    digest = sha256_of(folder / "tiny.onnx")
+    stored["files"]["tiny.onnx"]["sha256"] = stored["certificate"][0]["engine_sha256"] = digest
+    (folder / "tiny.json").write_text(json.dumps(stored))
+
+
+def test_from_the_golden_images_alone(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    ran = verify(capsys, "--engine", here / "tiny.onnx")
+    assert ran.code == 0, ran.err
+    assert "measured on: the 16 golden images and PyTorch's outputs on them" in ran.out
+    assert ran.out.endswith("the engine keeps its contract (fp32)\n")
+    assert "Spearman" not in ran.out  # 16 images are too few for ranks
+
+
+def test_from_the_checkpoint_and_into_the_manifest(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path
+) -> None:
+    stored = json.loads((here / "tiny.json").read_text())
+    stored["certificate"] = None
+    (here / "tiny.json").write_text(json.dumps(stored))
+    folder = picture_folder(here / "scans", 34)
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--parity-images", folder, "--record")
+    assert ran.code == 0, ran.err
+    assert "measured on: 32 of the 34 images in scans/" in ran.out
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert (entry.engine, entry.images_from, entry.passed) == ("tiny.onnx", "32 of the 34 images in scans/", True)
+    # Again: the entry for this engine, backend and device is replaced, not added to.
+    assert verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record").code == 0
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert entry.images_from == "validation images stored in tiny.pt"
+
+
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_changed_engine_is_found_out(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, with_checkpoint: bool
+) -> None:
+    spoil(here, 1.01)
+    before = (here / "tiny.json").read_text()
+    extra = ("--ckpt", checkpoint, "--record") if with_checkpoint else ()
+    ran = verify(capsys, "--engine", here / "tiny.onnx", *extra)
+    assert ran.code == 1
+    assert "map error, largest: " in ran.err
+    assert "the engine breaks its contract on this machine; do not use its scores" in ran.err
+    assert (here / "tiny.json").read_text() == before
+
+
+def test_what_is_refused(capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path) -> None:
+    other = checkpoint_file(tmp_path / "other.pt", config_of(qformer_blocks=2))
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", other)
+    assert ran.code == 1
+    assert "but tiny.onnx was exported from" in ran.err
+    assert ran.err.rstrip().endswith("pass the checkpoint it was exported from")
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--record")
+    assert (ran.code, "--record: a certificate is measured on 32 images or more" in ran.err) == (1, True)
+    ran = verify(capsys, "--engine", here / "nothing.onnx")
+    assert (ran.code, "no such engine file" in ran.err) == (1, True)
+    ran = verify(capsys, "--parity-images", "x", "y", "--devise=cpu")
+    assert ran.code == 2
+    assert [line.partition(": ")[2] for line in ran.err.splitlines()[:-1]] == [
+        "'y': unexpected; everything is named by an option",
+        "--devise: no such option; did you mean --device?",
+        "--engine: missing; name the engine that qfae-export wrote",
+        "--parity-images: means nothing without --ckpt, the checkpoint whose scores are computed anew",
+    ]
+
+
+def test_help_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["verify", "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.rstrip().endswith("--parity-images scans/ --record")
