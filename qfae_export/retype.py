@@ -88,7 +88,10 @@ class Retyper:
 def _lazily(weight: torch.Tensor, dtype: torch.dtype, name: str) -> ir.LazyTensor:
     """Convert a weight when the file is written, and keep nothing: a full-sized model is in memory once."""
     return ir.LazyTensor(
-        lambda: TorchTensor(weight.to(dtype), name), dtype=from_torch_dtype(dtype), shape=ir.Shape(weight.shape), name=name
+        lambda: TorchTensor(weight.to(dtype), name),
+        dtype=from_torch_dtype(dtype),
+        shape=ir.Shape(weight.shape),
+        name=name,
     )
 
 

@@ -33,7 +33,8 @@ def planted(*faults: Fault) -> AnomalyScorer:
 
 def overflow_in_perceptual_2(scorer: AnomalyScorer) -> None:
     """The hidden layer of an MLP is far beyond 65504, its output is of the residual stream's size."""
-    block: Any = scorer.perceptual.blocks[1]
+    perceptual: Any = scorer.perceptual
+    block = perceptual.blocks[1]
     block.mlp.fc1.weight *= 2.0**24
     block.mlp.fc2.weight *= 2.0**-20
 
@@ -50,7 +51,8 @@ def cancellation_in_decoder_1(scorer: AnomalyScorer) -> None:
 
 def large_bias_in_encoder_1(scorer: AnomalyScorer) -> None:
     """A bias of 2000 passes the GELU unchanged and is subtracted by the next layer; FP16 keeps no digits beside it."""
-    block: Any = scorer.autoencoder.encoders[0].backbone.blocks[0]
+    backbone: Any = scorer.autoencoder.encoders[0].backbone
+    block = backbone.blocks[0]
     block.mlp.fc1.weight *= 10
     block.mlp.fc2.weight *= 10
     block.mlp.fc1.bias += 2000
