@@ -7,6 +7,9 @@
 A trial's engine is the real one, for ONNX Runtime rounds elsewhere than PyTorch; only its file is retyped instead of
 traced, which takes 0.1 s in place of 10 s for a small model. Should the answer fail in full, at another batch size say,
 whole blocks stay FP32, or whole stages.
+
+The answer speaks for the backend that ran the trials. ONNX Runtime's CPU provider drops the casts between neighbouring
+FP16 operations, and so rounds less than a GPU: for a plan, let `open_engine` build one.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from qfae_runtime.agreement import Agreement, Scale
 from qfae_runtime.engines.base import Scores
 
 MOST_TRIALS = 150
-"""Then the least policy that passed is taken, minimal or not: at full size a trial takes about a minute on a CPU."""
+"""Then the least policy that passed is taken, minimal or not: at full size a trial takes minutes on a CPU."""
 
 _SURVEYED = 2  # images; the worst tell where to look
 
