@@ -6,11 +6,13 @@ last. A failure leaves what was there before.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -199,7 +201,7 @@ def _written(
         say(f"writing {engine}")
         written[engine] = (write_onnx(graph.cast(precision), folder / engine), precision)
     del graph
-    gc.collect()
+    _let_go()
     return written, chain, other
 
 
@@ -231,6 +233,14 @@ def _opened(path: Path, source: _Source, part: str, other: InferenceGraph | None
     if other is None:
         return OnnxRuntimeEngine(path, size, source.max_batch)
     return CompletedHalf(path, part, other, size, source.max_batch)
+
+
+def _let_go() -> None:
+    """Return to the system what nobody holds any more: an engine of full size needs the memory."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library than glibc keeps its own counsel
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _graph(source: _Source, part: str) -> tuple[AnomalyScorer, InferenceGraph]:
@@ -288,12 +298,19 @@ def _read(options: Options) -> _Source:
             None,
             options.max_batch or DEFAULT_MAX_BATCH,
         )
-    checkpoint = open_checkpoint(options.ckpt, config, options.weights)
+    path = options.ckpt
+    checkpoint = open_checkpoint(path, config, options.weights)
     images = _images(options, checkpoint.parity_images.numpy(), checkpoint.config)
+    held = [checkpoint]  # only until the scorer is made: it has what it needs, and the rest may be gigabytes
+
+    def make_scorer() -> AnomalyScorer:
+        opened = held.pop() if held else open_checkpoint(path, config, options.weights)
+        return build_scorer(opened, options.weights)
+
     return _Source(
         checkpoint.config,
-        lambda: build_scorer(checkpoint, options.weights),
-        provenance_of(checkpoint, options.ckpt.name),
+        make_scorer,
+        provenance_of(checkpoint, path.name),
         images,
         largest_batch(options.max_batch, DEFAULT_MAX_BATCH, images),
     )
