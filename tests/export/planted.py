@@ -40,13 +40,13 @@ def overflow_in_perceptual_2(scorer: AnomalyScorer) -> None:
 
 
 def cancellation_in_decoder_1(scorer: AnomalyScorer) -> None:
-    """All weights are shifted by 256: LayerNorm's outputs add up to 0, so the shift has no effect in FP32.
+    """All weights are shifted by 128: LayerNorm's outputs add up to 0, so the shift has no effect in FP32.
 
     In FP16 the shift swallows the weights' digits, and multiplies what rounding adds to the sum of LayerNorm's outputs.
     """
     block: Any = scorer.autoencoder.decoder.blocks[0]
     block.norm2.bias -= block.norm2.bias.mean()
-    block.mlp.fc1.weight += 256
+    block.mlp.fc1.weight += 128
 
 
 def large_bias_in_encoder_1(scorer: AnomalyScorer) -> None:
