@@ -9,7 +9,18 @@ from dataclasses import dataclass, replace
 
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, spread
-from qfae_export.parity import ParityReport, accepted, link, measure, pytorch_scores, reference_scores, scale_of
+from qfae_export.parity import (
+    ROUNDED,
+    ParityReport,
+    accepted,
+    link,
+    measure,
+    pytorch_scores,
+    reference_scores,
+    scale_of,
+)
+from qfae_export.precision import Precision
+from qfae_export.rounded import RoundedEngine
 from qfae_runtime.agreement import Scale
 from qfae_runtime.certificate import Link
 from qfae_runtime.contract import CONTRACTS
@@ -36,6 +47,9 @@ class Chain:
     last: str
     outputs: Scores
     numbers: list[int]
+    of_graph: Scores | None = None
+    few: tuple[int, ...] = ()
+    rounded: Link | None = None
 
     @classmethod
     def begin(cls, scorer: AnomalyScorer, graph: InferenceGraph, images: ParityImages) -> Chain:
@@ -49,12 +63,26 @@ class Chain:
         chain = cls(images, reference, scale_of(images, reference), [], PYTORCH, reference, list(range(len(images))))
         if graph.part == "full":
             few = spread(len(images), _LINK_IMAGES)
-            chain._add(GRAPH, "fp32", pytorch_scores(graph, images.pixels[few]), few)
+            chain.of_graph, chain.few = pytorch_scores(graph, images.pixels[few]), tuple(few)
+            chain._add(GRAPH, "fp32", chain.of_graph, few)
         return chain
 
+    def round(self, graph: InferenceGraph, precision: Precision) -> None:
+        """Measure what a policy's rounding does to the FP32 graph; ONNX Runtime on a CPU does not round everything."""
+        if self.of_graph is not None:
+            few = list(self.few)
+            with RoundedEngine(graph, precision, len(few)) as engine:
+                outputs = engine.run(self.images.pixels[few])
+            labels = [self.images.labels[number] for number in few]
+            self.rounded = link(GRAPH, ROUNDED, self.of_graph, outputs, precision.name, self.scale, labels)
+
     def measure(self, engine: Engine, precision: str) -> ParityReport:
-        """Measure an engine against PyTorch, by the precision's contract, and pass no verdict."""
-        return measure(engine, self.images, self.reference, CONTRACTS[precision], self.scale)
+        """Measure an engine against PyTorch, by the precision's contract, and pass no verdict.
+
+        An FP16 engine's report has the link to what its rounding does in PyTorch; false if that breaks the bounds.
+        """
+        report = measure(engine, self.images, self.reference, CONTRACTS[precision], self.scale)
+        return replace(report, links=self._rounded(precision))
 
     def accept(self, report: ParityReport, file: str, step: str, backend: str) -> ParityReport:
         """Make an engine that was measured the chain's last step, and return the report with its links.
@@ -65,7 +93,11 @@ class Chain:
         """
         if report.outputs is not None:
             self._add(step, report.contract.name, report.outputs, list(range(len(self.images))))
-        return accepted(replace(report, links=tuple(self.links)), file, backend)
+        links = (*self.links, *self._rounded(report.contract.name))
+        return accepted(replace(report, links=links), file, backend)
+
+    def _rounded(self, precision: str) -> tuple[Link, ...]:
+        return (self.rounded,) if self.rounded is not None and self.rounded.contract == precision else ()
 
     def _add(self, step: str, precision: str, outputs: Scores, numbers: list[int]) -> None:
         """Measure the step from the last one to this one, on the images that both have seen."""

@@ -158,6 +158,7 @@ def _engines(source: _Source, options: Options, kind: str | None, folder: Path, 
             _, graph = _graph(source, options.part)  # FP16 has rounded the other's weights
             bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
             report, written[engine] = bisected.report, (list(bisected.files), bisected.precision)
+            chain.round(graph, bisected.precision)
             del graph
         reports[engine] = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
         certificates.append(certificate_of(files[0], opened, reports[engine]))
@@ -198,6 +199,9 @@ def _written(
     written = {}
     for precision in (FP32, FP16) if options.fp16 else (FP32,):
         engine = options.engine_name + (".onnx" if precision is FP32 else FP16_SUFFIX)
+        if chain is not None and precision is not FP32:
+            say("rounding the graph as FP16 rounds")
+            chain.round(graph, precision)
         say(f"writing {engine}")
         written[engine] = (write_onnx(graph.cast(precision), folder / engine), precision)
     del graph

@@ -30,11 +30,28 @@ class Unit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dtype = torch.float32
+        self.rounds = False
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Compute in `dtype` from now on; stored constants are converted."""
         self.dtype = dtype
         self.to(dtype)
+
+    def emulate(self) -> None:
+        """Compute FP16 in FP32 from now on, rounding what comes in and what goes out; FP16 itself is slow on a CPU.
+
+        What passes float16's range becomes infinite, as it does there.
+        """
+        self.rounds = self.dtype == torch.float16
+        self.set_dtype(torch.float32)
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Return what comes in, in the unit's type."""
+        return self.given(x.to(self.dtype))
+
+    def given(self, x: Tensor) -> Tensor:
+        """Return what goes out, rounded where FP16 is emulated."""
+        return x.half().float() if self.rounds else x
 
 
 class Linear(Unit):
@@ -51,8 +68,8 @@ class Linear(Unit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from [..., in]."""
-        y = torch.matmul(x.to(self.dtype), self.weight)
-        return y if self.bias is None else y + self.bias
+        y = self.given(torch.matmul(self.taken(x), self.weight))
+        return y if self.bias is None else self.given(y + self.bias)
 
 
 class Norm(Unit):
@@ -69,7 +86,7 @@ class Norm(Unit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., D] of the same shape."""
-        return F.layer_norm(x.to(self.dtype), self.weight.shape, self.weight, self.bias, self.eps)
+        return self.given(F.layer_norm(self.taken(x), self.weight.shape, self.weight, self.bias, self.eps))
 
 
 class Residual(Unit):
@@ -77,7 +94,7 @@ class Residual(Unit):
 
     def forward(self, stream: Tensor, update: Tensor) -> Tensor:
         """Return [..., D]."""
-        return stream.to(self.dtype) + update.to(self.dtype)
+        return self.given(self.taken(stream) + self.taken(update))
 
 
 class Attend(Unit):
@@ -98,12 +115,12 @@ class Attend(Unit):
         """Return [B, Tq, H * K] from q [B, Tq, H * K] and k, v [B, Tk, H * K]; q may have B = 1."""
         if self.dtype != torch.float32:
             q = q.expand(k.shape[0], -1, -1)
-        q, k, v = (self._split(part.to(self.dtype)) for part in (q, k, v))  # each [B, H, T, K]
+        q, k, v = (self._split(self.taken(part)) for part in (q, k, v))  # each [B, H, T, K]
         if self.dtype == torch.float32:
             attended = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1), v)
         else:
             attended = _one_operation(q, k, v, widen=self.widen)
-        return attended.transpose(1, 2).flatten(2)
+        return self.given(attended.transpose(1, 2).flatten(2))
 
     def _split(self, tokens: Tensor) -> Tensor:
         heads: Tensor = tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -158,8 +175,8 @@ class CausalAttend(Unit):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [B, Q, H * K] from q [B, Q, H * K] and k, v [B, Q, K]."""
-        q = q.to(self.dtype).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, Q, K]
-        k, v = (part.to(self.dtype)[:, None] for part in (k, v))  # [B, 1, Q, K]
+        q = self.taken(q).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, Q, K]
+        k, v = (self.taken(part)[:, None] for part in (k, v))  # [B, 1, Q, K]
         if self.dtype == torch.float32:
             unseen = torch.full((q.shape[2], q.shape[2]), -math.inf).triu(1)
             logits = torch.matmul(q, k.transpose(2, 3)) + unseen
@@ -168,7 +185,7 @@ class CausalAttend(Unit):
             # Copied, for TensorRT finds no fused kernel for heads that share their memory.
             k, v = (part.repeat(1, self.heads, 1, 1) for part in (k, v))
             attended = _one_operation(q, k, v, widen=self.widen, causal=True)
-        return attended.transpose(1, 2).flatten(2)
+        return self.given(attended.transpose(1, 2).flatten(2))
 
 
 def _one_operation(q: Tensor, k: Tensor, v: Tensor, *, widen: bool, causal: bool = False) -> Tensor:
@@ -222,6 +239,9 @@ class ForeignBlock(Unit):
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Stay in FP32: its own operations are not known here."""
+
+    def emulate(self) -> None:
+        """Stay in FP32."""
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return [B, T, D]."""

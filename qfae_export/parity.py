@@ -35,6 +35,9 @@ _ODD_BATCHES = (7, 5, 3)
 # measured. All images at every size would take three times as long and say nothing more.
 _SINGLES = 3
 
+ROUNDED = "graph FP16"
+"""The graph in PyTorch, rounded as FP16 rounds (rounded.py): a branch of the chain."""
+
 _CURES = {
     "fp32": "the checkpoint is not at fault, its export is: try other versions of torch, onnxscript or onnxruntime, "
     "and report these lines",
@@ -85,8 +88,9 @@ class ParityReport:
         return faulty or _worst_of([row.agreement for row in self.rows])
 
     def failures(self) -> list[str]:
-        """Say which bound was broken at which batch size, image and pixel, and by how much."""
-        return [
+        """Say which bound was broken at which batch size, image and pixel, and by how much; and what rounding broke."""
+        rounding = [one for one in self.links if one.target == ROUNDED and not one.passed]
+        return [_broken(one) for one in rounding] + [
             f"batch {row.batch}: {sentence}"
             for row in self.rows
             for sentence in self.contract.failures(row.agreement, self.images.names)
@@ -128,6 +132,15 @@ class ParityReport:
             step = f"{link.source} → {link.target}"
             table.add_row(step if link.passed else f"[red]{step}[/red]", str(link.images), *cells)
         return table
+
+
+def _broken(link: Link) -> str:
+    contract = CONTRACTS[link.contract]
+    if all(value is None for value in link.measured.values()):
+        return f"{link.target}: rounded as FP16 rounds, the graph gives values that are not finite"
+    bounds = (name for name in contract.bounds if not contract.allows(name, link.measured[name]))
+    said = (f"{QUANTITIES[name].title} {_number(name, link.measured[name])}" for name in bounds)
+    return f"{link.target}: rounded as FP16 rounds, the graph breaks the contract: {', '.join(said)}"
 
 
 def link(

@@ -1,5 +1,7 @@
 """Engines of one graph in many FP16 policies, each measured against PyTorch: the verdicts of a bisection.
 
+A policy passes where two do: the graph rounded as FP16 rounds (rounded.py), and the engine that will be handed over.
+
 A trial runs the images in portions, the most telling first, and ends with the first portion that breaks a bound. Images
 that were not run count as right, so that what fails on some of them fails the contract; what passes ran all of them.
 """
@@ -19,6 +21,7 @@ from qfae_export.onnx_file import write_onnx
 from qfae_export.parity import ParityReport, measure, run_in_batches
 from qfae_export.precision import Precision, covers
 from qfae_export.retype import Retyper
+from qfae_export.rounded import RoundedEngine
 from qfae_runtime.agreement import QUANTITIES, Agreement, Scale, incomparable, measure_agreement
 from qfae_runtime.contract import Contract
 from qfae_runtime.engines.base import Engine, Scores
@@ -113,12 +116,9 @@ class Bench:
             if self._left == 0:
                 raise OutOfTrials
             self._left -= 1
-            with self._trial_file(kept) as path:
-                try:
-                    with self._open(path) as engine:
-                        trial = self._tried(tuple(kept), engine)
-                except EngineError as error:  # a backend may have no kernel for a mixture of types
-                    trial = Trial(tuple(kept), False, 0, Agreement(0, self._scale, {}, {}, str(error)))
+            trial = self._tried(tuple(kept), self._rounded(kept))
+            if trial.passed:
+                trial = self._tried_engine(tuple(kept))
             self._note(trial)
         return self._verdicts[policy]
 
@@ -147,6 +147,17 @@ class Bench:
     def least_passing(self) -> tuple[str, ...]:
         """Return the policy that passed with the fewest operations in FP32."""
         return min((trial.kept for trial in self.trials if trial.passed), key=lambda kept: len(self._policy(kept)))
+
+    def _rounded(self, kept: Sequence[str]) -> RoundedEngine:
+        return RoundedEngine(self._graph, Precision("fp16", tuple(kept)), len(self._images))
+
+    def _tried_engine(self, kept: tuple[str, ...]) -> Trial:
+        with self._trial_file(kept) as path:
+            try:
+                with self._open(path) as engine:
+                    return self._tried(kept, engine)
+            except EngineError as error:  # a backend may have no kernel for a mixture of types
+                return Trial(kept, False, 0, Agreement(0, self._scale, {}, {}, str(error)))
 
     def _tried(self, kept: tuple[str, ...], engine: Engine) -> Trial:
         whole = self._reference.of(list(range(len(self._images))))  # a copy
@@ -177,8 +188,10 @@ class Bench:
         self.telling = list(dict.fromkeys([*numbers, *self.telling]))
 
     def _in_full(self, kept: Sequence[str], path: Path) -> ParityReport:
-        with self._open(path) as engine:
-            report = measure(engine, self._images, self._reference, self._contract, self._scale)
+        report = measure(self._rounded(kept), self._images, self._reference, self._contract, self._scale)
+        if report:
+            with self._open(path) as engine:
+                report = measure(engine, self._images, self._reference, self._contract, self._scale)
         self._note(Trial(tuple(kept), bool(report), len(self._images), report.worst))
         return report
 

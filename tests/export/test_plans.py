@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import qfae_export.plans
 from qfae_export.errors import ExportError
@@ -22,6 +23,7 @@ from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError
 from qfae_runtime.manifest import Manifest
+from tests.export.tiny import checkpoint_file
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 has no wheel for this machine")
 
@@ -49,8 +51,8 @@ def test_fp16_comes_certified_beside_fp32(half: Exported) -> None:
     }
     certificate = {one.engine: one for one in manifest.certificate}["tiny.fp16.onnx"]
     assert certificate.contract.name == "fp16"
-    assert [link.target for link in certificate.links] == ["graph FP32", "ONNX FP32", "ONNX FP16"]
-    assert [link.contract for link in certificate.links] == ["fp32", "fp32", "fp16"]
+    assert [link.target for link in certificate.links] == ["graph FP32", "ONNX FP32", "ONNX FP16", "graph FP16"]
+    assert [link.contract for link in certificate.links] == ["fp32", "fp32", "fp16", "fp16"]
     assert manifest.precision["tiny.fp16.onnx"]["policy"] == "fp16"
     assert manifest.precision["tiny.fp16.onnx"]["rules"]["features to score"]["type"] == "float32"
     with open_engine(half.folder / "tiny.fp16.onnx") as opened:
@@ -163,7 +165,7 @@ def test_an_export_goes_through_to_the_plan(checkpoint: Path, half: Exported, mo
     monkeypatch.setattr(qfae_export.plans, "_open", runs(half.folder / "tiny.fp16.onnx"))
     done = export(Options(checkpoint, out, fp16=True, format="rtx-plan"))
     assert done.engine == out / "tiny.rtx.plan"
-    assert [link.target for link in done.report.links] == ["graph FP32", "ONNX FP32", "ONNX FP16", "plan"]
+    assert [link.target for link in done.report.links] == ["graph FP32", "ONNX FP32", "ONNX FP16", "plan", "graph FP16"]
     assert sorted(path.name for path in out.iterdir()) == [
         "tiny.fp16.onnx",
         "tiny.golden.npz",
@@ -204,3 +206,20 @@ def test_onnx_files_that_are_not_ours(here: Path, tmp_path: Path) -> None:
     (here / "tiny.fp16.onnx").write_bytes(content)
     (here / "tiny.onnx").unlink()
     assert "tiny.onnx: not there; the plan is measured against this certified engine" in said(here / "tiny.fp16.onnx")
+
+
+def test_an_overflow_that_the_cpu_does_not_show_is_refused(tmp_path: Path) -> None:
+    """ONNX Runtime computes this block in FP32 on a CPU, where nothing overflows; a GPU would give NaN."""
+    path = checkpoint_file(tmp_path / "over.pt", change=overflowing)
+    with pytest.raises(ParityError) as caught:
+        export(Options(path, tmp_path / "out", fp16=True))
+    text = str(caught.value)
+    assert "graph FP16: rounded as FP16 rounds, the graph gives values that are not finite" in text
+    assert "the step at fault: graph FP32 -> graph FP16" in text
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def overflowing(states: list[dict[str, torch.Tensor]]) -> None:
+    """Scale one encoder block's hidden layer out of float16's range; every weight stays inside it."""
+    states[0]["blocks.1.mlp.fc1.weight"].mul_(3e4 / float(states[0]["blocks.1.mlp.fc1.weight"].abs().max()))
+    states[0]["blocks.1.mlp.fc2.weight"].mul_(1e-4)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from qfae_runtime.arrays import UInt8
 from qfae_train.autoencoder import AnomalyScorer, assemble, perceptual_backbone
@@ -61,12 +63,18 @@ def scorer_of(config: Config, seed: int = 0) -> AnomalyScorer:
     return scorer
 
 
-def checkpoint_file(path: Path, config: Config | None = None, parity_images: UInt8 | None = None) -> Path:
-    """A checkpoint as the trainer writes it, its frozen weights embedded."""
+def checkpoint_file(
+    path: Path,
+    config: Config | None = None,
+    parity_images: UInt8 | None = None,
+    change: Callable[[list[dict[str, Tensor]]], None] = lambda states: None,
+) -> Path:
+    """A checkpoint as the trainer writes it, its frozen weights embedded; `change` may spoil those first."""
     config = config or config_of()
     torch.manual_seed(1)
     entries = [*config.model.encoders, perceptual_backbone(config)]
     states = [create(entry, config.model.image_size).state_dict() for entry in entries]
+    change(states)
     digests = [tensors_sha256(state) for state in states]
     records = [
         {"timm": entry.timm, "source": "tiny.safetensors", "sha256": digest}
