@@ -85,7 +85,7 @@ class ParityReport:
     @property
     def worst(self) -> Agreement:
         """The worst of every quantity over all batch sizes: the least bounds that would have passed."""
-        faulty = next((row.agreement for row in self.rows if row.agreement.fault is not None), None)
+        faulty = next((row.agreement for row in reversed(self.rows) if row.agreement.fault is not None), None)
         return faulty or _worst_of([row.agreement for row in self.rows])
 
     def failures(self) -> list[str]:
@@ -238,7 +238,8 @@ def measure(
         got = run_in_batches(engine, images.pixels[some], size)
         agreement = measure_agreement(reference.of(some), got, (), scale)
         rows.append(Measured(size, len(some), _placed(agreement, some)))
-    outputs = None if rows[0].agreement.fault is not None else whole.of(list(range(count)))
+    complete = all(len(output) == len(every) for output in whole)  # else there is a fault, and nothing to go on with
+    outputs = whole.of(list(range(count))) if complete else None
     return ParityReport(tuple(sorted(rows, key=lambda row: row.batch)), images, contract, outputs=outputs)
 
 
