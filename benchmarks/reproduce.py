@@ -19,8 +19,10 @@ import click
 from benchmarks.tables import Measured, Step, print_tables, to_json
 from benchmarks.through_engine import engine_scores
 from qfae_export.export import export
+from qfae_export.images import MIN_IMAGES
 from qfae_export.options import Options
 from qfae_runtime.errors import QfaeError, UsageError
+from qfae_runtime.layout import scan
 from qfae_runtime.metrics import Metrics
 from qfae_train.bmad import BENCHMARKS, Benchmark, benchmark_of_folder
 from qfae_train.checkpoint import Checkpoint, CheckpointError, read_parts, save
@@ -137,8 +139,9 @@ class Run:
         path = folder / step.name / f"{name}.pt"
         save(path, checkpoint)
         in_torch = evaluate_checkpoint(path, root, files=self.files, device=self.device, say=click.echo)
+        few = len(scan([root / "test"]).images) < MIN_IMAGES
         exported = export(
-            Options(path, parity_images=root / "test", overwrite=True, weights=self.files),
+            Options(path, parity_images=None if few else root / "test", overwrite=True, weights=self.files),
             lambda text: click.echo(f"{root.name}, {step.name}: {text}", err=True),
         )
         return in_torch, engine_scores(exported.engine, root / "test")

@@ -131,6 +131,7 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
 @contextmanager
 def _made_in(options: Options) -> Iterator[Path]:
     """Yield a folder inside --out, so that moving a file to its final name is one step that cannot run out of space."""
+    new = not options.folder.exists()
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.folder, prefix=f".{options.engine_name}-") as made:
@@ -140,6 +141,9 @@ def _made_in(options: Options) -> Iterator[Path]:
             f"{options.folder}: cannot be written ({error.strerror or error}); "
             "nothing was exported: free some space or choose another --out"
         ) from error
+    finally:
+        if new and options.folder.is_dir() and not any(options.folder.iterdir()):
+            options.folder.rmdir()
 
 
 def _engines(source: _Source, options: Options, kind: str | None, folder: Path, say: Say) -> Exported:
@@ -154,7 +158,7 @@ def _engines(source: _Source, options: Options, kind: str | None, folder: Path, 
         open_onnx = partial(_opened, source=source, part=options.part, other=other)
         with open_onnx(files[0]) as opened:
             report = chain.measure(opened, precision.name)
-        if options.bisect and precision == FP16 and not report:
+        if options.bisect and precision.name == "fp16" and not report:
             _, graph = _graph(source, options.part)  # FP16 has rounded the other's weights
             bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
             report, written[engine] = bisected.report, (list(bisected.files), bisected.precision)
@@ -203,7 +207,7 @@ def _written(
             say("rounding the graph as FP16 rounds")
             chain.round(graph, precision)
         say(f"writing {engine}")
-        written[engine] = (write_onnx(graph.cast(precision), folder / engine), precision)
+        written[engine] = (write_onnx(graph.cast(precision), folder / engine), graph.precision)
     del graph
     _let_go()
     return written, chain, other
@@ -332,7 +336,7 @@ def hand_over(exported: Exported, folder: Path) -> Exported:
     """Move the finished files to their final names, the manifest last: until then no engine there can be opened."""
     for file in exported.files:
         file.replace(folder / file.name)
-    for suffix in (".onnx", FP16_SUFFIX, *SUFFIXES.values()):
+    for suffix in (".onnx", FP16_SUFFIX, *SUFFIXES.values(), ".golden.npz"):
         for stale in (exported.manifest.name + suffix, f"{exported.manifest.name}{suffix}.data"):
             if stale not in exported.manifest.files:
                 (folder / stale).unlink(missing_ok=True)

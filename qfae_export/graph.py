@@ -14,6 +14,7 @@ Letters: B images, S pixels per side.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,8 @@ class InferenceGraph(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Unit):
                 module.set_dtype(precision.dtype(name))
-        self.precision = precision
+        foreign = [name for name, module in self.named_modules() if isinstance(module, ForeignBlock)]
+        self.precision = replace(precision, foreign=tuple(foreign))
         return self
 
     def at(self, precision: Precision) -> InferenceGraph:

@@ -37,6 +37,8 @@ _TINTS = ((1.0, 0.94, 0.88), (0.9, 1.0, 0.95))
 SLICES = Path(__file__).parent / "parity_slices.npz"
 """Brain slices made by this project (demo/parity_slices.py), for checkpoints that bring no images."""
 
+_COLOURFUL = 2.0  # grey levels between an image's channels, in the mean
+
 _SHOWN = 8
 _CURE = "pass --parity-images DIR with a folder of real images, normal and anomalous"
 
@@ -114,12 +116,19 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
         raise ExportError(f"--parity-images: {folder}: no such folder; name one that holds real images") from None
     if not found.images:
         raise ExportError(f"--parity-images: {folder}: holds no images; name a folder of real images")
-    files = [found.images[index] for index in spread(len(found.images), limit)]
-    prepared, names, labels, faults = [], [], [], []
-    for file in files:
+    order = spread(len(found.images), limit)
+    order += [index for index in range(len(found.images)) if index not in set(order)]
+    prepared: list[UInt8] = []
+    names, labels = [], []
+    faults: list[str] = []
+    different: set[bytes] = set()
+    for file in (found.images[index] for index in order):
+        if len(different) >= limit or (len(prepared) + len(faults) >= limit and len(different) >= MIN_IMAGES):
+            break
         name = found.source_of(file)
         try:
             prepared.append(preprocess(read_image(file, source=name).pixels, spec).image)
+            different.add(prepared[-1].tobytes())
             names.append(name)
             label = label_of(file, folder)
             labels.append(None if label is None else label == UNGOOD)
@@ -128,10 +137,10 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ExportError(
-            f"--parity-images: {len(faults)} of {len(files)} images cannot be read: "
+            f"--parity-images: {len(faults)} of {len(faults) + len(prepared)} images cannot be read: "
             f"{'; '.join(faults[:_SHOWN])}{more}; remove them: a measurement leaves no image out"
         )
-    origin = f"{len(files)} of the {len(found.images)} images in {folder.absolute().name}/"
+    origin = f"{len(different)} of the {len(found.images)} images in {folder.absolute().name}/"
     return _prepared(np.stack(prepared), names, origin, labels)
 
 
@@ -185,7 +194,7 @@ def _prepared(pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence
         )
     kept_names, kept_labels = [names[number] for number in kept], [labels[number] for number in kept]
     pixels = np.ascontiguousarray(pixels[kept])
-    if not (pixels == pixels[..., :1]).all():
+    if _colourful(pixels) >= COLOURED:
         return ParityImages(pixels, tuple(kept_names), origin, tuple(kept_labels))
     chosen = spread(len(pixels), COLOURED)
     coloured = [_tinted(pixels[number], count) for count, number in enumerate(chosen)]
@@ -197,6 +206,12 @@ def _prepared(pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence
         (*kept_labels, *(None for _ in chosen)),
         len(chosen),
     )
+
+
+def _colourful(pixels: UInt8) -> int:
+    """Return how many of the images have colours worth the name: a coloured mark on a grey image is none."""
+    spans = pixels.max(axis=3).astype(np.int16) - pixels.min(axis=3)
+    return int((spans.mean(axis=(1, 2)) > _COLOURFUL).sum())
 
 
 def _tinted(image: UInt8, number: int) -> UInt8:

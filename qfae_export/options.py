@@ -13,6 +13,8 @@ FORMATS = ("onnx", "plan", "rtx-plan")
 PARTS = ("full", "reconstruction", "scorer")
 FP16_SUFFIX = ".fp16.onnx"
 
+_TAKEN = (".fp16", ".rtx", ".golden", ".reconstruction", ".scorer")
+
 # What a manifest accepts as a file name, with room for suffixes.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 
@@ -93,7 +95,15 @@ class Options:
             faults.append(f"--format: got {self.format!r}, accepted are {', '.join(FORMATS)}")
         if self.part not in PARTS:
             faults.append(f"--part: got {self.part!r}, accepted are {', '.join(PARTS)}")
-        if self.bisect and not self.fp16:
+        if self.part in PARTS[1:] and self.format in FORMATS[1:]:
+            faults.append(f"--format: a {self.format} is made of the whole graph; leave out --part, or pass onnx")
+        if self.random_weights is not None:
+            faults += [
+                f"{name}: means nothing with --random-weights, which are measured on nothing"
+                for name, given in (("--bisect", self.bisect), ("--parity-images", self.parity_images is not None))
+                if given
+            ]
+        if self.bisect and not self.fp16 and self.onnx is None:
             faults.append("--bisect: finds what must stay FP32 in an FP16 engine; pass --fp16 too")
         if self.onnx is not None:
             faults += self._faults_of_rebuilding()
@@ -101,6 +111,11 @@ class Options:
             option = "--name" if self.name is not None else sources[0] if sources else "--ckpt"
             faults.append(
                 f"{option}: {self.engine_name!r} cannot name an engine; pass a --name of letters, digits and _ . + -"
+            )
+        elif self.engine_name.endswith(_TAKEN) and self.part == "full":
+            faults.append(
+                f"{'--name' if self.name is not None else sources[0] if sources else '--ckpt'}: {self.engine_name!r} "
+                "ends like the files that an engine is accompanied by; pass another --name"
             )
         if self.folder.exists() and not self.folder.is_dir():
             faults.append(f"--out: {self.folder} is a file; name a folder")
@@ -114,6 +129,7 @@ class Options:
             ("--preset or --config", self.config is not None),
             ("--fp16", self.fp16),
             ("--part", self.part != "full"),
+            ("--bisect", self.bisect),
         )
         faults = [
             f"{name}: means nothing with --onnx, whose plan is written beside it as its manifest says"

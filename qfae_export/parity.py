@@ -8,7 +8,7 @@ Letters: N images, B images in a batch, S pixels per side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages, spread
-from qfae_runtime.agreement import QUANTITIES, Agreement, Scale, incomparable, measure_agreement
+from qfae_runtime.agreement import QUANTITIES, Agreement, Scale, measure_agreement
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.certificate import CertificateEntry, Link
 from qfae_runtime.contract import CONTRACTS, Contract
@@ -34,6 +34,7 @@ _ODD_BATCHES = (7, 5, 3)
 # At batch 1 and the odd batch, some of the images tell whether the batch size matters; at the largest batch all are
 # measured. All images at every size would take three times as long and say nothing more.
 _SINGLES = 3
+_OF_ALL_IMAGES = ("spearman", "flips", "flips_beyond", "auroc_change")
 
 ROUNDED = "graph FP16"
 """The graph in PyTorch, rounded as FP16 rounds (rounded.py): a branch of the chain."""
@@ -55,7 +56,7 @@ class ParityError(ExportError):
 
 
 class Measured(NamedTuple):
-    """One batch size. `run_at_this_size` of the images were run so; the others count as equal to the reference."""
+    """One batch size, and how many of the images were run so: percentiles are over those."""
 
     batch: int
     run_at_this_size: int
@@ -84,7 +85,7 @@ class ParityReport:
     @property
     def worst(self) -> Agreement:
         """The worst of every quantity over all batch sizes: the least bounds that would have passed."""
-        faulty = next((row.agreement for row in self.rows if row.agreement.fault is not None), None)
+        faulty = next((row.agreement for row in reversed(self.rows) if row.agreement.fault is not None), None)
         return faulty or _worst_of([row.agreement for row in self.rows])
 
     def failures(self) -> list[str]:
@@ -93,8 +94,14 @@ class ParityReport:
         return [_broken(one) for one in rounding] + [
             f"batch {row.batch}: {sentence}"
             for row in self.rows
-            for sentence in self.contract.failures(row.agreement, self.images.names)
+            for sentence in self._contract_of(row).failures(row.agreement, self.images.names)
         ]
+
+    def _contract_of(self, row: Measured) -> Contract:
+        if row.batch == max(self.batches):
+            return self.contract
+        bounds = {name: bound for name, bound in self.contract.bounds.items() if name not in _OF_ALL_IMAGES}
+        return replace(self.contract, bounds=bounds)
 
     def guilty(self) -> str | None:
         """Name the first link of the chain that broke its contract; None if none did."""
@@ -112,7 +119,7 @@ class ParityReport:
             if name not in self.contract.bounds:
                 continue
             sign = "≥" if quantity.larger_is_better else "≤"
-            cells = [_cell(name, row.agreement, self.contract) for row in self.rows]
+            cells = [_cell(name, row.agreement, self._contract_of(row)) for row in self.rows]
             table.add_row(quantity.title, *cells, f"{sign} {self.contract.bounds[name]:g}")
         return table
 
@@ -165,10 +172,13 @@ def link(
     return Link(source, target, len(reference.score), precision, values, not contract.failures(agreement))
 
 
-def batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """Return the batch sizes to measure: one image, an odd number, and the largest."""
+def batch_sizes(max_batch: int, own: Iterable[int] = ()) -> tuple[int, ...]:
+    """Return the batch sizes to measure: one image, an odd number, the largest, and the engine's own.
+
+    A plan has kernels of its own for each of its sizes, and one of them may be wrong.
+    """
     odd = next((size for size in _ODD_BATCHES if size < max_batch), 1)
-    return tuple(sorted({1, odd, max_batch}))
+    return tuple(sorted({1, odd, max_batch, *(size for size in own if size <= max_batch)}))
 
 
 def pytorch_scores(scorer: Callable[[torch.Tensor], Sequence[torch.Tensor]], images: UInt8) -> Scores:
@@ -208,26 +218,29 @@ def scale_of(images: ParityImages, reference: Scores, threshold: float | None = 
 def measure(
     engine: Engine, images: ParityImages, reference: Scores, contract: Contract, scale: Scale | None = None
 ) -> ParityReport:
-    """Run all images at the engine's largest batch, some at batch 1 and at an odd batch; compare with the reference.
+    """Run all images at the engine's largest batch, some at batch 1, an odd batch and every size it has kernels for.
+
+    Where there are fewer images than the largest batch takes, it is filled with the same ones again.
 
     Raises:
         EngineError: the backend failed.
 
     """
     scale = scale or scale_of(images, reference)
-    *smaller, largest = batch_sizes(engine.max_batch)
-    whole = run_in_batches(engine, images.pixels, largest)
-    rows = [Measured(largest, len(images), measure_agreement(reference, whole, images.labels, scale))]
+    *smaller, largest = batch_sizes(engine.max_batch, getattr(engine, "batches", ()))
+    count = len(images)
+    every = [number % count for number in range(max(count, largest))]
+    whole = run_in_batches(engine, images.pixels[every], largest)
+    labels = [images.labels[number] for number in every]
+    rows = [Measured(largest, count, measure_agreement(reference.of(every), whole, labels, scale))]
     for size in smaller:
-        chosen = spread(len(images), _SINGLES if size == 1 else size)
-        got = run_in_batches(engine, images.pixels[chosen], size)
-        fault = rows[0].agreement.fault or incomparable(reference.of(chosen), got)
-        if fault is not None:
-            rows.append(Measured(size, len(chosen), Agreement(len(chosen), scale, {}, {}, fault)))
-            continue
-        mixed = _replaced(reference, chosen, got)
-        rows.append(Measured(size, len(chosen), measure_agreement(reference, mixed, images.labels, scale)))
-    return ParityReport(tuple(sorted(rows)), images, contract, outputs=whole)
+        some = spread(count, _SINGLES if size == 1 else size)
+        got = run_in_batches(engine, images.pixels[some], size)
+        agreement = measure_agreement(reference.of(some), got, (), scale)
+        rows.append(Measured(size, len(some), _placed(agreement, some)))
+    complete = all(len(output) == len(every) for output in whole)  # else there is a fault, and nothing to go on with
+    outputs = whole.of(list(range(count))) if complete else None
+    return ParityReport(tuple(sorted(rows, key=lambda row: row.batch)), images, contract, outputs=outputs)
 
 
 def run_in_batches(engine: Engine, images: UInt8, size: int) -> Scores:
@@ -273,16 +286,19 @@ def golden_of(images: ParityImages, reference: Scores) -> Golden:
     return Golden(images.pixels[chosen], reference.of(list(chosen)))
 
 
-def _replaced(whole: Scores, chosen: list[int], some: Scores) -> Scores:
-    mixed = Scores(whole.score.copy(), whole.anomaly_map.copy(), whole.reconstruction.copy())
-    mixed.score[chosen], mixed.anomaly_map[chosen], mixed.reconstruction[chosen] = some
-    return mixed
+def _placed(agreement: Agreement, numbers: list[int]) -> Agreement:
+    """Say of some images which of all they are, and leave out what says little about few."""
+    worst = {name: replace(one, index=(numbers[one.index[0]], *one.index[1:])) for name, one in agreement.worst.items()}
+    values = {name: None if name in _OF_ALL_IMAGES else value for name, value in agreement.values.items()}
+    return replace(agreement, worst=worst, values=values)
 
 
 def _worst_of(agreements: list[Agreement]) -> Agreement:
     values: dict[str, float | None] = {}
     for name, quantity in QUANTITIES.items():
-        measured = [one.values[name] for one in agreements]
+        measured = [one.values[name] for one in agreements[-1:] if name in _OF_ALL_IMAGES] or [
+            one.values[name] for one in agreements
+        ]
         known = [value for value in measured if value is not None]
         pick = min if quantity.larger_is_better else max
         values[name] = pick(known) if len(known) == len(measured) else None
@@ -293,6 +309,8 @@ def _cell(name: str, agreement: Agreement, contract: Contract) -> str:
     if agreement.fault is not None:
         return "[red]none[/red]"
     value = agreement.values[name]
+    if name not in contract.bounds:
+        return "–"
     text = _number(name, value)
     return text if contract.allows(name, value) else f"[red]{text}[/red]"
 

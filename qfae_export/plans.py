@@ -113,7 +113,8 @@ def rebuild(options: Options, say: Say) -> tuple[Path, Manifest, str, str | None
     assert onnx is not None
     kind = options.format or "plan"
     if not onnx.is_file():
-        raise EngineError(f"{onnx}: no such file; name the NAME{FP16_SUFFIX} that qfae-export wrote")
+        what = "a folder" if onnx.is_dir() else "no such file"
+        raise EngineError(f"{onnx}: {what}; name the NAME{FP16_SUFFIX} that qfae-export wrote")
     if reason := available(kind, onnx.name):
         raise ExportError(f"{onnx}: {reason}")
     manifest_path = find_manifest(onnx)
@@ -125,12 +126,15 @@ def rebuild(options: Options, say: Say) -> tuple[Path, Manifest, str, str | None
     name = _plan_name(onnx.name, kind)
     if (onnx.parent / name).exists() and not options.overwrite:
         raise OutputError(f"{onnx.parent / name}: exists already; pass --overwrite to replace it")
-    images, reference = _reference(options, manifest, onnx.parent, say)
+    random = "random_weights" in manifest.provenance
+    images, reference = (None, None) if random else _reference(options, manifest, onnx.parent, say)
     precision = entry.precision or "fp32"
-    scale = scale_of(images, reference)
     reports: list[ParityReport] = []
 
     def measured(engine: Engine) -> ParityReport:
+        assert images is not None
+        assert reference is not None
+        scale = scale_of(images, reference)
         report = measure(engine, images, reference, CONTRACTS[precision], scale)
         assert report.outputs is not None
         step = link("ONNX FP32", "plan", reference, report.outputs, precision, scale, images.labels)
@@ -142,7 +146,7 @@ def rebuild(options: Options, say: Say) -> tuple[Path, Manifest, str, str | None
             for part in (onnx.name, f"{onnx.name}.data"):
                 if part in manifest.files:
                     (Path(made) / part).symlink_to((onnx.parent / part).absolute())
-            manifest, name, note = add_plan(manifest, Path(made) / onnx.name, kind, say, measured)
+            manifest, name, note = add_plan(manifest, Path(made) / onnx.name, kind, say, None if random else measured)
             (Path(made) / name).replace(onnx.parent / name)
             manifest.save(manifest_path)
     except OSError as error:

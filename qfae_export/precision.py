@@ -37,10 +37,14 @@ FP16_RULES: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """The type of every unit. `kept` are the selectors of what stays FP32 in an FP16 graph."""
+    """The type of every unit. `kept` are the selectors of what stays FP32 in an FP16 graph.
+
+    `foreign` are blocks of other kinds than are known here, which stay FP32 whatever is asked for.
+    """
 
     name: str
     kept: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
 
     def dtype(self, unit: str) -> torch.dtype:
         """Return the type a unit is computed in."""
@@ -52,7 +56,7 @@ class Precision:
         """Return plain JSON values for the manifest."""
         if self.name == "fp32":
             return {"policy": "fp32"}
-        return {"policy": "fp16", "rules": FP16_RULES, "kept_fp32": list(self.kept)}
+        return {"policy": "fp16", "rules": FP16_RULES, "kept_fp32": [*self.kept, *self.foreign]}
 
 
 FP32 = Precision("fp32")

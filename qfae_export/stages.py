@@ -28,6 +28,7 @@ from qfae_export.layers import (
     chained,
     entering_to_normalised,
     inference_block,
+    is_plain,
     patch_kernel,
     patches,
 )
@@ -54,9 +55,16 @@ class EncoderStage(nn.Module):
         bias = gain if embed.proj.bias is None else embed.proj.bias.detach() + gain
         with torch.no_grad():
             # Positions are only added, prefix tokens only put in front: of no patches at all, both come out.
-            constant = vit._pos_embed(torch.zeros(1, embed.num_patches, vit.embed_dim))
+            free = getattr(vit, "dynamic_img_size", False)  # such a model wants its patches as a grid
+            shape = (*embed.grid_size, vit.embed_dim) if free else (embed.num_patches, vit.embed_dim)
+            constant = vit._pos_embed(torch.zeros(1, *shape))
         prefix, table = constant.split([vit.num_prefix_tokens, embed.num_patches], dim=1)
         self.embed = Embed(Linear(kernel, None), table + bias, prefix)
+        if not isinstance(vit.norm_pre, nn.LayerNorm | nn.Identity):
+            raise ExportError(
+                f"the encoder has a {type(vit.norm_pre).__name__} before its blocks, expected a LayerNorm or none, "
+                "which is all that can be exported; choose another encoder"
+            )
         self.norm_pre = Norm(vit.norm_pre) if isinstance(vit.norm_pre, nn.LayerNorm) else nn.Identity()
         for number, block in enumerate(vit.blocks, start=1):
             self.add_module(str(number), inference_block(block))
@@ -205,6 +213,11 @@ class PerceptualStage(nn.Module):
     def __init__(self, network: PerceptualNetwork, patch_sizes: Sequence[int], blocks: Sequence[int]) -> None:
         super().__init__()
         self.patch_sizes, self.blocks = list(patch_sizes), list(blocks)
+        if not all(is_plain(block) for block in network.blocks[: max(blocks)]):
+            raise ExportError(
+                "the perceptual network's blocks have another activation or norm than timm's plain block (GELU, "
+                "LayerNorm), which is all that can be exported; choose another perceptual network"
+            )
         for size in self.patch_sizes:
             kernel = network.get_buffer(f"kernel_{size}")
             kernel, gain = patch_kernel(kernel.unflatten(1, (3, size, size)))

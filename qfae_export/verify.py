@@ -12,8 +12,9 @@ from qfae_export.parity import ParityReport, certificate_of, measure, reference_
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores
-from qfae_runtime.errors import OutputError
+from qfae_runtime.errors import ManifestError, OutputError
 from qfae_runtime.golden import golden_bytes, load_golden
+from qfae_runtime.manifest import find_manifest
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
 from qfae_train.checkpoint import build_scorer
 from qfae_train.config import load as load_config
@@ -40,6 +41,12 @@ def verify(
     """
     with open_engine(engine, device=device, allow_uncertified=True) as opened:
         precision = opened.manifest.files[engine.name].precision or "fp32"
+        policy = opened.manifest.precision.get(engine.name, {}).get("policy")
+        if policy != precision:
+            raise ManifestError(
+                f"{opened.manifest.name}.json: {engine.name} is {precision} in 'files' and {policy} in 'precision'; "
+                "export the engine again"
+            )
         contract = CONTRACTS[precision]
         if ckpt is None:
             if record:
@@ -75,7 +82,7 @@ def _golden(opened: OpenedEngine) -> tuple[ParityImages, Scores]:
 
 def _for_few_images(contract: Contract) -> Contract:
     bounds = {name: bound for name, bound in contract.bounds.items() if name not in NOT_ON_FEW_IMAGES}
-    return replace(contract, bounds=bounds)
+    return replace(contract, bounds={**bounds, "map_cosine_min": contract.bounds["map_cosine_p1"]})
 
 
 def _anew(
@@ -93,7 +100,12 @@ def _anew(
             f"{ckpt}: SHA-256 {checkpoint.sha256[:16]}..., but {opened.path.name} was exported from "
             f"{str(said)[:16]}...; pass the checkpoint it was exported from"
         )
-    spec, stored = opened.manifest.preprocess, checkpoint.parity_images.numpy()
+    spec, stored = checkpoint.config.preprocess_spec(), checkpoint.parity_images.numpy()
+    if difference := opened.manifest.preprocess.diff(spec):
+        raise ExportError(
+            f"{opened.manifest.name}.json: prepares images otherwise than the checkpoint it was exported from: "
+            f"{'; '.join(difference)}; export the engine again"
+        )
     if folder is not None:
         images = from_folder(folder, spec, max(FOLDER_LIMIT, opened.engine.max_batch))
     else:
@@ -107,7 +119,7 @@ def _record(opened: OpenedEngine, report: ParityReport) -> None:
     place = (entry.engine, entry.backend, entry.device)
     others = [one for one in opened.manifest.certificate if (one.engine, one.backend, one.device) != place]
     manifest = replace(opened.manifest, certificate=(*others, entry))
-    path = opened.directory / f"{manifest.name}.json"
+    path = find_manifest(opened.path)
     try:
         manifest.save(path)
     except OSError as error:

@@ -221,7 +221,7 @@ class Manifest:
         for one in self.certificate:
             same = (one.engine, one.backend, one.device) == (engine, backend, device)
             mine = entry is not None and (one.engine_sha256, one.contract.name) == (entry.sha256, entry.precision)
-            if same and mine and one.passed:
+            if same and mine and one.passed and max(one.batches) >= self.max_batch:
                 return one
         return None
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from qfae_runtime.agreement import QUANTITIES, measure_agreement
+from qfae_runtime.agreement import QUANTITIES, Scale, measure_agreement
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines import OpenedEngine
@@ -88,6 +88,11 @@ def self_test(opened: OpenedEngine, *, force: bool = False, cache: Path | None =
     golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
     start = time.perf_counter()
     scale = opened.certificate.scale if opened.certificate is not None else None
+    if scale is not None and not _plausible(scale, golden.scores):
+        raise SelfTestError(
+            f"{opened.path}: self-test failed: the certificate's scale (interquartile range {scale.score_iqr:g}, maps "
+            f"{scale.map_p999:g}) is beyond what its golden images span; export the engine again"
+        )
     agreement = measure_agreement(golden.scores, _run_golden(opened.engine, golden), scale=scale)
     if shown := contract.failures(agreement)[:_SHOWN_FAILURES]:
         raise SelfTestError(
@@ -120,6 +125,15 @@ def contract_for(certificate: CertificateEntry | None, precision: str = "fp32") 
         else:
             bounds[name] = min(max(_MARGIN * measured, least), max(bounds.get(name, math.inf), measured))
     return replace(contract, bounds=bounds)
+
+
+def _plausible(scale: Scale, golden: Scores) -> bool:
+    """Say whether a scale can be that of images of which the golden ones are the lowest to the highest scores.
+
+    Were it larger, errors would look small beside it.
+    """
+    span = float(golden.score.max() - golden.score.min())
+    return scale.score_iqr <= span * (1 + 1e-6) and scale.map_p999 <= 2 * float(golden.anomaly_map.max())
 
 
 def cache_folder() -> Path:

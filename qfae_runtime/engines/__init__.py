@@ -176,4 +176,9 @@ def _uncertified(manifest: Manifest, path: Path, backend: str, device: str, mani
         return f"{path}: certified for {measured}, not for {backend} on {device}; {cure}"
     if not any(one.passed for one in same):
         return f"{path}: its comparison with PyTorch failed on {backend}, {device}; {cure}"
+    largest = max(max(one.batches) for one in same)
+    if largest < manifest.max_batch:
+        return (
+            f"{path}: certified for batches of up to {largest}, but {manifest_name} allows {manifest.max_batch}; {cure}"
+        )
     return f"{path}: the certificate in {manifest_name} was issued for other bytes than this file's; {cure}"

@@ -176,6 +176,55 @@ def test_a_map_of_another_image_is_seen(images: ParityImages, reference: Scores)
     assert all(": map " in failure and ("batch 7:" in failure or "batch 10:" in failure) for failure in failures)
 
 
+def test_every_size_that_an_engine_has_kernels_for_is_measured(images: ParityImages, reference: Scores) -> None:
+    class Plan(Echo):
+        batches = (1, 2, 4, COUNT)
+
+    def fault(answer: Scores, numbers: list[int]) -> None:
+        if len(numbers) == 2:
+            answer.anomaly_map[:] = 0
+
+    report = measure(Plan(images, reference, fault), images, reference, CONTRACTS["fp16"])
+    assert report.batches == (1, 2, 4, 7, COUNT)
+    assert report.failures()
+    assert all(text.startswith("batch 2: map ") for text in report.failures())
+
+
+def test_a_largest_batch_beyond_the_images_is_really_run(images: ParityImages, reference: Scores) -> None:
+    class Large(Echo):
+        max_batch = 25
+
+    sizes: list[int] = []
+    report = measure(
+        Large(images, reference, lambda answer, numbers: sizes.append(len(numbers))),
+        images,
+        reference,
+        CONTRACTS["fp32"],
+    )
+    assert report
+    assert sizes == [25, 1, 1, 1, 7]
+    assert report.outputs is not None
+    assert len(report.outputs.score) == COUNT
+
+
+def test_few_images_at_a_small_batch_are_not_diluted(images: ParityImages, reference: Scores) -> None:
+    def fault(answer: Scores, numbers: list[int]) -> None:
+        if len(numbers) == 1:
+            answer.anomaly_map[:] = answer.anomaly_map[:, ::-1]
+
+    many = ParityImages(
+        pictures(200, SIZE), tuple(map(str, range(200))), "made up", tuple(n % 2 == 1 for n in range(200))
+    )
+    rng = np.random.default_rng(5)
+    outputs = Scores(
+        rng.uniform(0.05, 0.5, 200).astype(np.float32),
+        rng.uniform(0.02, 0.5, (200, SIZE, SIZE)).astype(np.float32),
+        rng.integers(0, 250, (200, SIZE, SIZE, 3), dtype=np.uint8),
+    )
+    report = measure(Echo(many, outputs, fault), many, outputs, CONTRACTS["fp16"])
+    assert any(text.startswith("batch 1: map cosine, p1") for text in report.failures())
+
+
 def test_lost_images_are_seen(images: ParityImages, reference: Scores) -> None:
     class Loses(Echo):
         def run(self, images: UInt8, maps: bool = True) -> Scores:

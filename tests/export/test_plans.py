@@ -216,7 +216,7 @@ def test_an_overflow_that_the_cpu_does_not_show_is_refused(tmp_path: Path) -> No
     text = str(caught.value)
     assert "graph FP16: rounded as FP16 rounds, the graph gives values that are not finite" in text
     assert "the step at fault: graph FP32 -> graph FP16" in text
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def overflowing(states: list[dict[str, torch.Tensor]]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -143,11 +144,19 @@ def test_failed_or_foreign_certificates_do_not_count(engine_path: Path) -> None:
         open_engine(engine_path)
 
 
+def test_a_certificate_of_smaller_batches_does_not_count(engine_path: Path) -> None:
+    stored = json.loads(engine_path.with_suffix(".json").read_text())
+    stored["certificate"][0]["batches"] = [1, 7]
+    engine_path.with_suffix(".json").write_text(json.dumps(stored))
+    with pytest.raises(EngineError, match=r"certified for batches of up to 7, but tiny\.json allows 32"):
+        open_engine(engine_path)
+
+
 def test_unknown_backend_and_device_are_told_together(engine_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         open_engine(engine_path, backend="abacus", device="tpu")
     assert caught.value.faults == [
-        "backend: got 'abacus', accepted are auto, onnxruntime",
+        "backend: got 'abacus', accepted are auto, onnxruntime, tensorrt",
         "device: got 'tpu', accepted are auto, cpu, cuda:0",
     ]
 

@@ -79,6 +79,18 @@ def test_bounds_are_tightened_to_the_certified_errors_and_never_widened(engine_p
     assert not {"spearman", "flips", "auroc_change"} & exact.keys()
 
 
+def test_a_scale_that_makes_errors_small_is_found_out(engine_path: Path) -> None:
+    path = engine_path.with_suffix(".json")
+    stored = json.loads(path.read_text())
+    stored["certificate"][0]["scale"]["score_iqr"] = 1e9
+    path.write_text(json.dumps(stored))
+    with (
+        open_engine(engine_path) as opened,
+        pytest.raises(SelfTestError, match="is beyond what its golden images span"),
+    ):
+        self_test(opened)
+
+
 def test_without_a_certificate_the_contract_itself_holds() -> None:
     assert contract_for(None).bounds["score_abs"] == 1e-4
     assert "score_abs" not in contract_for(None, "fp16").bounds

@@ -101,7 +101,7 @@ def export_tiny(
                 engine,
                 measure_agreement(scores, scores),
                 CONTRACTS["fp32"],
-                batches=(1, 5),
+                batches=(1, max_batch),
                 images_from="noise",
             )
             certificate = (entry,)
