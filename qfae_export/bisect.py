@@ -56,9 +56,10 @@ class Cost:
 class Bisected:
     """The policy found. `minimal`: without any one of its places in FP32, the contract is broken.
 
-    before  the worst of every quantity over all batch sizes, in FP16
-    report  the measurement of the engine with this policy
-    files   what was written, the engine first
+    before   the worst of every quantity over all batch sizes, in FP16
+    report   the measurement of the engine with this policy
+    rounded  what the rounding alone does in PyTorch, in FP16 and with this policy; None of half a graph
+    files    what was written, the engine first
     """
 
     precision: Precision
@@ -66,6 +67,7 @@ class Bisected:
     trials: tuple[Trial, ...]
     before: Agreement
     report: ParityReport
+    rounded: tuple[Agreement, Agreement] | None
     cost: Cost
     files: tuple[Path, ...]
 
@@ -81,8 +83,8 @@ class Bisected:
             "kept_fp32": list(self.precision.kept),
             "minimal": self.minimal,
             "trials": len(self.trials),
-            "before": {"fault": self.before.fault, "measured": self.before.values},
-            "after": {"fault": self.after.fault, "measured": self.after.values},
+            "engine": _before_and_after(self.before, self.after),
+            "rounded": None if self.rounded is None else _before_and_after(*self.rounded),
             "cost": {
                 "operations_fp32": cost.units,
                 "operations": cost.of_units,
@@ -106,8 +108,9 @@ class Bisected:
         table.add_row("operations in FP32", f"{cost.units} of {cost.of_units}")
         table.add_row("matrix products in FP32", f"{cost.products:.1%}")
         table.add_row("file", f"{cost.bytes / max(cost.of_bytes, 1):+.1%} ({cost.bytes / 1e6:+.2f} MB)")
-        table.add_row("before", worst_numbers(self.before, self.report.contract))
-        table.add_row("after", worst_numbers(self.after, self.report.contract))
+        for what, pair in (("engine", (self.before, self.after)), ("rounding alone", self.rounded)):
+            for when, agreement in zip(("before", "after"), pair or (), strict=False):
+                table.add_row(f"{what}, {when}", worst_numbers(agreement, self.report.contract))
         return table
 
 
@@ -134,7 +137,7 @@ def bisect(
     """
     units, before, size = graph.units(), failed.worst, _bytes(path)
     if failed:
-        return Bisected(FP16, True, (), before, failed, Cost(0, len(units), 0, size, 0.0), (path,))
+        return Bisected(FP16, True, (), before, failed, None, Cost(0, len(units), 0, size, 0.0), (path,))
     say("tracing the graph for trials")
     bench = Bench(graph, failed, reference, scale, open_engine, path.parent, say, most_trials)
     everything = stages(units)
@@ -145,14 +148,16 @@ def bisect(
     seen = survey(graph, failed.images.pixels[worst], reference.reconstruction[worst])
     found, minimal = _search(bench, seen)
     for kept in (found.kept, *found.coarser, everything):
-        report, files = bench.build(kept, path)
+        files, report, after = bench.build(kept, path)
         if report:
             break
         minimal = False
     else:
         raise ParityError(_innocent(path, report), report)
+    rounded = None if bench.before is None or after is None else (bench.before, after)
     cost = _cost(seen, kept, _bytes(path) - size, size)
-    return Bisected(Precision("fp16", kept), minimal, tuple(bench.trials), before, report, cost, tuple(files))
+    policy = Precision("fp16", kept)
+    return Bisected(policy, minimal, tuple(bench.trials), before, report, rounded, cost, tuple(files))
 
 
 def _search(bench: Bench, seen: Survey) -> tuple[Refined, bool]:
@@ -167,6 +172,11 @@ def _cost(seen: Survey, kept: tuple[str, ...], added: int, size: int) -> Cost:
     units = [unit for unit in seen.products if any(covers(place, unit) for place in kept)]
     products = sum(seen.products[unit] for unit in units) / sum(seen.products.values())
     return Cost(len(units), len(seen.products), added, size, products)
+
+
+def _before_and_after(before: Agreement, after: Agreement) -> dict[str, Any]:
+    pair = (("before", before), ("after", after))
+    return {when: {"fault": one.fault, "measured": one.values} for when, one in pair}
 
 
 def _bytes(path: Path) -> int:

@@ -105,15 +105,17 @@ def _shortest_prefix(candidates: Sequence[str], passes: Passes) -> list[str]:
 
 
 def _dropped_in_chunks(kept: list[str], passes: Passes) -> list[str]:
-    """Drop halves, quarters, eighths and so on, the least likely first, then one by one: delta debugging."""
-    size = len(kept) // 2
-    while size > 1:
-        # The likeliest is the first to be tried alone and the last to be dropped.
-        for start in reversed(range(0, len(kept), size)):
-            rest = kept[:start] + kept[start + size :]
-            if rest and passes(rest):
-                kept = rest
-        size //= 2
+    """Go from the least likely place to the likeliest and drop as many at once as can be, twice as many each time."""
+    end, size = len(kept), 1
+    while end:
+        start = max(end - size, 0)
+        rest = kept[:start] + kept[end:]
+        if rest and passes(rest):
+            kept, end, size = rest, start, 2 * size
+        elif size > 1:
+            size //= 2
+        else:
+            end -= 1  # needed here, at least
     return dropped_singly(kept, passes)
 
 

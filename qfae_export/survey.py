@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qfae_export.graph import InferenceGraph, entering
-from qfae_export.layers import Attend, CausalAttend, Linear
+from qfae_export.layers import Attend, CausalAttend, Linear, Unit
 from qfae_runtime.arrays import UInt8
 
 
@@ -96,11 +96,13 @@ def _watcher(unit: str, seen: Survey) -> Callable[[nn.Module, Any, Tensor], Tens
 
 
 def _rounded_by(module: nn.Module, inputs: Any) -> Tensor:
-    """Return what the unit gives in FP16, up to the order of sums: operands and result are FP16 numbers."""
     same: dict[int, Any] = {id(tensor): tensor for tensor in module.buffers()}
-    twin = copy.deepcopy(module, same).half().float()
-    rounded: Tensor = twin.forward(*(one.half().float() for one in inputs))
-    return rounded.half().float()
+    twin = copy.deepcopy(module, same)
+    assert isinstance(twin, Unit)
+    twin.set_dtype(torch.float16)
+    twin.emulate()
+    rounded: Tensor = twin.forward(*inputs)
+    return rounded
 
 
 def _products(module: nn.Module, inputs: Any) -> float:

@@ -1,6 +1,6 @@
 """Engines of one graph in many FP16 policies, each measured against PyTorch: the verdicts of a bisection.
 
-A policy passes where two do: the graph rounded as FP16 rounds (rounded.py), and the engine that will be handed over.
+A policy passes where two do: a whole graph, rounded as FP16 rounds (rounded.py), and the engine to be handed over.
 
 A trial runs the images in portions, the most telling first, and ends with the first portion that breaks a bound. Images
 that were not run count as right, so that what fails on some of them fails the contract; what passes ran all of them.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,10 +76,19 @@ def worst_numbers(agreement: Agreement, contract: Contract, count: int = 2) -> s
     return "; ".join(_beside_bound(name, agreement.values.get(name), contract.bounds[name]) for name in worst)
 
 
+class Built(NamedTuple):
+    """An engine that was written: its files, its measurement, and that of its policy's rounding (None: of a half)."""
+
+    files: list[Path]
+    report: ParityReport
+    rounded: Agreement | None
+
+
 class Bench:
     """Tries policies on one graph, which is FP32; `failed` measured its FP16 engine.
 
     units    the places of the graph's operations
+    before   how FP16's rounding alone agrees with PyTorch; None of half a graph
     telling  numbers of all images, those first on which policies fail
     trials   all that was tried, in order
     """
@@ -96,13 +106,18 @@ class Bench:
     ) -> None:
         assert failed.outputs is not None
         self.units = graph.units()
-        self.telling = by_error(reference, failed.outputs)
         self.trials: list[Trial] = []
         self._graph, self._images, self._contract = graph, failed.images, failed.contract
         self._reference, self._scale, self._open = reference, scale, open_engine
         self._folder, self._say, self._left = folder, say, most_trials
         self._retyper = Retyper(graph)
         self._verdicts: dict[frozenset[str], bool] = {frozenset(): False}
+        self.before: Agreement | None = None
+        outputs = failed.outputs
+        if self._whole:
+            outputs = self._rounded(()).run(self._images.pixels)
+            self.before = measure_agreement(reference, outputs, self._images.labels, scale)
+        self.telling = by_error(reference, outputs)
 
     def passes(self, kept: Sequence[str]) -> bool:
         """Say whether the contract holds at the largest batch with these places in FP32.
@@ -116,10 +131,8 @@ class Bench:
             if self._left == 0:
                 raise OutOfTrials
             self._left -= 1
-            trial = self._tried(tuple(kept), self._rounded(kept))
-            if trial.passed:
-                trial = self._tried_engine(tuple(kept))
-            self._note(trial)
+            rounded = self._tried(tuple(kept), self._rounded(kept)) if self._whole else None
+            self._note(self._tried_engine(tuple(kept)) if rounded is None or rounded.passed else rounded)
         return self._verdicts[policy]
 
     def measure(self, kept: Sequence[str]) -> ParityReport:
@@ -130,10 +143,10 @@ class Bench:
 
         """
         with self._trial_file(kept) as path:
-            return self._in_full(kept, path)
+            return self._in_full(kept, [path]).report
 
-    def build(self, kept: Sequence[str], path: Path) -> tuple[ParityReport, list[Path]]:
-        """Write a policy's engine as every engine is written and measure it in full; return its files too.
+    def build(self, kept: Sequence[str], path: Path) -> Built:
+        """Write a policy's engine as every engine is written and measure it in full.
 
         Raises:
             ExportError: torch cannot express the graph in ONNX.
@@ -142,11 +155,15 @@ class Bench:
         """
         self._say(f"writing {path.name} with FP32 in {len(kept)} {'place' if len(kept) == 1 else 'places'}")
         files = write_onnx(self._graph.at(Precision("fp16", tuple(kept))), path)
-        return self._in_full(kept, files[0]), files
+        return self._in_full(kept, files)
 
     def least_passing(self) -> tuple[str, ...]:
         """Return the policy that passed with the fewest operations in FP32."""
         return min((trial.kept for trial in self.trials if trial.passed), key=lambda kept: len(self._policy(kept)))
+
+    @property
+    def _whole(self) -> bool:
+        return self._graph.part == "full"
 
     def _rounded(self, kept: Sequence[str]) -> RoundedEngine:
         return RoundedEngine(self._graph, Precision("fp16", tuple(kept)), len(self._images))
@@ -187,13 +204,16 @@ class Bench:
     def _run_first(self, numbers: list[int]) -> None:
         self.telling = list(dict.fromkeys([*numbers, *self.telling]))
 
-    def _in_full(self, kept: Sequence[str], path: Path) -> ParityReport:
-        report = measure(self._rounded(kept), self._images, self._reference, self._contract, self._scale)
-        if report:
-            with self._open(path) as engine:
+    def _in_full(self, kept: Sequence[str], files: list[Path]) -> Built:
+        rounded = report = None
+        if self._whole:
+            report = measure(self._rounded(kept), self._images, self._reference, self._contract, self._scale)
+            rounded = report.worst
+        if report is None or report:
+            with self._open(files[0]) as engine:
                 report = measure(engine, self._images, self._reference, self._contract, self._scale)
         self._note(Trial(tuple(kept), bool(report), len(self._images), report.worst))
-        return report
+        return Built(files, report, rounded)
 
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)

@@ -22,8 +22,11 @@ import qfae_export.trials
 import tests.export.tiny
 from qfae_export.bisect import MOST_TRIALS, Bisected, bisect
 from qfae_export.graph import InferenceGraph
-from qfae_export.parity import ParityError, ParityReport, measure, reference_scores, scale_of
+from qfae_export.halves import CompletedHalf
+from qfae_export.parity import ROUNDED, ParityError, ParityReport, link, measure, reference_scores, scale_of
 from qfae_export.precision import FP16, Precision
+from qfae_export.retype import Retyper
+from qfae_export.rounded import RoundedEngine
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.base import Engine, Scores
@@ -226,6 +229,46 @@ def test_an_answer_that_fails_in_full_gives_way_to_whole_blocks(tmp_path: Path) 
     assert [trial.passed for trial in found.trials[-2:]] == [False, True]
 
 
+def test_what_the_engine_hides_is_found_by_rounding(tmp_path: Path) -> None:
+    """ONNX Runtime on a CPU leaves rounding out; here an engine that leaves out all of it."""
+    case = case_of(tmp_path, overflow_in_perceptual_2)
+    images, scale = case.failed.images, scale_of(case.failed.images, case.reference)
+
+    def exact(path: Path) -> Engine:
+        return RoundedEngine(case.graph, Precision("fp16", tuple(case.graph.units())), max_batch=6)
+
+    rounded = RoundedEngine(case.graph, FP16, 12).run(images.pixels)
+    broken = link("graph FP32", ROUNDED, case.reference, rounded, "fp16", scale, images.labels)
+    report = measure(exact(case.path), images, case.reference, CONTRACTS["fp16"], scale)
+    assert report
+    case.failed = replace(report, links=(broken,))
+    found = case.bisect(exact)
+    assert found.precision.kept == ("perceptual.2.fc1", "perceptual.2.fc2")
+    assert found.minimal
+    assert found.rounded is not None
+    assert found.rounded[0].fault is not None
+    assert CONTRACTS["fp16"].holds(found.rounded[1].values)
+
+
+def test_half_a_graph_is_bisected_by_its_engine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, images, path = planted(cancellation_in_decoder_1), parity_images(), tmp_path / "half.onnx"
+    graph, other = InferenceGraph(scorer, "reconstruction"), InferenceGraph(scorer, "scorer")
+    retyper = Retyper(graph)  # traced: it is another structure than the other tests'
+    monkeypatch.setattr(qfae_export.trials, "Retyper", lambda graph: retyper)
+    monkeypatch.setattr(qfae_export.trials, "write_onnx", lambda graph, path: retyper.write(graph.precision, path))
+
+    def half(path: Path) -> Engine:
+        return CompletedHalf(path, "reconstruction", other, SIZE, max_batch=6)
+
+    reference = reference_scores(scorer, images.pixels)
+    with half(retyper.write(FP16, path)[0]) as engine:
+        failed = measure(engine, images, reference, CONTRACTS["fp16"])
+    found = Case(path, graph, reference, failed).bisect(half)
+    assert found.precision.kept == ("decoder.1.norm2", "decoder.1.fc1")
+    assert found.rounded is None
+    assert found.to_dict()["rounded"] is None
+
+
 def test_a_mixture_that_the_backend_cannot_run_is_a_trial_that_fails(tmp_path: Path) -> None:
     case = case_of(tmp_path, overflow_in_perceptual_2)
     opened: list[Path] = []
@@ -263,8 +306,9 @@ def test_an_export_goes_on_with_what_was_found(
     assert precision["kept_fp32"] == ["decoder.1.norm2", "decoder.1.fc1"]
     assert precision["bisected"]["kept_fp32"] == precision["kept_fp32"]
     assert precision["bisected"]["minimal"] is True
-    assert precision["bisected"]["before"]["measured"]["score_iqr"] > 0.01
-    assert precision["bisected"]["after"]["measured"]["score_iqr"] < 0.01
+    for measured in (precision["bisected"]["engine"], precision["bisected"]["rounded"]):
+        assert measured["before"]["measured"]["score_iqr"] > 0.01
+        assert measured["after"]["measured"]["score_iqr"] < 0.01
     assert set(precision["bisected"]["cost"]) == {
         "operations_fp32",
         "operations",
@@ -274,7 +318,7 @@ def test_an_export_goes_on_with_what_was_found(
     }
     [certificate] = [one for one in manifest["certificate"] if one["engine"] == "tiny.fp16.onnx"]
     assert certificate["passed"]
-    assert certificate["measured"]["score_iqr"] == precision["bisected"]["after"]["measured"]["score_iqr"]
+    assert certificate["measured"]["score_iqr"] == precision["bisected"]["engine"]["after"]["measured"]["score_iqr"]
     assert sorted(file.name for file in out.iterdir()) == [
         "tiny.fp16.onnx",
         "tiny.golden.npz",
@@ -285,8 +329,10 @@ def test_an_export_goes_on_with_what_was_found(
     shown = " ".join(ran.out.split())
     assert f"bisected in {precision['bisected']['trials']} trials: FP32 stays in 2 places" in shown
     assert "decoder 1.norm2, 1.fc1 operations in FP32 2 of 82 matrix products in FP32 " in shown
-    assert " before score error, p99.9 / IQR " in shown
-    assert " after reconstruction, p99.9 grey levels 1 (≤ 2); score error, p99.9 / IQR 0.0" in shown
+    assert " engine, before score error, p99.9 / IQR " in shown
+    assert " engine, after reconstruction, p99.9 grey levels 1 (≤ 2); score error, p99.9 / IQR 0.0" in shown
+    assert " rounding alone, before " in shown
+    assert " rounding alone, after reconstruction, p99.9 grey levels 1 (≤ 2); " in shown
     assert MOST_TRIALS > precision["bisected"]["trials"] > 3
 
 
