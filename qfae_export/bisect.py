@@ -1,15 +1,12 @@
 """--bisect: where FP16 breaks its contract, find the least that must stay FP32, rebuild, measure, say what it cost.
 
     survey      where errors arise and how far they reach, in PyTorch: orders the trials, decides nothing
-    trials      engines in other policies, run on the images until they fail: the search's verdicts
+    trials      policies, run on the images until they fail: rounded in PyTorch, then as an engine
     the answer  traced and written like every engine, measured on all images at every batch size
 
-A trial's engine is the real one, for ONNX Runtime rounds elsewhere than PyTorch; only its file is retyped instead of
-traced, which takes 0.1 s in place of 10 s for a small model. Should the answer fail in full, at another batch size say,
-whole blocks stay FP32, or whole stages.
-
-The answer speaks for the backend that ran the trials. ONNX Runtime's CPU provider drops the casts between neighbouring
-FP16 operations, and so rounds less than a GPU: for a plan, let `open_engine` build one.
+A trial needs both: ONNX Runtime on a CPU rounds less than FP16 does, and elsewhere than PyTorch. Its engine is a real one;
+only its file is retyped instead of traced, which takes 0.1 s in place of 10 s for a small model. Should the answer fail in
+full, at another batch size say, whole blocks stay FP32, or whole stages.
 """
 
 from __future__ import annotations

@@ -88,6 +88,27 @@ def test_fp16_stays_near(options: dict[str, Any]) -> None:
     assert not torch.equal(got.score, want.score)
 
 
+@pytest.mark.parametrize("name", ["as published", "three Q-Former blocks", "encoder with LayerScale"])
+def test_emulated_fp16_is_as_far_from_fp32_as_fp16_itself(name: str) -> None:
+    graph, images = InferenceGraph(scorer_of(config_of(**CONFIGS[name]))), torch.from_numpy(pictures(6))
+    exact, half, emulated = (one(images).score for one in (graph, graph.at(FP16), graph.emulated(FP16)))
+    error, other = float((half - exact).abs().max()), float((emulated - exact).abs().max())
+    assert error / 4 < other < error * 4
+    assert torch.equal(graph(images).score, exact)  # the graph itself is left as it is
+
+
+def test_emulated_fp16_overflows_where_fp16_does() -> None:
+    graph = InferenceGraph(scorer_of(config_of()))
+    block = graph.get_submodule("encoder.2")
+    block.get_submodule("fc1").weight.mul_(1e6)  # type: ignore[operator]
+    block.get_submodule("fc2").weight.mul_(1e-6)  # type: ignore[operator]
+    images = torch.from_numpy(pictures(2))
+    assert torch.isfinite(graph(images).score).all()
+    assert not torch.isfinite(graph.emulated(FP16)(images).score).any()
+    kept = Precision("fp16", ("encoder.2.fc1", "encoder.2.fc2"))
+    assert torch.isfinite(graph.emulated(kept)(images).score).all()
+
+
 def test_every_unit_kept_is_fp32_again() -> None:
     scorer = scorer_of(config_of())
     images = torch.from_numpy(pictures(3))
