@@ -4,9 +4,9 @@
     trials      policies, run on the images until they fail: rounded in PyTorch, then as an engine
     the answer  traced and written like every engine, measured on all images at every batch size
 
-A trial needs both: ONNX Runtime on a CPU rounds less than FP16 does, and elsewhere than PyTorch. Its engine is a real one;
-only its file is retyped instead of traced, which takes 0.1 s in place of 10 s for a small model. Should the answer fail in
-full, at another batch size say, whole blocks stay FP32, or whole stages.
+A trial needs both: ONNX Runtime on a CPU rounds less than FP16 does, and elsewhere than PyTorch. Its engine is a real
+one; only its file is retyped instead of traced, which takes 0.1 s in place of 10 s for a small model. Should the answer
+fail in full, at another batch size say, whole blocks stay FP32, or whole stages.
 """
 
 from __future__ import annotations
