@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qfae_export.errors import ExportError
+from qfae_runtime.engines.cuda import Gpu, driver_version
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,6 @@ BUILDERS = {
     "rtx-plan": Builder("rtx-plan", "tensorrt_rtx", "TensorRT-RTX", "pip install tensorrt-rtx-cu13", needs_gpu=False),
 }
 """By format, as the manifest calls it."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The card a plan was built on. Compute capability like "9.0"; what cannot be found out is None."""
-
-    name: str
-    compute_capability: str
-    driver: str | None
-    cuda: str | None
 
 
 @dataclass(frozen=True)
@@ -170,15 +160,7 @@ def current_gpu() -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
-    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}", _driver(), torch.version.cuda)
-
-
-def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    try:
-        found = re.search(r"Kernel Module[^\n]*?\s(\d+(?:\.\d+)+)", file.read_text(encoding="ascii", errors="replace"))
-    except OSError:  # not Linux, or a driver that shows itself elsewhere
-        return None
-    return found[1] if found else None
+    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}", driver_version(), torch.version.cuda)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

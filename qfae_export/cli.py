@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,12 @@ import click
 from rich.console import Console
 
 from qfae_export.errors import ExportError
-from qfae_export.options import DEFAULT_MAX_BATCH, FORMATS, PARTS, Options
+from qfae_export.options import DEFAULT_MAX_BATCH, PARTS, Options
 from qfae_export.verify_cli import verify_command
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, fail, size_text, unexpected, whole_number
+from qfae_runtime.command_line import CONTEXT, dispatch, fail, size_text, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
-from qfae_runtime.manifest import MAX_BATCH
+from qfae_runtime.manifest import FORMATS, MAX_BATCH
 from qfae_train.config import presets
 from qfae_train.options import config_source, weight_options
 from qfae_train.weight_files import parse_weight_files
@@ -117,12 +116,7 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves through SystemExit with the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    other = COMMANDS.get(given[0]) if given else None
-    if other is None:
-        command.main(given, prog_name=PROGRAM)
-    else:
-        other.main(given[1:], prog_name=f"{PROGRAM} {given[0]}")
+    dispatch(PROGRAM, command, COMMANDS, arguments)
 
 
 def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:

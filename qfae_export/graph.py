@@ -28,9 +28,6 @@ from qfae_train.aggregate import Anomaly, anomaly
 from qfae_train.autoencoder import AnomalyScorer, Result
 from qfae_train.perceptual import distance_maps
 
-PARTS = ("full", "reconstruction", "scorer")
-"""The whole graph, or one of its halves."""
-
 
 class Reconstruction(NamedTuple):
     """What the reconstruction half returns."""

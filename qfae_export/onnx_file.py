@@ -106,11 +106,6 @@ def trace(graph: InferenceGraph) -> ir.Model:
     return model
 
 
-def attentions(model: ir.Model) -> list[str]:
-    """Return the names of the graph's attention operations, in their order."""
-    return [node.name or "" for node in model.graph if node.op_type == "Attention"]
-
-
 def save(model: ir.Model, path: Path, external_above_bytes: int = EXTERNAL_ABOVE_BYTES) -> list[Path]:
     """Write the model, its weights apart in NAME.onnx.data if they are too many bytes; return the files written."""
     tensors = [value.const_value for value in model.graph.initializers.values()]

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qfae_runtime.manifest import FORMATS
 from qfae_train.weight_files import WeightFiles
 
 DEFAULT_MAX_BATCH = 32
-FORMATS = ("onnx", "plan", "rtx-plan")
 PARTS = ("full", "reconstruction", "scorer")
 FP16_SUFFIX = ".fp16.onnx"
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages, spread
-from qfae_runtime.agreement import QUANTITIES, Agreement, Scale, measure_agreement
+from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale, measure_agreement
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.certificate import CertificateEntry, Link
 from qfae_runtime.contract import CONTRACTS, Contract
@@ -34,7 +34,6 @@ _ODD_BATCHES = (7, 5, 3)
 # At batch 1 and the odd batch, some of the images tell whether the batch size matters; at the largest batch all are
 # measured. All images at every size would take three times as long and say nothing more.
 _SINGLES = 3
-_OF_ALL_IMAGES = ("spearman", "flips", "flips_beyond", "auroc_change")
 
 ROUNDED = "graph FP16"
 """The graph in PyTorch, rounded as FP16 rounds (rounded.py): a branch of the chain."""
@@ -100,8 +99,7 @@ class ParityReport:
     def _contract_of(self, row: Measured) -> Contract:
         if row.batch == max(self.batches):
             return self.contract
-        bounds = {name: bound for name, bound in self.contract.bounds.items() if name not in _OF_ALL_IMAGES}
-        return replace(self.contract, bounds=bounds)
+        return self.contract.without(OF_ALL_IMAGES)
 
     def guilty(self) -> str | None:
         """Name the first link of the chain that broke its contract; None if none did."""
@@ -166,7 +164,7 @@ def link(
     agreement, contract = measure_agreement(reference, got, labels, scale), CONTRACTS[precision]
     if len(reference.score) < len(labels):
         # Ranks of few images mean little.
-        contract = replace(contract, bounds={k: v for k, v in contract.bounds.items() if k != "spearman"})
+        contract = contract.without(("spearman",))
     nothing = dict.fromkeys(QUANTITIES)
     values = agreement.values or nothing
     return Link(source, target, len(reference.score), precision, values, not contract.failures(agreement))
@@ -245,8 +243,7 @@ def measure(
 
 def run_in_batches(engine: Engine, images: UInt8, size: int) -> Scores:
     """Return the engine's outputs on uint8 (N, S, S, 3), `size` images at a time; the last batch may be smaller."""
-    parts = [engine.run(images[start : start + size]) for start in range(0, len(images), size)]
-    return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return Scores.joined(engine.run(images[start : start + size]) for start in range(0, len(images), size))
 
 
 def accepted(report: ParityReport, file: str, backend: str) -> ParityReport:
@@ -289,14 +286,14 @@ def golden_of(images: ParityImages, reference: Scores) -> Golden:
 def _placed(agreement: Agreement, numbers: list[int]) -> Agreement:
     """Say of some images which of all they are, and leave out what says little about few."""
     worst = {name: replace(one, index=(numbers[one.index[0]], *one.index[1:])) for name, one in agreement.worst.items()}
-    values = {name: None if name in _OF_ALL_IMAGES else value for name, value in agreement.values.items()}
+    values = {name: None if name in OF_ALL_IMAGES else value for name, value in agreement.values.items()}
     return replace(agreement, worst=worst, values=values)
 
 
 def _worst_of(agreements: list[Agreement]) -> Agreement:
     values: dict[str, float | None] = {}
     for name, quantity in QUANTITIES.items():
-        measured = [one.values[name] for one in agreements[-1:] if name in _OF_ALL_IMAGES] or [
+        measured = [one.values[name] for one in agreements[-1:] if name in OF_ALL_IMAGES] or [
             one.values[name] for one in agreements
         ]
         known = [value for value in measured if value is not None]

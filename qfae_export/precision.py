@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 
-STAGES = ("encoder", "qformer", "decoder", "perceptual")
-"""The parts of the graph that may be FP16, in the order of the computation (a second encoder is `encoder2`)."""
-
 FP16_RULES: dict[str, dict[str, str]] = {
     "matrix products": {"type": "float16", "why": "nearly all of the work; weights and biases are stored in float16"},
     "residual streams": {"type": "float16", "why": "read and written around every product"},

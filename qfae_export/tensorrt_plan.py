@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qfae_export.builders import BUILDERS, Gpu, available, current_gpu, load, refuse_known_bad
+from qfae_export.builders import BUILDERS, available, current_gpu, load, refuse_known_bad
 from qfae_export.fusion import FusionReport, Kernel, kernels_of_engine, kernels_of_plan, prove
 from qfae_export.onnx_facts import read_facts
 from qfae_export.tensorrt_session import Profile, Session
+from qfae_runtime.engines.cuda import Gpu
 from qfae_runtime.errors import OutputError
 from qfae_runtime.selftest import cache_folder
 

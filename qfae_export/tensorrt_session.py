@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qfae_export.builders import Builder, Gpu
+from qfae_export.builders import Builder
 from qfae_export.errors import ExportError
 from qfae_export.onnx_facts import OnnxFacts
-
-_ERROR = 1  # ILogger.Severity: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose
-_SHOWN_CHARACTERS = 400
+from qfae_runtime.engines.cuda import Gpu
+from qfae_runtime.engines.plan import logger_of, one_line
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Session:
         """
         self.trt, self.builder, self.onnx, self.facts, self.gpu = trt, builder, onnx, facts, gpu
         self.title = f"{builder.title} {trt.__version__}"
-        self.errors: list[str] = []
-        self.log = _logger(trt, self.errors)
+        self.log = logger_of(trt)
+        self.log.forget()
         try:
             self.maker = trt.Builder(self.log)
         except TypeError:  # how its bindings say that there is none
@@ -80,7 +79,7 @@ class Session:
         if not self.parser.parse_from_file(str(self.onnx)):
             fault = self.parser.get_error(0) if self.parser.num_errors else None
             node = f" at node {fault.node_name()} ({fault.node_operator()})" if fault else ""
-            reason = _shortened(fault.desc()) if fault else self._reason()
+            reason = one_line(fault.desc()) if fault else self._reason()
             raise ExportError(
                 f"{file}: {self.title} cannot read it{node}: {reason}; "
                 "export the file again, or use a version of the library that this project is tested with"
@@ -168,7 +167,7 @@ class Session:
         return engine
 
     def _refusal(self) -> str:
-        about_attention = [error for error in self.errors if "ttention" in error]
+        about_attention = [error for error in self.log.errors if "ttention" in error]
         if not about_attention:
             return (
                 f"{self.onnx.name}: {self.title} builds no plan from it: {self._reason()}; "
@@ -182,7 +181,7 @@ class Session:
             f"{self.onnx.name}: {self.title} has no fused kernel for one of its attentions (width of a head: {widths}; "
             "12 to 128 are fused by TensorRT-RTX 1.7, and FP32 sums are in TensorRT from 11.3 on): upgrade with "
             f"{self.builder.pip} --upgrade, or keep that stage in FP32 in the precision policy "
-            f"({_shortened(about_attention[0])})"
+            f"({about_attention[0]})"
         )
 
     def _use_timings(self, folder: Path) -> Path | None:
@@ -212,23 +211,4 @@ class Session:
             part.replace(file)
 
     def _reason(self) -> str:
-        return _shortened(self.errors[-1]) if self.errors else "it gives no reason"
-
-
-def _logger(trt: Any, errors: list[str]) -> Any:
-    """Return a logger that collects errors and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the library asks for a subclass
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= _ERROR:
-                errors.append(str(message))
-
-    return Log()
-
-
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARACTERS else line[:_SHOWN_CHARACTERS] + " ..."
+        return str(self.log.errors[-1]) if self.log.errors else "it gives no reason"

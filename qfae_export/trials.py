@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,12 @@ from qfae_export.parity import ParityReport, measure, run_in_batches
 from qfae_export.precision import Precision, covers
 from qfae_export.retype import Retyper
 from qfae_export.rounded import RoundedEngine
-from qfae_runtime.agreement import QUANTITIES, Agreement, Scale, incomparable, measure_agreement
+from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale, incomparable, measure_agreement
 from qfae_runtime.contract import Contract
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.errors import EngineError
 
 _FIRST_IMAGES = 8  # of a trial; each portion after that is as large as all before it
-_OF_ALL_IMAGES = ("spearman", "flips_beyond")  # images that count as right may make these worse
 _TELLING = 2  # images that failed a trial late are run early from then on
 _SHOWN_PLACES = 4
 
@@ -196,10 +195,8 @@ class Bench:
             portion = run
 
     def _contract_of(self, images: int) -> Contract:
-        if images == len(self._images):
-            return self._contract
-        bounds = {name: bound for name, bound in self._contract.bounds.items() if name not in _OF_ALL_IMAGES}
-        return replace(self._contract, bounds=bounds)
+        # Images that count as right may make quantities of all images worse.
+        return self._contract if images == len(self._images) else self._contract.without(OF_ALL_IMAGES)
 
     def _run_first(self, numbers: list[int]) -> None:
         self.telling = list(dict.fromkeys([*numbers, *self.telling]))

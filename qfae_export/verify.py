@@ -81,8 +81,8 @@ def _golden(opened: OpenedEngine) -> tuple[ParityImages, Scores]:
 
 
 def _for_few_images(contract: Contract) -> Contract:
-    bounds = {name: bound for name, bound in contract.bounds.items() if name not in NOT_ON_FEW_IMAGES}
-    return replace(contract, bounds={**bounds, "map_cosine_min": contract.bounds["map_cosine_p1"]})
+    few = contract.without(NOT_ON_FEW_IMAGES)
+    return replace(few, bounds={**few.bounds, "map_cosine_min": contract.bounds["map_cosine_p1"]})
 
 
 def _anew(

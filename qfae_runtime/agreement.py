@@ -56,6 +56,10 @@ lies beyond the score error if the reference's score is farther from the thresho
 """
 
 
+OF_ALL_IMAGES = ("spearman", "flips", "flips_beyond", "auroc_change")
+"""Quantities of a whole set of images, which say little about a few of them."""
+
+
 @dataclass(frozen=True)
 class Worst:
     """The largest error of one kind: its size, where it is, and both values there."""

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, fail, unknown_option, whole_number
+from qfae_runtime.command_line import CONTEXT, dispatch, fail, unknown_option, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.progress import Reporter
@@ -89,12 +89,7 @@ COMMANDS: dict[str, click.Command] = {}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves through SystemExit with the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    command = COMMANDS.get(given[0]) if given else None
-    if command is None:
-        run_command.main(given, prog_name=PROGRAM)
-    else:
-        command.main(given[1:], prog_name=f"{PROGRAM} {given[0]}")
+    dispatch(PROGRAM, run_command, COMMANDS, arguments)
 
 
 def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:

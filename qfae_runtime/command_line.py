@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -21,6 +23,21 @@ def fail(program: str, error: QfaeError) -> NoReturn:
     else:
         click.echo(f"{program}: {error}", err=True)
     raise click.exceptions.Exit(error.exit_code)
+
+
+def dispatch(
+    program: str, command: click.Command, others: Mapping[str, click.Command], arguments: Sequence[str] | None
+) -> None:
+    """Run the command of `others` that the first word names, else `command`; leaves through SystemExit.
+
+    `arguments` None: those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    other = others.get(given[0]) if given else None
+    if other is None:
+        command.main(given, prog_name=program)
+    else:
+        other.main(given[1:], prog_name=f"{program} {given[0]}")
 
 
 def unknown_option(command: click.Command, text: str, otherwise: str = "") -> str:

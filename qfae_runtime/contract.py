@@ -5,8 +5,8 @@ Absolute AND relative bounds must hold: with "either fits", maps of tiny values 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from qfae_runtime.agreement import QUANTITIES, Agreement
 
@@ -42,6 +42,10 @@ class Contract:
             return [agreement.fault]
         broken = [name for name in self.bounds if not self.allows(name, agreement.values.get(name))]
         return [self._sentence(name, agreement, names) for name in broken]
+
+    def without(self, names: Collection[str]) -> Contract:
+        """Return the contract that bounds everything but these quantities."""
+        return replace(self, bounds={name: bound for name, bound in self.bounds.items() if name not in names})
 
     def is_as_strict_as(self, other: Contract) -> bool:
         """Say whether whatever fits this contract fits the other."""

@@ -21,9 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qfae_runtime.agreement import QUANTITIES, Scale, measure_agreement
+from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Scale, measure_agreement
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines import OpenedEngine
@@ -44,7 +42,7 @@ _LEAST = {
     "reconstruction_p999": 1.0,
 }
 _OTHER_LEAST = 5e-5
-NOT_ON_FEW_IMAGES = ("spearman", "auroc_change", "flips", "flips_beyond", "map_cosine_p1")
+NOT_ON_FEW_IMAGES = (*OF_ALL_IMAGES, "map_cosine_p1")
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,10 @@ def contract_for(certificate: CertificateEntry | None, precision: str = "fp32") 
     Never tighter than what was certified itself: the golden images are among those, and the worst of them may be one.
     """
     contract = certificate.contract if certificate is not None else CONTRACTS[precision]
-    bounds = {name: bound for name, bound in contract.bounds.items() if name not in NOT_ON_FEW_IMAGES}
+    contract = contract.without(NOT_ON_FEW_IMAGES)
     if certificate is None:
-        return replace(contract, bounds=bounds)
+        return contract
+    bounds = dict(contract.bounds)
     for name, quantity in QUANTITIES.items():
         measured = certificate.measured[name]
         if measured is None or name in NOT_ON_FEW_IMAGES:
@@ -149,8 +148,7 @@ def _run_golden(engine: Engine, golden: Golden) -> Scores:
     # The first image alone, the others in batches as large as allowed: both shapes are tested.
     count = len(golden.images)
     cuts = [0, 1, *range(1 + engine.max_batch, count, engine.max_batch), count]
-    parts = [engine.run(golden.images[a:b]) for a, b in pairwise(cuts) if b > a]
-    return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return Scores.joined(engine.run(golden.images[a:b]) for a, b in pairwise(cuts) if b > a)
 
 
 def _environment(opened: OpenedEngine, golden_sha256: str, contract: Contract) -> dict[str, Any]:

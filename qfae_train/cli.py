@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
@@ -12,7 +11,7 @@ from typing import Any
 import click
 
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, fail, unexpected
+from qfae_runtime.command_line import CONTEXT, dispatch, fail, unexpected
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_train.config import Config, Train, from_dict, load, presets
 from qfae_train.evaluate_cli import evaluate_command
@@ -121,12 +120,7 @@ def _train(options: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves through SystemExit with the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    other = COMMANDS.get(given[0]) if given else None
-    if other is None:
-        command.main(given, prog_name=PROGRAM)
-    else:
-        other.main(given[1:], prog_name=f"{PROGRAM} {given[0]}")
+    dispatch(PROGRAM, command, COMMANDS, arguments)
 
 
 def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:

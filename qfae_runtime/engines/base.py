@@ -5,6 +5,7 @@ Letters: B images in a batch, S the engine's `image_size`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -32,6 +33,11 @@ class Scores(NamedTuple):
     def of(self, images: slice | list[int]) -> Scores:
         """Return the outputs of some of the images, in the order given."""
         return Scores(self.score[images], self.anomaly_map[images], self.reconstruction[images])
+
+    @staticmethod
+    def joined(parts: Iterable[Scores]) -> Scores:
+        """Return the outputs of several runs as those of one."""
+        return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 class Engine(Protocol):

@@ -32,17 +32,17 @@ _CAPTURING = threading.Lock()
 
 @dataclass(frozen=True)
 class Gpu:
-    """The card of an engine, for the record of a run.
+    """The card that an engine runs on or that a plan is built on, for the record.
 
     compute_capability  e.g. "9.0"
     driver              version of NVIDIA's driver; None where it does not show itself
-    cuda                the latest CUDA that the driver supports, e.g. "13.0"
+    cuda                the latest CUDA that the driver supports, e.g. "13.0"; of a builder torch's, None if it has none
     """
 
     name: str
     compute_capability: str
     driver: str | None
-    cuda: str
+    cuda: str | None
 
     def __str__(self) -> str:
         return f"{self.name} (compute capability {self.compute_capability})"
@@ -218,7 +218,7 @@ class Cuda:
     def _describe(self) -> Gpu:
         facts = self._call("cudaGetDeviceProperties", self.index)
         name = facts.name.partition(b"\0")[0].decode(errors="replace").strip()
-        return Gpu(name, f"{facts.major}.{facts.minor}", _driver(), _dotted(self._supported()))
+        return Gpu(name, f"{facts.major}.{facts.minor}", driver_version(), _dotted(self._supported()))
 
 
 def _import_bindings() -> Any:
@@ -235,8 +235,9 @@ def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def _driver() -> str | None:
+def driver_version(file: Path | None = None) -> str | None:
+    """Return the version of NVIDIA's driver from the `file` where it shows itself on Linux; None where it does not."""
     with suppress(OSError):  # not Linux, or a container that hides it
-        found = re.search(r"Kernel Module[^\n]*?\s(\d+(?:\.\d+)+)", _DRIVER_FILE.read_text(errors="replace"))
+        found = re.search(r"Kernel Module[^\n]*?\s(\d+(?:\.\d+)+)", (file or _DRIVER_FILE).read_text(errors="replace"))
         return found[1] if found else None
     return None

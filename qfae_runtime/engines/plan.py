@@ -100,7 +100,7 @@ def import_library(backend: str) -> Any:
         return import_module(module)
     except (ImportError, OSError) as error:  # OSError: a library it loads is damaged
         raise EngineError(
-            f"{title} cannot be imported ({_line(str(error))}), this plan needs it; "
+            f"{title} cannot be imported ({one_line(str(error))}), this plan needs it; "
             f"install it with: pip install {package}"
         ) from None
 
@@ -122,9 +122,9 @@ def logger_of(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             levels = trt.ILogger.Severity
             if severity in (levels.INTERNAL_ERROR, levels.ERROR):
-                self.errors.append(_line(message))
+                self.errors.append(one_line(message))
             elif severity == levels.WARNING:
-                self.warnings.append(_line(message))
+                self.warnings.append(one_line(message))
 
         def forget(self) -> None:
             self.errors.clear()
@@ -270,7 +270,7 @@ class Plan:
         try:
             answer = call()
         except Exception as error:  # its bindings raise TypeError, RuntimeError and others
-            answer, raised = None, _line(str(error))
+            answer, raised = None, one_line(str(error))
         if answer is None or answer is False:
             reason = self._log.reason() if self._log.errors or not raised else raised
             raise EngineError(f"{self.name}: {self.title} cannot {what}: {reason}; {cure}: {self.rebuild}")
@@ -332,6 +332,7 @@ def _shape(image: Sequence[int]) -> str:
     return f"({', '.join(map(str, ('batch', *image)))}{'' if image else ','})"
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Return what TensorRT says, on one line and not too long."""
     line = " ".join(text.split())
     return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} ..."

@@ -39,6 +39,12 @@ class Calls:
     refused_timings: tuple[bytes, ...] = ()
 
 
+class Module(SimpleNamespace):
+    """A module is known by itself, not by what is in it."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
 def tensorrt(version: str, calls: Calls) -> Any:
     """TensorRT 10 or 11, as the version says."""
     ten = version.startswith("10.")
@@ -85,7 +91,7 @@ def tensorrt_rtx(version: str, calls: Calls) -> Any:
 
 def _common(version: str, calls: Calls) -> Any:
     class ILogger:
-        pass
+        Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4)
 
     class Builder:
         def __init__(self, log: Any) -> None:
@@ -129,7 +135,7 @@ def _common(version: str, calls: Calls) -> Any:
             calls.opened.append(plan)
             return _engine(json.loads(plan.removeprefix(PLAN)), calls) if calls.opens else None
 
-    return SimpleNamespace(
+    return Module(
         __version__=version,
         ILogger=ILogger,
         Builder=Builder,

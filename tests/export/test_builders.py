@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from qfae_export import builders
-from qfae_export.builders import BUILDERS, KNOWN_BAD, Gpu, available, refuse_known_bad
+from qfae_export.builders import BUILDERS, KNOWN_BAD, available, refuse_known_bad
 from qfae_export.errors import ExportError
+from qfae_runtime.engines.cuda import Gpu, driver_version
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,6 @@ def test_driver_and_versions(tmp_path: Path) -> None:
     shown.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (x)\nGCC version:\n"
     )
-    assert builders._driver(shown) == "580.95.05"
-    assert builders._driver(tmp_path / "missing") is None
+    assert driver_version(shown) == "580.95.05"
+    assert driver_version(tmp_path / "missing") is None
     assert builders._numbers("10.16.1.11+cuda13.0") == (10, 16, 1, 11)

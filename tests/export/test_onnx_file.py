@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from qfae_export.errors import ExportError
 from qfae_export.export import Exported
 from qfae_export.graph import InferenceGraph
-from qfae_export.onnx_file import OPSETS, attentions, save, trace, write_onnx
+from qfae_export.onnx_file import OPSETS, save, trace, write_onnx
 from qfae_export.parity import pytorch_scores
 from qfae_export.precision import FP16, FP32, Precision
 from qfae_runtime.agreement import Scale, measure_agreement
@@ -24,6 +24,11 @@ from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_train.autoencoder import AnomalyScorer, Result
 from tests.export.tiny import SIZE, config_of, pictures, scorer_of, vit
+
+
+def attentions(model: ir.Model) -> list[str]:
+    return [node.name or "" for node in model.graph if node.op_type == "Attention"]
+
 
 SCALE = Scale(score_iqr=0.05, map_p999=0.5, threshold=0.5, threshold_from="made up")
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from qfae_export import builders, tensorrt_plan
-from qfae_export.builders import BUILDERS, Gpu, available
+from qfae_export.builders import BUILDERS, available
 from qfae_export.errors import ExportError
 from qfae_export.tensorrt_plan import Plan, Profile, buckets, build_plan, profiles_for
+from qfae_runtime.engines.cuda import Gpu
 from qfae_runtime.errors import OutputError
 from tests.export import fake_tensorrt
 from tests.export.attention_files import PLACE, attention_file, custom_operation_file, fixed_batch_file
