@@ -19,8 +19,8 @@ import click
 from benchmarks.tables import Measured, Step, print_tables, to_json
 from benchmarks.through_engine import engine_scores
 from qfae_export.export import export
-from qfae_export.images import MIN_IMAGES
 from qfae_export.options import Options
+from qfae_runtime.contract import MIN_IMAGES
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_runtime.layout import scan
 from qfae_runtime.metrics import Metrics

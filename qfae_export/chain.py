@@ -22,12 +22,12 @@ from qfae_export.parity import (
 from qfae_export.precision import Precision
 from qfae_export.rounded import RoundedEngine
 from qfae_runtime.agreement import Scale
-from qfae_runtime.certificate import Link
+from qfae_runtime.certificate import PYTORCH, Link
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_train.autoencoder import AnomalyScorer
 
-PYTORCH, GRAPH = "PyTorch FP32", "graph FP32"
+GRAPH = "graph FP32"
 
 # The graph in PyTorch is measured on a few images: it is there to tell a fault of the rewriting from one of the export.
 _LINK_IMAGES = 8

@@ -16,8 +16,16 @@ from qfae_export.errors import ExportError
 from qfae_export.options import DEFAULT_MAX_BATCH, PARTS, Options
 from qfae_export.verify_cli import verify_command
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, dispatch, fail, size_text, unexpected, whole_number
-from qfae_runtime.errors import QfaeError, UsageError
+from qfae_runtime.command_line import (
+    CONTEXT,
+    dispatch,
+    ended_in_order,
+    fail,
+    size_text,
+    unexpected,
+    whole_number,
+)
+from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_runtime.manifest import FORMATS, MAX_BATCH
 from qfae_train.config import presets
 from qfae_train.options import config_source, weight_options
@@ -30,10 +38,9 @@ if TYPE_CHECKING:
     from qfae_export.parity import ParityReport
 
 PROGRAM = "qfae-export"
-INTERRUPTED = 130
 
 _EPILOG = """\b
-Exit codes: 0 done; 1 failed (nothing is left under the engine's name); 2 wrong usage.
+Exit codes: 0 done; 1 failed (nothing is left under the engine's name); 2 wrong usage; 130 interrupted.
 
 \b
 Examples:
@@ -56,7 +63,9 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     context_settings=CONTEXT,
 )
 @click.argument("rest", nargs=-1, metavar="", type=click.UNPROCESSED)
-@click.option("--ckpt", metavar="FILE", help="Checkpoint: qfae-train's, or the authors' last_ckpt.pth.  [required]")
+@click.option(
+    "--ckpt", metavar="FILE", help="Checkpoint: qfae-train's, or the authors' last_ckpt.pth.  [required, or --onnx]"
+)
 @click.option("--preset", metavar="NAME", help=f"Architecture of the authors' checkpoint: {', '.join(presets())}.")
 @click.option("--config", metavar="FILE.toml", help="The same as a file of your own.")
 @weight_options
@@ -101,7 +110,7 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         options = parse_options(rest, given)
-        with _steps(err) as say:
+        with ended_in_order(), _steps(err) as say:
             exported = _export(options, say)
     except KeyboardInterrupt:
         err.print(f"{PROGRAM}: interrupted; nothing was written")

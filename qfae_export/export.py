@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,19 +26,20 @@ from qfae_export.describe import bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
-from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder, largest_batch
+from qfae_export.images import ParityImages, choose, largest_batch
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, Options
 from qfae_export.parity import ParityError, ParityReport, certificate_of, golden_of
-from qfae_export.plans import SUFFIXES, add_plan, rebuild, wanted
+from qfae_export.plans import SUFFIXES, Planned, add_plan, rebuild, wanted
 from qfae_export.precision import FP16, FP32, Precision
 from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
+from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.command_line import size_text
 from qfae_runtime.engines import open_engine
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
-from qfae_runtime.errors import OutputError, UsageError
+from qfae_runtime.errors import OutputError, UsageError, cure_of_writing
 from qfae_runtime.golden import save_golden
 from qfae_runtime.manifest import Manifest
 from qfae_train.autoencoder import AnomalyScorer
@@ -54,7 +55,8 @@ Say = Callable[[str], None]
 class Exported:
     """Certified engines of one model: their files, the manifest, and what was measured of each.
 
-    `reports` holds a report by engine file; engines of random weights have none.
+    `reports` holds a report by engine file; engines of random weights have none. `chain` is None where no PyTorch was
+    at hand.
     """
 
     folder: Path
@@ -64,6 +66,17 @@ class Exported:
     notes: tuple[str, ...] = ()
     from_onnx: bool = False
     bisected: Bisected | None = None
+    chain: Chain | None = None
+
+    def with_plan(self, planned: Planned) -> Exported:
+        """Return the export with a plan in it."""
+        return replace(
+            self,
+            manifest=planned.manifest,
+            engines=(*self.engines, planned.name),
+            reports={**self.reports, **({planned.name: planned.report} if planned.report is not None else {})},
+            notes=(*self.notes, planned.note) if planned.note is not None else self.notes,
+        )
 
     @property
     def engine(self) -> Path:
@@ -86,6 +99,23 @@ class Exported:
         """The files that this export wrote: all of them, or the plan and the manifest where it was built from ONNX."""
         rebuilt = [self.folder / name for name in (*self.engines, f"{self.manifest.name}.json")]
         return rebuilt if self.from_onnx else self.files
+
+
+class _Written(NamedTuple):
+    """ONNX files with their policies, by engine, the chain as far as PyTorch goes, and a half's other half."""
+
+    engines: dict[str, tuple[list[Path], Precision]]
+    chain: Chain | None
+    other: InferenceGraph | None
+
+
+@dataclass
+class _Measurements:
+    """What was measured of the ONNX engines."""
+
+    reports: dict[str, ParityReport] = field(default_factory=dict)
+    certificates: list[CertificateEntry] = field(default_factory=list)
+    bisected: Bisected | None = None
 
 
 @dataclass(frozen=True)
@@ -116,16 +146,20 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
     if faults := options.faults():
         raise UsageError(faults)
     if options.onnx is not None:
-        return _rebuilt(options, say)
+        planned = rebuild(options, say)
+        return Exported(options.folder, planned.manifest, (), from_onnx=True).with_plan(planned)
     _refuse_existing(options)
     kind, note = wanted(options, options.engine_name + (FP16_SUFFIX if options.fp16 else ".onnx"))
     say("reading the checkpoint" if options.ckpt is not None else "making random weights")
     source = _read(options)
     check_resize(source.config.preprocess_spec())
     with _made_in(options) as made:
-        exported = _engines(source, options, kind, made, say)
-        notes = (*exported.notes, note) if note is not None else exported.notes
-        return hand_over(replace(exported, notes=notes), options.folder)
+        exported = _engines(source, options, made, say)
+        if kind is not None:
+            exported = _with_plan(exported, kind, say)
+        if note is not None:
+            exported = replace(exported, notes=(note,))
+        return hand_over(exported, options.folder)
 
 
 @contextmanager
@@ -139,56 +173,70 @@ def _made_in(options: Options) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(
             f"{options.folder}: cannot be written ({error.strerror or error}); "
-            "nothing was exported: free some space or choose another --out"
+            f"nothing was exported: {cure_of_writing(error, 'another --out')}"
         ) from error
     finally:
         if new and options.folder.is_dir() and not any(options.folder.iterdir()):
             options.folder.rmdir()
 
 
-def _engines(source: _Source, options: Options, kind: str | None, folder: Path, say: Say) -> Exported:
-    """Write the engines, measure each, and write golden file and manifest beside them."""
-    name = options.engine_name
-    written, chain, other = _written(source, options, folder, say)
-    reports: dict[str, ParityReport] = {}
-    certificates, bisected = [], None
-    for engine, (files, precision) in written.items() if chain is not None else ():
-        assert chain is not None
+def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Exported:
+    """Write the ONNX engines, measure each, and write golden file and manifest beside them."""
+    written = _written(source, options, folder, say)
+    chain = written.chain
+    measured = _Measurements() if chain is None else _measure(written, chain, source, options, say)
+    golden = None
+    if chain is not None and options.part == "full":
+        golden = folder / f"{options.engine_name}.golden.npz"
+        save_golden(golden, golden_of(chain.images, chain.reference))
+    manifest = manifest_of(
+        options.engine_name,
+        source.config,
+        options.part,
+        source.max_batch,
+        written.engines,
+        golden,
+        measured.certificates,
+        source.provenance,
+    )
+    if measured.bisected is not None:
+        manifest.precision[options.engine_name + FP16_SUFFIX]["bisected"] = measured.bisected.to_dict()
+    manifest.save(folder / f"{manifest.name}.json")
+    if golden is not None:
+        for engine in written.engines:  # the runtime's own door: files must open, their hashes and certificate fit
+            open_engine(folder / engine).close()
+    engines = tuple(written.engines)
+    return Exported(folder, manifest, engines, measured.reports, bisected=measured.bisected, chain=chain)
+
+
+def _measure(written: _Written, chain: Chain, source: _Source, options: Options, say: Say) -> _Measurements:
+    """Measure each ONNX engine against PyTorch; with --bisect, write one anew that breaks its contract.
+
+    Raises:
+        ParityError: an engine does not compute what PyTorch computes.
+
+    """
+    measured = _Measurements()
+    open_onnx = partial(_opened, source=source, part=options.part, other=written.other)
+    for engine, (files, precision) in written.engines.items():
         say(f"comparing {engine} in ONNX Runtime with PyTorch")
-        open_onnx = partial(_opened, source=source, part=options.part, other=other)
         with open_onnx(files[0]) as opened:
             report = chain.measure(opened, precision.name)
         if options.bisect and precision.name == "fp16" and not report:
             _, graph = _graph(source, options.part)  # FP16 has rounded the other's weights
             bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
-            report, written[engine] = bisected.report, (list(bisected.files), bisected.precision)
+            measured.bisected, report = bisected, bisected.report
+            written.engines[engine] = (list(bisected.files), bisected.precision)
             chain.round(graph, bisected.precision)
             del graph
-        reports[engine] = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
-        certificates.append(certificate_of(files[0], opened, reports[engine]))
-    golden = None
-    if chain is not None and options.part == "full":
-        golden = folder / f"{name}.golden.npz"
-        save_golden(golden, golden_of(chain.images, chain.reference))
-    manifest = manifest_of(
-        name, source.config, options.part, source.max_batch, written, golden, certificates, source.provenance
-    )
-    if bisected is not None:
-        manifest.precision[name + FP16_SUFFIX]["bisected"] = bisected.to_dict()
-    exported = Exported(folder, manifest, tuple(written), reports, bisected=bisected)
-    if kind is not None:
-        exported = _with_plan(exported, kind, chain, say)
-    exported.manifest.save(folder / f"{name}.json")
-    if golden is not None:
-        for engine in written:  # the runtime's own door: files as written must open, their hashes and certificate fit
-            open_engine(folder / engine).close()
-    return exported
+        report = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
+        measured.reports[engine] = report
+        measured.certificates.append(certificate_of(files[0], opened, report))
+    return measured
 
 
-def _written(
-    source: _Source, options: Options, folder: Path, say: Say
-) -> tuple[dict[str, tuple[list[Path], Precision]], Chain | None, InferenceGraph | None]:
-    """Write the ONNX files; return them with their policies, the chain as far as PyTorch goes, and a half's other half.
+def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Written:
+    """Write the ONNX files, and begin the chain.
 
     What PyTorch holds is let go here: an engine of full size needs the memory.
     """
@@ -200,40 +248,31 @@ def _written(
         chain = Chain.begin(scorer, graph, source.images)
     other = None if options.part == "full" else InferenceGraph(scorer, _other(options.part))
     del scorer
-    written = {}
+    engines = {}
     for precision in (FP32, FP16) if options.fp16 else (FP32,):
         engine = options.engine_name + (".onnx" if precision is FP32 else FP16_SUFFIX)
         if chain is not None and precision is not FP32:
             say("rounding the graph as FP16 rounds")
             chain.round(graph, precision)
         say(f"writing {engine}")
-        written[engine] = (write_onnx(graph.cast(precision), folder / engine), graph.precision)
+        engines[engine] = (write_onnx(graph.cast(precision), folder / engine), graph.precision)
     del graph
     _let_go()
-    return written, chain, other
+    return _Written(engines, chain, other)
 
 
-def _with_plan(exported: Exported, kind: str, chain: Chain | None, say: Say) -> Exported:
+def _with_plan(exported: Exported, kind: str, say: Say) -> Exported:
     """Add the plan of the last ONNX engine."""
-    onnx = exported.folder / exported.engines[-1]
+    onnx, chain = exported.folder / exported.engines[-1], exported.chain
     precision = exported.manifest.files[onnx.name].precision or "fp32"
-    reports = dict(exported.reports)
 
-    def held(engine: Engine) -> ParityReport:
+    def measured(engine: Engine, file: str) -> ParityReport:
         assert chain is not None
-        reports["plan"] = chain.accept(chain.measure(engine, precision), "the plan", "plan", engine.backend)
-        return reports["plan"]
+        return chain.accept(chain.measure(engine, precision), file, "plan", engine.backend)
 
-    manifest, name, note = add_plan(exported.manifest, onnx, kind, say, held if chain is not None else None)
-    if "plan" in reports:
-        reports[name] = reports.pop("plan")
-    notes = (*exported.notes, note) if note is not None else exported.notes
-    return replace(exported, manifest=manifest, engines=(*exported.engines, name), reports=reports, notes=notes)
-
-
-def _rebuilt(options: Options, say: Say) -> Exported:
-    folder, manifest, name, note, report = rebuild(options, say)
-    return Exported(folder, manifest, (name,), {name: report} if report else {}, (note,) if note else (), True)
+    planned = add_plan(exported.manifest, onnx, kind, say, measured if chain is not None else None)
+    planned.manifest.save(exported.folder / f"{planned.manifest.name}.json")
+    return exported.with_plan(planned)
 
 
 def _opened(path: Path, source: _Source, part: str, other: InferenceGraph | None) -> Engine:
@@ -308,7 +347,8 @@ def _read(options: Options) -> _Source:
         )
     path = options.ckpt
     checkpoint = open_checkpoint(path, config, options.weights)
-    images = _images(options, checkpoint.parity_images.numpy(), checkpoint.config)
+    spec, stored = checkpoint.config.preprocess_spec(), checkpoint.parity_images.numpy()
+    images = choose(options.parity_images, spec, options.max_batch, stored, path.name)
     held = [checkpoint]  # only until the scorer is made: it has what it needs, and the rest may be gigabytes
 
     def make_scorer() -> AnomalyScorer:
@@ -322,14 +362,6 @@ def _read(options: Options) -> _Source:
         images,
         largest_batch(options.max_batch, DEFAULT_MAX_BATCH, images),
     )
-
-
-def _images(options: Options, stored: Any, config: Config) -> ParityImages:
-    spec = config.preprocess_spec()
-    if options.parity_images is not None:
-        return from_folder(options.parity_images, spec, max(FOLDER_LIMIT, options.max_batch or 0))
-    assert options.ckpt is not None
-    return from_checkpoint(stored, spec, options.ckpt.name)
 
 
 def hand_over(exported: Exported, folder: Path) -> Exported:

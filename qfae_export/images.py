@@ -16,13 +16,11 @@ import numpy as np
 
 from qfae_export.errors import ExportError
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.contract import MIN_IMAGES
 from qfae_runtime.errors import InputError
 from qfae_runtime.layout import UNGOOD, label_of, scan
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image
-
-MIN_IMAGES = 32
-"""Fewer say too little about percentiles and ranks."""
 
 FOLDER_LIMIT = 32
 """Images taken from a folder (or as many as the largest batch, if that is more): enough to measure on in minutes."""
@@ -65,6 +63,22 @@ class ParityImages:
     def real(self) -> int:
         """How many images are as they came, coloured copies left out."""
         return len(self.pixels) - self.coloured
+
+
+def choose(
+    folder: Path | None, spec: PreprocessSpec, max_batch: int | None, stored: UInt8 | None = None, file: str = ""
+) -> ParityImages:
+    """Return what an engine of `max_batch` is measured on: a folder's images, else the checkpoint's, else the slices.
+
+    `stored` are those of the checkpoint `file`, uint8 (N, S, S, 3).
+
+    Raises:
+        ExportError: see from_folder and from_checkpoint.
+
+    """
+    if folder is not None:
+        return from_folder(folder, spec, max(FOLDER_LIMIT, max_batch or 0))
+    return from_slices(spec) if stored is None else from_checkpoint(stored, spec, file)
 
 
 def from_checkpoint(stored: UInt8, spec: PreprocessSpec, file: str) -> ParityImages:
@@ -116,8 +130,8 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
         raise ExportError(f"--parity-images: {folder}: no such folder; name one that holds real images") from None
     if not found.images:
         raise ExportError(f"--parity-images: {folder}: holds no images; name a folder of real images")
-    order = spread(len(found.images), limit)
-    order += [index for index in range(len(found.images)) if index not in set(order)]
+    first = spread(len(found.images), limit)
+    order = [*first, *sorted(set(range(len(found.images))) - set(first))]
     prepared: list[UInt8] = []
     names, labels = [], []
     faults: list[str] = []

@@ -22,7 +22,7 @@ from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages, spread
 from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale, measure_agreement
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.certificate import CertificateEntry, Link
+from qfae_runtime.certificate import PYTORCH, CertificateEntry, Link
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.golden import MAX_IMAGES, Golden
@@ -34,6 +34,8 @@ _ODD_BATCHES = (7, 5, 3)
 # At batch 1 and the odd batch, some of the images tell whether the batch size matters; at the largest batch all are
 # measured. All images at every size would take three times as long and say nothing more.
 _SINGLES = 3
+
+_LITTLE = 0.01  # of a score
 
 ROUNDED = "graph FP16"
 """The graph in PyTorch, rounded as FP16 rounds (rounded.py): a branch of the chain."""
@@ -72,6 +74,8 @@ class ParityReport:
     links: tuple[Link, ...] = ()
     outputs: Scores | None = None
     """The engine's outputs at the largest batch."""
+    reference: str = PYTORCH
+    """What it was measured against."""
 
     def __bool__(self) -> bool:
         return not self.failures()
@@ -107,7 +111,7 @@ class ParityReport:
 
     def table(self) -> Table:
         """Return every bounded quantity by batch size beside its bound, for a terminal."""
-        title = f"against PyTorch float32 on {len(self.images)} images, contract {self.contract.name}"
+        title = f"against {self.reference} on {len(self.images)} images, contract {self.contract.name}"
         table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
         table.add_column("measured")
         for row in self.rows:
@@ -255,12 +259,25 @@ def accepted(report: ParityReport, file: str, backend: str) -> ParityReport:
     """
     if report:
         return report
-    lines = [f"{file}: {backend} does not compute what PyTorch computes, so nothing was written:"]
+    lines = [f"{file}: {backend} does not compute what {report.reference} computes, so nothing was written:"]
     lines += [f"  {failure}" for failure in report.failures()]
     guilty = report.guilty()
     lines.append(f"the step at fault: {guilty}" if guilty else "no step of the chain is at fault alone: errors add up")
+    if hint := _alike(report):
+        lines.append(hint)
     lines.append(_CURES["plan" if backend.startswith("tensorrt") else report.contract.name])
     raise ParityError("\n".join(lines), report)
+
+
+def _alike(report: ParityReport) -> str | None:
+    """Say so where the images' scores hardly differ: errors are held against how far the scores lie apart."""
+    scale = report.worst.scale
+    if scale is None or scale.score_iqr >= _LITTLE * abs(scale.threshold):
+        return None
+    return (
+        f"these images' scores hardly differ (interquartile range {scale.score_iqr:.2g}, scores about "
+        f"{scale.threshold:.2g}): pass --parity-images DIR with normal and anomalous ones"
+    )
 
 
 def certificate_of(path: Path, engine: Engine, report: ParityReport) -> CertificateEntry:
@@ -272,6 +289,7 @@ def certificate_of(path: Path, engine: Engine, report: ParityReport) -> Certific
         report.contract,
         batches=report.batches,
         images_from=report.images.origin,
+        reference=report.reference,
         links=report.links,
     )
 

@@ -10,29 +10,42 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from qfae_export.builders import available
 from qfae_export.errors import ExportError
-from qfae_export.images import FOLDER_LIMIT, ParityImages, from_folder, from_slices
+from qfae_export.images import choose
 from qfae_export.options import FP16_SUFFIX, Options
 from qfae_export.parity import ParityReport, accepted, certificate_of, link, measure, run_in_batches, scale_of
 from qfae_export.tensorrt_plan import Plan, build_plan
+from qfae_runtime.certificate import Link
 from qfae_runtime.contract import CONTRACTS
-from qfae_runtime.engines import open_engine
-from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines import RUNS, open_engine
+from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.tensorrt import TensorRtEngine
-from qfae_runtime.errors import EngineError, ManifestError, OutputError
+from qfae_runtime.errors import EngineError, ManifestError, OutputError, cure_of_writing
 from qfae_runtime.manifest import FileEntry, Manifest, find_manifest
 
 Say = Callable[[str], None]
-Measure = Callable[[Engine], ParityReport]
+Measure = Callable[[Engine, str], ParityReport]
+"""Holds a plan, opened, against its reference, or raises ParityError; the text is its file's name."""
 
 SUFFIXES = {"plan": ".plan", "rtx-plan": ".rtx.plan"}
-_BACKENDS = {"plan": "tensorrt", "rtx-plan": "tensorrt-rtx"}
+
+
+class Planned(NamedTuple):
+    """A plan that was built: the manifest with it, its file's name, its measurement, or a note why there is none."""
+
+    manifest: Manifest
+    name: str
+    report: ParityReport | None
+    note: str | None
 
 
 def wanted(options: Options, onnx: str) -> tuple[str | None, str | None]:
     """Return the kind of plan to build, if any, and why there is none where one was to be expected.
+
+    `onnx` names the file it would be built from.
 
     Raises:
         ExportError: a plan was asked for that cannot be built here.
@@ -54,53 +67,52 @@ def wanted(options: Options, onnx: str) -> tuple[str | None, str | None]:
     return None, f"no plan: {reason}{there}"
 
 
-def add_plan(
-    manifest: Manifest, onnx: Path, kind: str, say: Say, measured: Measure | None
-) -> tuple[Manifest, str, str | None]:
-    """Build the plan of an ONNX engine beside it; return the manifest with it, its file name, and a note if unmeasured.
+def add_plan(manifest: Manifest, onnx: Path, kind: str, say: Say, measured: Measure | None) -> Planned:
+    """Build the plan of an ONNX engine beside it.
 
-    `measured` holds an engine against its reference, or raises (None: there is no reference). Where the plan cannot
-    run, it stands in the manifest without a certificate, and no runtime takes it before it has one.
+    `measured` None: there is no reference. Where the plan cannot run, it stands in the manifest without a certificate,
+    and no runtime takes it before it has one.
 
     Raises:
         ExportError, OutputError: see build_plan.
         ParityError: the plan does not compute what PyTorch computes.
 
     """
-    entry = manifest.files[onnx.name]
     path = onnx.with_name(_plan_name(onnx.name, kind))
     kept = manifest.precision.get(onnx.name, {}).get("kept_fp32", [])
     plan = build_plan(onnx, path, kind, manifest.max_batch, kept=kept, say=say)
     say(f"{plan.fusion.summary()}, built in {plan.seconds:.0f} s")
-    certificates = [one for one in manifest.certificate if one.engine != path.name]
-    note = None
-    if measured is not None:
-        try:
-            engine = _open(plan, manifest)
-        except EngineError as error:
-            note = (
-                f"{path.name} cannot run here, so it is not certified yet: {error}\n"
-                f"on its machine: qfae-export verify --engine {path.name} --ckpt CHECKPOINT --record"
-            )
-        else:
-            with engine:
-                say(f"comparing {path.name} on {engine.device}")
-                certificates.append(certificate_of(path, engine, measured(engine)))
-    manifest = replace(
+    manifest = _with_file(manifest, plan, onnx.name)
+    if measured is None:
+        return Planned(manifest, path.name, None, None)
+    try:
+        engine = _open(plan, manifest)
+    except EngineError as error:
+        command = f"qfae-export verify --engine {path.name} --ckpt CHECKPOINT --record"
+        note = f"{path.name} cannot run here, so it is not certified yet: {error}\non its machine: {command}"
+        return Planned(manifest, path.name, None, note)
+    with engine:
+        say(f"comparing {path.name} on {engine.device}")
+        report = measured(engine, path.name)
+        certificates = (*manifest.certificate, certificate_of(path, engine, report))
+    return Planned(replace(manifest, certificate=certificates), path.name, report, None)
+
+
+def _with_file(manifest: Manifest, plan: Plan, onnx: str) -> Manifest:
+    """Return the manifest with the plan in it, and without what was measured of another of that name."""
+    name, precision = plan.path.name, manifest.files[onnx].precision
+    plans = {**manifest.provenance.get("plans", {}), name: {"from": onnx, **plan.describe()}}
+    return replace(
         manifest,
-        files={**manifest.files, path.name: FileEntry.of(path, "engine", kind, entry.precision)},
-        precision={**manifest.precision, path.name: manifest.precision.get(onnx.name, {})},
-        certificate=tuple(certificates),
-        provenance={
-            **manifest.provenance,
-            "plans": {**manifest.provenance.get("plans", {}), path.name: {"from": onnx.name, **plan.describe()}},
-        },
+        files={**manifest.files, name: FileEntry.of(plan.path, "engine", plan.kind, precision)},
+        precision={**manifest.precision, name: manifest.precision.get(onnx, {})},
+        certificate=tuple(one for one in manifest.certificate if one.engine != name),
+        provenance={**manifest.provenance, "plans": plans},
     )
-    return manifest, path.name, note
 
 
-def rebuild(options: Options, say: Say) -> tuple[Path, Manifest, str, str | None, ParityReport | None]:
-    """Build the plan of an exported ONNX file on this machine; return folder, manifest, plan's name, note and report.
+def rebuild(options: Options, say: Say) -> Planned:
+    """Build the plan of an exported ONNX file on this machine, beside it.
 
     It is held against NAME.onnx, the FP32 engine that was certified against PyTorch where it was exported.
 
@@ -112,65 +124,75 @@ def rebuild(options: Options, say: Say) -> tuple[Path, Manifest, str, str | None
     onnx = options.onnx
     assert onnx is not None
     kind = options.format or "plan"
-    if not onnx.is_file():
-        what = "a folder" if onnx.is_dir() else "no such file"
-        raise EngineError(f"{onnx}: {what}; name the NAME{FP16_SUFFIX} that qfae-export wrote")
-    if reason := available(kind, onnx.name):
-        raise ExportError(f"{onnx}: {reason}")
-    manifest_path = find_manifest(onnx)
-    manifest = Manifest.load(manifest_path)
-    entry = manifest.files.get(onnx.name)
-    if entry is None or (entry.role, entry.format) != ("engine", "onnx"):
-        raise ManifestError(f"{onnx}: {manifest_path.name} does not list it as an ONNX engine; copy both again")
-    manifest.verify_files(onnx.parent, [name for name in manifest.files if name in (onnx.name, f"{onnx.name}.data")])
+    manifest, manifest_path = _exported(onnx, kind)
     name = _plan_name(onnx.name, kind)
     if (onnx.parent / name).exists() and not options.overwrite:
         raise OutputError(f"{onnx.parent / name}: exists already; pass --overwrite to replace it")
-    random = "random_weights" in manifest.provenance
-    images, reference = (None, None) if random else _reference(options, manifest, onnx.parent, say)
-    precision = entry.precision or "fp32"
-    reports: list[ParityReport] = []
-
-    def measured(engine: Engine) -> ParityReport:
-        assert images is not None
-        assert reference is not None
-        scale = scale_of(images, reference)
-        report = measure(engine, images, reference, CONTRACTS[precision], scale)
-        assert report.outputs is not None
-        step = link("ONNX FP32", "plan", reference, report.outputs, precision, scale, images.labels)
-        reports.append(accepted(replace(report, links=(step,)), name, engine.backend))
-        return reports[-1]
-
+    measured = None
+    if "random_weights" not in manifest.provenance:
+        measured = _against_fp32(options, manifest, onnx, say)
     try:
         with tempfile.TemporaryDirectory(dir=onnx.parent, prefix=f".{name}-") as made:
             for part in (onnx.name, f"{onnx.name}.data"):
                 if part in manifest.files:
                     (Path(made) / part).symlink_to((onnx.parent / part).absolute())
-            manifest, name, note = add_plan(manifest, Path(made) / onnx.name, kind, say, None if random else measured)
+            planned = add_plan(manifest, Path(made) / onnx.name, kind, say, measured)
             (Path(made) / name).replace(onnx.parent / name)
-            manifest.save(manifest_path)
+            planned.manifest.save(manifest_path)
     except OSError as error:
-        raise OutputError(
-            f"{onnx.parent}: cannot be written ({error.strerror or error}); free some space or choose who may write it"
-        ) from error
-    return onnx.parent, manifest, name, note, reports[-1] if reports else None
+        cure = cure_of_writing(error, "another copy of the files")
+        raise OutputError(f"{onnx.parent}: cannot be written ({error.strerror or error}); {cure}") from error
+    return planned
 
 
-def _reference(options: Options, manifest: Manifest, folder: Path, say: Say) -> tuple[ParityImages, Scores]:
-    reference = folder / f"{manifest.name}.onnx"
-    spec = manifest.preprocess
-    if options.parity_images is not None:
-        images = from_folder(options.parity_images, spec, max(FOLDER_LIMIT, manifest.max_batch))
-    else:
-        images = from_slices(spec)
-    if reference.name not in manifest.files or not reference.is_file():
+def _exported(onnx: Path, kind: str) -> tuple[Manifest, Path]:
+    """Return the manifest of an ONNX engine that a plan can be built from here, and where it is.
+
+    Raises:
+        ManifestError, EngineError, ExportError: see rebuild.
+
+    """
+    if not onnx.is_file():
+        what = "a folder" if onnx.is_dir() else "no such file"
+        raise EngineError(f"{onnx}: {what}; name the NAME{FP16_SUFFIX} that qfae-export wrote")
+    if reason := available(kind, onnx.name):
+        raise ExportError(f"{onnx}: {reason}")
+    path = find_manifest(onnx)
+    manifest = Manifest.load(path)
+    entry = manifest.files.get(onnx.name)
+    if entry is None or (entry.role, entry.format) != ("engine", "onnx"):
+        raise ManifestError(f"{onnx}: {path.name} does not list it as an ONNX engine; copy both again")
+    manifest.verify_files(onnx.parent, [name for name in manifest.files if name in (onnx.name, f"{onnx.name}.data")])
+    return manifest, path
+
+
+def _against_fp32(options: Options, manifest: Manifest, onnx: Path, say: Say) -> Measure:
+    """Score the images with NAME.onnx; return what holds a plan against those scores.
+
+    Raises:
+        ExportError: it is not there, or the images cannot be read.
+
+    """
+    fp32 = onnx.parent / f"{manifest.name}.onnx"
+    if fp32.name not in manifest.files or not fp32.is_file():
         raise ExportError(
-            f"{reference}: not there; the plan is measured against this certified engine: copy it beside the "
-            f"{manifest.name}{FP16_SUFFIX} (its .data too, where it has one)"
+            f"{fp32}: not there; the plan is measured against this certified engine: copy it beside the "
+            f"{onnx.name} (its .data too, where it has one)"
         )
-    say(f"scoring {len(images)} images with {reference.name}, the certified reference")
-    with open_engine(reference) as opened:
-        return images, run_in_batches(opened.engine, images.pixels, min(8, opened.engine.max_batch))
+    images = choose(options.parity_images, manifest.preprocess, manifest.max_batch)
+    say(f"scoring {len(images)} images with {fp32.name}, the certified reference")
+    with open_engine(fp32) as opened:
+        reference = run_in_batches(opened.engine, images.pixels, min(8, opened.engine.max_batch))
+    scale, precision = scale_of(images, reference), manifest.files[onnx.name].precision or "fp32"
+
+    def measured(engine: Engine, file: str) -> ParityReport:
+        report = measure(engine, images, reference, CONTRACTS[precision], scale)
+        links: tuple[Link, ...] = ()
+        if report.outputs is not None:
+            links = (link("ONNX FP32", "plan", reference, report.outputs, precision, scale, images.labels),)
+        return accepted(replace(report, links=links, reference=f"{fp32.name} in ONNX Runtime"), file, engine.backend)
+
+    return measured
 
 
 def _open(plan: Plan, manifest: Manifest) -> Engine:
@@ -178,7 +200,7 @@ def _open(plan: Plan, manifest: Manifest) -> Engine:
         plan.path.read_bytes(),
         manifest.image_size,
         manifest.max_batch,
-        backend=_BACKENDS[plan.kind],
+        backend=RUNS[plan.kind][0],
         name=str(plan.path),
     )
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from qfae_export.errors import ExportError
-from qfae_export.images import FOLDER_LIMIT, ParityImages, from_checkpoint, from_folder
+from qfae_export.images import ParityImages, choose
 from qfae_export.parity import ParityReport, certificate_of, measure, reference_scores
-from qfae_runtime.contract import CONTRACTS, Contract
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores
-from qfae_runtime.errors import ManifestError, OutputError
+from qfae_runtime.errors import ManifestError, OutputError, cure_of_writing
 from qfae_runtime.golden import golden_bytes, load_golden
 from qfae_runtime.manifest import find_manifest
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
@@ -51,8 +51,8 @@ def verify(
         if ckpt is None:
             if record:
                 raise ExportError(
-                    "--record: a certificate is measured on 32 images or more, and the golden file holds fewer; "
-                    "pass --ckpt"
+                    f"--record: a certificate is measured on {MIN_IMAGES} images or more, and the golden file holds "
+                    "fewer; pass --ckpt"
                 )
             images, reference = _golden(opened)
             contract = _for_few_images(contract)
@@ -106,10 +106,7 @@ def _anew(
             f"{opened.manifest.name}.json: prepares images otherwise than the checkpoint it was exported from: "
             f"{'; '.join(difference)}; export the engine again"
         )
-    if folder is not None:
-        images = from_folder(folder, spec, max(FOLDER_LIMIT, opened.engine.max_batch))
-    else:
-        images = from_checkpoint(stored, spec, ckpt.name)
+    images = choose(folder, spec, opened.engine.max_batch, stored, ckpt.name)
     say(f"scoring {len(images)} images with PyTorch float32, the reference")
     return images, reference_scores(build_scorer(checkpoint, weights), images.pixels)
 
@@ -123,4 +120,5 @@ def _record(opened: OpenedEngine, report: ParityReport) -> None:
     try:
         manifest.save(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose who may write it") from error
+        cure = cure_of_writing(error, "another copy of the engine")
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {cure}") from error

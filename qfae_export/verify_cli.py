@@ -8,9 +8,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from qfae_runtime.command_line import CONTEXT, fail, unexpected
+from qfae_runtime.command_line import CONTEXT, ended_in_order, fail, unexpected
 from qfae_runtime.engines import DEVICES
-from qfae_runtime.errors import QfaeError, UsageError
+from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_train.config import presets
 from qfae_train.options import config_source, needing_extra, weight_options
 from qfae_train.weight_files import parse_weight_files
@@ -18,7 +18,7 @@ from qfae_train.weight_files import parse_weight_files
 PROGRAM = "qfae-export verify"
 
 _EPILOG = """\b
-Exit codes: 0 the engine keeps its contract; 1 it does not, or could not be measured; 2 wrong usage.
+Exit codes: 0 the engine keeps its contract; 1 it does not, or could not be measured; 2 wrong usage; 130 interrupted.
 
 \b
 Examples:
@@ -46,11 +46,14 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
     """
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
-        with needing_extra("verifying"):
+        with ended_in_order(), needing_extra("verifying"):
             arguments = parse_options(rest, given)
             from qfae_export.verify import verify
 
             report = verify(**arguments, say=lambda step: err.print(f"{PROGRAM}: {step}", soft_wrap=True))
+    except KeyboardInterrupt:
+        err.print(f"{PROGRAM}: interrupted; the manifest is as it was")
+        raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:
         fail(PROGRAM, error)
     out.print(report.table())

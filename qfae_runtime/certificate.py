@@ -8,11 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from qfae_runtime.agreement import QUANTITIES, Agreement, Scale
+from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale
 from qfae_runtime.checked import Fields
-from qfae_runtime.contract import CONTRACTS, Contract
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.hashing import sha256_of
+
+PYTORCH = "PyTorch FP32"
+"""The training modules in float32: the reference, and the beginning of every chain."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Link:
 class CertificateEntry:
     """What was measured for one engine file on one backend and device; their hash binds it to its bytes.
 
-    `measured` holds the worst of every quantity over all batch sizes, against PyTorch FP32 on the same images.
+    `reference` is what it was measured against: PyTorch FP32, or, where a plan was built without the checkpoint, an
+    engine that was. `measured` holds the worst of every quantity over all batch sizes, on the same images.
     """
 
     engine: str
@@ -45,6 +49,7 @@ class CertificateEntry:
     batches: tuple[int, ...]
     images: int
     images_from: str
+    reference: str
     contract: Contract
     scale: Scale
     measured: dict[str, float | None]
@@ -62,9 +67,10 @@ class CertificateEntry:
         *,
         batches: Iterable[int],
         images_from: str,
+        reference: str = PYTORCH,
         links: Iterable[Link] = (),
     ) -> Self:
-        """Record an agreement with PyTorch on images taken from `images_from` (said in words).
+        """Record an agreement with the reference on images taken from `images_from` (said in words).
 
         Raises:
             ValueError: the outputs could not be compared, so there is nothing to record.
@@ -81,6 +87,7 @@ class CertificateEntry:
             batches=tuple(batches),
             images=agreement.images,
             images_from=images_from,
+            reference=reference,
             contract=contract,
             scale=agreement.scale,
             measured=agreement.values,
@@ -117,6 +124,7 @@ def _read_entry(fields: Fields, where: str, number: int) -> CertificateEntry:
         batches=tuple(batches),
         images=fields.whole("images", 1, 2**50),
         images_from=fields.text("images_from"),
+        reference=fields.text("reference"),
         contract=_read_contract(fields.inner("contract")),
         scale=_read_scale(fields.inner("scale")),
         measured=_read_measured(fields.inner("measured")),
@@ -127,6 +135,8 @@ def _read_entry(fields: Fields, where: str, number: int) -> CertificateEntry:
     fields.finish()
     if entry.passed and not entry.contract.holds(entry.measured):
         raise fields.fault("passed", "false, since a measured quantity breaks its bound")
+    if entry.passed and entry.images < MIN_IMAGES:
+        raise fields.fault("images", f"{MIN_IMAGES} or more, as a certificate needs")
     return entry
 
 
@@ -173,4 +183,10 @@ def _read_link(fields: Fields) -> Link:
         passed=fields.flag("passed"),
     )
     fields.finish()
+    promised = CONTRACTS.get(link.contract)
+    if promised is None:
+        raise fields.fault("contract", f"one of {', '.join(CONTRACTS)}")
+    # Some links are of a few images, of which these quantities say little.
+    if link.passed and not promised.without(OF_ALL_IMAGES).holds(link.measured):
+        raise fields.fault("passed", "false, since a measured quantity breaks its bound")
     return link

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 
 from qfae_runtime.agreement import QUANTITIES, Agreement
 
+MIN_IMAGES = 32
+"""An engine is certified on so many images or more: fewer say too little about percentiles and ranks."""
+
 _AXES = {
     "score": ("image",),
     "map": ("image", "y", "x"),

@@ -14,7 +14,11 @@ Each message says what, what was got, what was expected, and the cure.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+
+INTERRUPTED = 130
+"""Exit code of a command that the user or the system stopped."""
 
 
 class QfaeError(Exception):
@@ -61,4 +65,15 @@ class OutputError(QfaeError):
 class RunInterruptedError(QfaeError):
     """The user stopped the run. What was written until then is whole."""
 
-    exit_code = 130
+    exit_code = INTERRUPTED
+
+
+def cure_of_writing(error: OSError, choose: str) -> str:
+    """Return what cures a place that cannot be written; `choose` names what else could be given ("another --out")."""
+    cures = {
+        errno.ENOTDIR: "a part of that path is a file:",
+        errno.EACCES: "let yourself write there or",
+        errno.EPERM: "let yourself write there or",
+        errno.EROFS: "it is mounted read-only:",
+    }
+    return f"{cures.get(error.errno or 0, 'free some space or')} choose {choose}"

@@ -12,7 +12,7 @@ import click
 
 from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, dispatch, fail, unexpected
-from qfae_runtime.errors import QfaeError, UsageError
+from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_train.config import Config, Train, from_dict, load, presets
 from qfae_train.evaluate_cli import evaluate_command
 from qfae_train.options import DEVICES, check_device, config_source, needing_extra, parse_seeds, weight_options
@@ -20,7 +20,6 @@ from qfae_train.output import last_beside, seed_path
 from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-train"
-INTERRUPTED = 130
 
 _EPILOG = """\b
 Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Self
 
@@ -17,8 +18,8 @@ __all__ = ["BACKENDS", "DEVICES", "Engine", "OpenedEngine", "Scores", "open_engi
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
 DEVICES = ("auto", "cpu", "cuda:0")
 
-# Who runs a format, and where unless a device is named.
-_RUNS = {"onnx": ("onnxruntime", "cpu"), "plan": ("tensorrt", "cuda:0"), "rtx-plan": ("tensorrt-rtx", "cuda:0")}
+RUNS = {"onnx": ("onnxruntime", "cpu"), "plan": ("tensorrt", "cuda:0"), "rtx-plan": ("tensorrt-rtx", "cuda:0")}
+"""By format: the backend that runs it, and where unless a device is named."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ def _runner(path: Path, format: str, backend: str, device: str) -> tuple[str, st
         EngineError: what was asked for cannot run it.
 
     """
-    runner, place = _RUNS[format]
+    runner, place = RUNS[format]
     if backend != "auto" and not runner.startswith(backend):
         raise EngineError(f"{path}: format {format!r} is run by {runner}, not by {backend}; leave out the backend")
     if device != "auto" and (device == "cpu") != (place == "cpu"):
         raise EngineError(
             f"{path}: format {format!r} runs on {place}, not on {device}; leave out the device"
-            + ("" if place != "cpu" else ", or build a plan for the GPU: qfae-export --onnx " + path.name)
+            + ("" if place != "cpu" else ", or build a plan for the GPU: qfae-export --onnx " + quote(str(path)))
         )
     return runner, place if device == "auto" else device
 

@@ -118,7 +118,7 @@ def test_a_changed_weight_is_caught_and_leaves_nothing(
     assert error.value.exit_code == 1
     assert not error.value.report
     lines = str(error.value).splitlines()
-    assert lines[0] == ("tiny.onnx: onnxruntime does not compute what PyTorch computes, so nothing was written:")
+    assert lines[0] == ("tiny.onnx: onnxruntime does not compute what PyTorch FP32 computes, so nothing was written:")
     assert any("batch 32: map error, largest: " in line and ", y " in line for line in lines)
     assert lines[-2] == "the step at fault: graph FP32 -> ONNX FP32"
     assert listing(tmp_path / "out") == {}
@@ -253,3 +253,36 @@ def test_a_disk_that_fills_up_while_weights_are_written_leaves_nothing(checkpoin
     assert done.returncode == 1, done.stderr
     assert "cannot be written (File too large); nothing was exported: free some space" in done.stderr
     assert listing(tmp_path / "out") == {}
+
+
+def test_a_request_to_end_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """As from a batch system: SIGTERM while the hidden folder is there."""
+    script = (
+        "import os, signal, sys\n"
+        "import qfae_export.export as export\n"
+        "def write(*arguments):\n"
+        "    print([name[:6] for name in os.listdir(sys.argv[-1])], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "export.write_onnx = write\n"
+        "from qfae_export.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--ckpt", str(checkpoint), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "['.tiny-']\n"
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("qfae-export: interrupted; nothing was written\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_below_a_file_is_told_with_its_cure(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    said = (
+        r"file/out: cannot be written \(Not a directory\); nothing was exported: a part of that path is a file: choose"
+    )
+    with pytest.raises(OutputError, match=said):
+        export(Options(checkpoint, tmp_path / "file" / "out"))

@@ -16,7 +16,9 @@ from rich.console import Console
 from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages
 from qfae_export.parity import (
+    ParityError,
     ParityReport,
+    accepted,
     batch_sizes,
     golden_of,
     link,
@@ -271,6 +273,15 @@ def test_coloured_copies_do_not_count_in_the_scale(images: ParityImages, referen
     assert scale_of(with_two, reference) == scale_of(
         dataclasses.replace(images, pixels=images.pixels[:8], labels=images.labels[:8]), reference.of(slice(8))
     )
+
+
+def test_images_that_hardly_differ_are_said_to(images: ParityImages, reference: Scores) -> None:
+    alike = reference._replace(score=(0.5 + reference.score * 1e-4).astype(np.float32))
+    for which, told in ((alike, True), (reference, False)):
+        report = report_of(images, which, spoil("score", 1, (), lambda value: value + 0.01))
+        with pytest.raises(ParityError) as caught:
+            accepted(report, "tiny.onnx", "onnxruntime")
+        assert ("these images' scores hardly differ (interquartile range " in str(caught.value)) is told
 
 
 @pytest.mark.parametrize(

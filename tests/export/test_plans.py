@@ -157,6 +157,7 @@ def test_a_plan_that_runs_is_certified_with_its_link(here: Path, monkeypatch: py
     [entry] = [one for one in Manifest.load(here / "tiny.json").certificate if one.engine == "tiny.rtx.plan"]
     assert (entry.backend, entry.device, entry.contract.name) == ("tensorrt-rtx", "cuda:0", "fp16")
     assert entry.images_from == "32 brain slices that come with qfae"
+    assert entry.reference == "tiny.onnx in ONNX Runtime"
     assert [(link.source, link.target) for link in entry.links] == [("ONNX FP32", "plan")]
 
 
@@ -181,7 +182,9 @@ def test_a_plan_that_computes_something_else_is_not_kept(here: Path, monkeypatch
     with pytest.raises(ParityError) as caught:
         export(Options(onnx=here / "tiny.fp16.onnx", format="rtx-plan"))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "tiny.rtx.plan: tensorrt-rtx does not compute what PyTorch computes, so nothing was written:"
+    assert lines[0] == (
+        "tiny.rtx.plan: tensorrt-rtx does not compute what tiny.onnx in ONNX Runtime computes, so nothing was written:"
+    )
     assert lines[-2] == "the step at fault: ONNX FP32 -> plan"
     assert lines[-1].startswith("the ONNX file it was built from keeps its contract: try another TensorRT")
     assert (here / "tiny.json").read_text() == before

@@ -107,3 +107,17 @@ def test_help_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["verify", "--help"])
     assert left.value.code == 0
     assert capsys.readouterr().out.rstrip().endswith("--parity-images scans/ --record")
+
+
+def test_stopped_by_the_user_the_manifest_is_as_it_was(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    before = (here / "tiny.json").read_bytes()
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qfae_export.verify.measure", stopped)
+    ran = verify(capsys, "--engine", here / "tiny.onnx")
+    assert (ran.code, ran.err.splitlines()[-1]) == (130, "qfae-export verify: interrupted; the manifest is as it was")
+    assert (here / "tiny.json").read_bytes() == before

@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 
+from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.errors import ManifestError
 from qfae_runtime.manifest import Manifest, Threshold, find_manifest
 
 from .tiny import export_tiny
+
+LINK: dict[str, Any] = {
+    "source": "PyTorch FP32",
+    "target": "ONNX FP32",
+    "images": 32,
+    "contract": "fp32",
+    "measured": dict.fromkeys(QUANTITIES, 0.9),
+    "passed": False,
+}
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -85,6 +95,16 @@ def drop(*keys: Any) -> Change:
         (put("certificate", 0, "images", value=0), "key 'certificate.0.images': expected a whole number in 1.."),
         (drop("certificate", 0, "measured", "map_abs"), "key 'certificate.0.measured.map_abs' is missing"),
         (put("certificate", 0, "measured", "score_abs", value=0.5), "key 'certificate.0.passed': expected false"),
+        (put("certificate", 0, "images", value=31), "key 'certificate.0.images': expected 32 or more"),
+        (put("certificate", 0, "reference", value=3), "key 'certificate.0.reference': expected"),
+        (
+            put("certificate", 0, "links", value=[{**LINK, "passed": True}]),
+            "key 'certificate.0.links.0.passed': expected false, since a measured quantity breaks its bound",
+        ),
+        (
+            put("certificate", 0, "links", value=[{**LINK, "contract": "mine"}]),
+            "key 'certificate.0.links.0.contract': expected one of fp32, fp16, bf16",
+        ),
         (put("certificate", 0, "measured", "spearman", value=None), "key 'certificate.0.passed': expected false"),
         (
             put("certificate", 0, "contract", "name", value="mine"),
