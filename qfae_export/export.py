@@ -36,10 +36,9 @@ from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.command_line import size_text
-from qfae_runtime.engines import open_engine
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
-from qfae_runtime.errors import OutputError, UsageError, cure_of_writing
+from qfae_runtime.errors import ManifestError, OutputError, UsageError, cure_of_writing
 from qfae_runtime.golden import save_golden
 from qfae_runtime.manifest import Manifest
 from qfae_train.autoencoder import AnomalyScorer
@@ -203,10 +202,23 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
         manifest.precision[options.engine_name + FP16_SUFFIX]["bisected"] = measured.bisected.to_dict()
     manifest.save(folder / f"{manifest.name}.json")
     if golden is not None:
-        for engine in written.engines:  # the runtime's own door: files must open, their hashes and certificate fit
-            open_engine(folder / engine).close()
+        _check_as_written(folder, manifest.name)
     engines = tuple(written.engines)
     return Exported(folder, manifest, engines, measured.reports, bisected=measured.bisected, chain=chain)
+
+
+def _check_as_written(folder: Path, name: str) -> None:
+    """Ask of the files as written what the runtime asks before it loads an engine: hashes, and certificates that fit.
+
+    Raises:
+        ManifestError: they do not fit one another.
+
+    """
+    manifest = Manifest.load(folder / f"{name}.json")
+    manifest.verify_files(folder)
+    for engine in (file for file, entry in manifest.files.items() if entry.role == "engine"):
+        if manifest.certified(engine, OnnxRuntimeEngine.backend, OnnxRuntimeEngine.device) is None:
+            raise ManifestError(f"{engine}: its certificate does not fit it as written; export again, or report this")
 
 
 def _measure(written: _Written, chain: Chain, source: _Source, options: Options, say: Say) -> _Measurements:
