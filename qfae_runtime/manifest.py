@@ -26,7 +26,6 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "TensorSpec",
-    "Threshold",
     "find_manifest",
     "sha256_of",
 ]
@@ -66,15 +65,6 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """A decision threshold on the score and how it was found."""
-
-    value: float
-    how: str
-    images: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     """Everything `NAME.json` says. `certificate` is empty for an engine that nobody measured.
 
@@ -93,7 +83,6 @@ class Manifest:
     probe: str | None = None
     precision: dict[str, Any] = field(default_factory=dict)
     certificate: tuple[CertificateEntry, ...] = ()
-    threshold: Threshold | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,7 +108,6 @@ class Manifest:
             },
             "precision": self.precision,
             "certificate": [entry.to_dict() for entry in self.certificate] or None,
-            "threshold": dataclasses.asdict(self.threshold) if self.threshold else None,
             "provenance": self.provenance,
         }
 
@@ -149,7 +137,6 @@ class Manifest:
             golden=fields.optional_text("golden"),
             precision=fields.mapping("precision"),
             certificate=read_certificate(fields, where),
-            threshold=None if fields.is_null("threshold") else _read_threshold(fields.inner("threshold")),
             provenance=fields.mapping("provenance"),
         )
         size = fields.whole("image_size", 1, MAX_IMAGE_SIZE)
@@ -329,9 +316,3 @@ def _read_tensors(stored: list[Any], where: str, key: str) -> tuple[TensorSpec, 
         tensors.append(TensorSpec(fields.text("name"), fields.text("dtype"), tuple(shape)))
         fields.finish()
     return tuple(tensors)
-
-
-def _read_threshold(fields: Fields) -> Threshold:
-    threshold = Threshold(fields.number("value"), fields.text("how"), fields.whole("images", 1, 2**50))
-    fields.finish()
-    return threshold

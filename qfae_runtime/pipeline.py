@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.calibration import Decider
 from qfae_runtime.errors import InputError
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, mask_path_for
@@ -81,7 +82,7 @@ class Pipeline:
     maps: bool = True
     truth: bool = False
     scale: heatmap.ColourScale | None = None
-    threshold: float | None = None
+    decider: Decider | None = None
     inside: Path | None = None
     workers: int = min(4, os.cpu_count() or 1)
 
@@ -126,7 +127,7 @@ class Pipeline:
                 yield Outcome(error_row(job.source, picture.frame, reason, job.label), picture, None)
                 continue
             scored = next(results)
-            row = scored_row(job.source, picture.frame, scored.score, self.threshold, job.label)
+            row = scored_row(job.source, picture.frame, scored.score, self.decider, job.label)
             yield Outcome(row, picture, scored if row.status == OK else None)
 
     def _draw(self, outcome: Outcome) -> Outcome:

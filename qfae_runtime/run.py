@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -17,6 +17,8 @@ import numpy
 import PIL
 
 import qfae_runtime
+from qfae_runtime.calibration import Calibration, Decider, path_beside
+from qfae_runtime.calibration import load as load_calibration
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.golden import golden_bytes, load_golden
@@ -53,6 +55,7 @@ class Options:
     selftest: bool = False
     allow_uncertified: bool = False
     labels: Path | None = None
+    calibration: Path | None = None
 
 
 @dataclass
@@ -103,7 +106,7 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
 
     """
     start = time.perf_counter()
-    found = find_inputs(options)
+    found = find_inputs(options.images, options.out)
     with open_engine(
         options.engine,
         backend=options.backend,
@@ -111,9 +114,7 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
         threads=options.threads,
         allow_uncertified=options.allow_uncertified,
     ) as opened:
-        if options.batch_size is not None and options.batch_size > opened.engine.max_batch:
-            most = opened.engine.max_batch
-            raise UsageError(f"--batch-size: got {options.batch_size}, this engine takes 1..{most}")
+        check_batch_size(options, opened)
         verdict = self_test(opened, force=options.selftest)
         try:
             return _Run(options, opened, verdict, found).go(start, progress)
@@ -124,22 +125,34 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
             ) from None
 
 
-def find_inputs(options: Options) -> Scan:
-    """List the images of a run; the output folder is not searched.
+def check_batch_size(options: Options, opened: OpenedEngine) -> None:
+    """Refuse a batch size that the engine does not take.
+
+    Raises:
+        UsageError: what it takes.
+
+    """
+    most = opened.engine.max_batch
+    if options.batch_size is not None and options.batch_size > most:
+        raise UsageError(f"--batch-size: got {options.batch_size}, this engine takes 1..{most}")
+
+
+def find_inputs(images: Sequence[Path], out: Path | None = None) -> Scan:
+    """List the images below the paths given; the output folder is not searched.
 
     Raises:
         QfaeError: an input does not exist, is the output folder itself, or there is no image at all.
 
     """
-    if same := [str(path) for path in options.images if _is_same_folder(path, options.out)]:
-        raise UsageError(f"--out {options.out}: is the input folder {same[0]} itself; choose another --out")
+    if out is not None and (same := [str(path) for path in images if _is_same_folder(path, out)]):
+        raise UsageError(f"--out {out}: is the input folder {same[0]} itself; choose another --out")
     try:
-        found = scan(options.images, exclude=[options.out])
+        found = scan(images, exclude=[out] if out is not None else [])
     except FileNotFoundError as error:
         raise QfaeError(f"{error}: no such file or folder; check the path of the images") from None
     if not found.images:
         passed_over = ", ".join(f"{count} x {name or 'without suffix'}" for name, count in found.ignored.items())
-        where = ", ".join(str(path) for path in options.images)
+        where = ", ".join(str(path) for path in images)
         raise QfaeError(
             f"{where}: no image in it (ignored: {passed_over or 'nothing'}; mask files: {found.mask_files}); "
             "pass a folder with PNG, JPEG, BMP or TIFF images"
@@ -158,6 +171,7 @@ class _Run:
         content = golden_bytes(opened)
         golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size) if content else None
         self.scale = ColourScale.of(golden)
+        self.calibration = _calibration(options, opened)
         self.jobs = self._jobs()
 
     def go(self, start: float, progress: Progress) -> Summary:
@@ -200,7 +214,15 @@ class _Run:
             "counts": _counts(counts),
             "seconds": {"scoring": round(scored_seconds, 3)},
         }
-        write_report(folder, record, metrics, self.opened, self.scale, dict(zip(self.sources, self.jobs, strict=True)))
+        write_report(
+            folder,
+            record,
+            metrics,
+            self.opened,
+            self.calibration,
+            self.scale,
+            dict(zip(self.sources, self.jobs, strict=True)),
+        )
         seconds = time.perf_counter() - start
         record["seconds"] |= {"total": round(seconds, 3)}
         folder.write_json(folder.run, record)
@@ -229,13 +251,12 @@ class _Run:
         """
         again = finished if truth is not None else 0
         jobs = [replace(job, heatmap=None, saved_map=None) for job in self.jobs[:again]] + self.jobs[finished:]
-        threshold = self.opened.manifest.threshold
         pipeline = Pipeline(
             self.scorer,
             maps=self.options.maps,
             truth=truth is not None,
             scale=self.scale,
-            threshold=threshold.value if threshold else None,
+            decider=Decider(self.calibration) if self.calibration is not None else None,
             inside=self.folder.root,
         )
         rows = RowWriter(self.folder.jsonl)
@@ -262,7 +283,6 @@ class _Run:
     def _fingerprint(self) -> dict[str, Any]:
         """Everything that decides what the rows hold: a run is resumed only if all of it is unchanged."""
         options, opened = self.options, self.opened
-        threshold = opened.manifest.threshold
         return {
             "engine_sha256": opened.sha256,
             "preprocess_sha256": opened.manifest.preprocess.sha256(),
@@ -272,7 +292,8 @@ class _Run:
             "batch_size": self.scorer.batch_size,
             "maps": options.maps,
             "save_maps": options.save_maps,
-            "threshold": threshold.value if threshold else None,
+            "threshold": self.calibration.threshold if self.calibration is not None else None,
+            "calibration_sha256": self.calibration.sha256() if self.calibration is not None else None,
             "labels_sha256": sha256_of(options.labels) if options.labels else None,
             "root": str(self.found.root),
             "inputs": len(self.sources),
@@ -291,6 +312,7 @@ class _Run:
             "allow_uncertified": self.options.allow_uncertified,
             "self_test": self.verdict.to_dict(),
             "fingerprint": fingerprint,
+            "calibration": self.calibration.summary() if self.calibration is not None else None,
             "threads": self.options.threads,
             "colour_scale": {"low": self.scale.low, "high": self.scale.high, "origin": self.scale.origin},
             "inputs": {"root": str(found.root), "ignored": found.ignored, "mask_files": found.mask_files},
@@ -303,6 +325,14 @@ class _Run:
             },
             "platform": platform.platform(),
         }
+
+
+def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:
+    """Return the calibration that was named, or else the one beside the engine, if there is one."""
+    path = options.calibration or path_beside(opened.path)
+    if options.calibration is None and not path.is_file():
+        return None
+    return load_calibration(path, opened.sha256, opened.manifest.preprocess.sha256())
 
 
 def _counts(counts: Counts) -> dict[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qfae_runtime.calibration import Decider
 from qfae_runtime.errors import OutputError
 
 OK = "ok"
@@ -24,7 +25,7 @@ ERROR = "error"
 
 @dataclass(frozen=True)
 class Row:
-    """One picture's line. No threshold: `decision` is None. An error: `score` is None and `error` says why.
+    """One picture's line. Not calibrated: `threshold`, `decision`, `p_value` are None. An error: `error` says why.
 
     `source` is the path below the run's root, with forward slashes; `label` is "good", "Ungood" or None.
     """
@@ -34,6 +35,7 @@ class Row:
     score: float | None
     threshold: float | None
     decision: str | None
+    p_value: float | None
     status: str
     error: str | None
     label: str | None
@@ -42,19 +44,21 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
-def scored_row(source: str, frame: int | None, score: np.float32, threshold: float | None, label: str | None) -> Row:
+def scored_row(source: str, frame: int | None, score: np.float32, decider: Decider | None, label: str | None) -> Row:
     """Make the row of a scored picture; a score that is not finite makes it an error row."""
     if not math.isfinite(score):
         reason = f"the engine returned a score that is not finite ({score}); report the image and the engine"
         return error_row(source, frame, reason, label)
     exact = float(format(float(score), ".9g"))
-    decision = None if threshold is None else ("anomalous" if exact > threshold else "normal")
-    return Row(source, frame, exact, threshold, decision, OK, None, label)
+    if decider is None:
+        return Row(source, frame, exact, None, None, None, OK, None, label)
+    decision = "anomalous" if exact > decider.threshold else "normal"
+    return Row(source, frame, exact, decider.threshold, decision, decider.p_value(exact), OK, None, label)
 
 
 def error_row(source: str, frame: int | None, reason: str, label: str | None) -> Row:
     """Make the row of a picture that could not be scored."""
-    return Row(source, frame, None, None, None, ERROR, reason, label)
+    return Row(source, frame, None, None, None, None, ERROR, reason, label)
 
 
 class RowWriter:
