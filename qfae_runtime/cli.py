@@ -53,6 +53,12 @@ Examples:
     metavar="FILE",
     help="Threshold to decide by, from qfae-run calibrate.  [default: ENGINE.calibration.json, if there is one]",
 )
+@click.option(
+    "--deidentify",
+    metavar="KEYFILE",
+    help="Put keyed hashes in the place of paths and UIDs in all results; the file holds the key.",
+)
+@click.option("--hash-inputs", is_flag=True, help="Put a SHA-256 of all input files in run.json; reads them twice.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary; errors still go to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.version_option(__version__, prog_name=PROGRAM)
@@ -120,6 +126,8 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         resume=given["resume"],
         labels=Path(given["labels"]) if given["labels"] else None,
         calibration=Path(given["calibration"]) if given["calibration"] else None,
+        deidentify=Path(given["deidentify"]) if given["deidentify"] else None,
+        hash_inputs=given["hash_inputs"],
         **engine,
     )
 

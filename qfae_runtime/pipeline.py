@@ -180,10 +180,10 @@ def pixel_truth(job: Job, geometry: Geometry) -> tuple[UInt8 | None, str | None]
     try:
         mask = read_mask(path)
     except InputError as error:
-        return None, f"{path}: {error.reason}"
+        return None, f"the mask of {job.source}: {error.reason}"
     if mask.shape != (geometry.height, geometry.width):
         sizes = [f"{width} x {height}" for height, width in (mask.shape, (geometry.height, geometry.width))]
-        return None, f"{path}: got {sizes[0]} pixels, expected {sizes[1]}, the size of its image"
+        return None, f"the mask of {job.source}: got {sizes[0]} pixels, expected {sizes[1]}, the size of its image"
     return geometry.warp_mask(mask), None
 
 

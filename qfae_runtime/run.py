@@ -6,6 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -27,13 +28,14 @@ from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, label_of, scan
 from qfae_runtime.metrics import PixelMetrics
 from qfae_runtime.pipeline import Job, Outcome, Pipeline
+from qfae_runtime.pseudonyms import Pseudonyms
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import Verdict, self_test
 from qfae_runtime.writers.folder import ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
-from qfae_runtime.writers.records import OK, RowWriter, read_rows, write_csv
+from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, write_csv
 from qfae_runtime.writers.report import write_report
 
 
@@ -56,6 +58,8 @@ class Options:
     allow_uncertified: bool = False
     labels: Path | None = None
     calibration: Path | None = None
+    deidentify: Path | None = None
+    hash_inputs: bool = False
 
 
 @dataclass
@@ -167,7 +171,8 @@ class _Run:
         self.options, self.opened, self.verdict, self.found = options, opened, verdict, found
         self.folder = ResultsFolder(options.out)
         self.scorer = Scorer(opened.engine, opened.manifest, options.batch_size)
-        self.sources = [found.source_of(path) for path in found.images]
+        self.names = Pseudonyms.from_file(options.deidentify) if options.deidentify else None
+        self.sources = [self._named(found.source_of(path)) for path in found.images]
         content = golden_bytes(opened)
         golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size) if content else None
         self.scale = ColourScale.of(golden)
@@ -230,19 +235,31 @@ class _Run:
 
     def _jobs(self) -> list[Job]:
         labels = read_labels(self.options.labels) if self.options.labels else None
-        if labels is not None and (unknown := sorted(set(labels) - set(self.sources))):
+        known = {self.found.source_of(path) for path in self.found.images} if labels is not None else set()
+        if labels is not None and (unknown := sorted(set(labels) - known)):
             raise UsageError(
                 f"--labels {self.options.labels}: {len(unknown)} sources are not among the images, the first is "
                 f"{unknown[0]!r}; a source is a path below {self.found.root}"
             )
-        names = heatmap_names(self.sources) if self.options.maps else [None] * len(self.sources)
+        pictures = heatmap_names(self.sources) if self.options.maps else [None] * len(self.sources)
         jobs = []
-        for path, source, name in zip(self.found.images, self.sources, names, strict=True):
-            label = labels.get(source) if labels is not None else label_of(path, self.found.root)
+        for path, source, name in zip(self.found.images, self.sources, pictures, strict=True):
+            label = labels.get(self.found.source_of(path)) if labels is not None else label_of(path, self.found.root)
             heatmap = None if name is None else self.folder.heatmaps / name
             saved = self.folder.maps / map_name(source) if self.options.save_maps else None
             jobs.append(Job(path, source, label, heatmap, saved))
         return jobs
+
+    def _named(self, text: str) -> str:
+        """Return what stands for a name in the results."""
+        return self.names.of(text) if self.names is not None else text
+
+    def _row(self, outcome: Outcome) -> Row:
+        """Return the row as it is written: a reason may name the file it speaks of."""
+        row = outcome.row
+        if self.names is None or row.error is None:
+            return row
+        return replace(row, error=self.names.scrub(row.error, outcome.picture.job.path, row.source))
 
     def _score(self, finished: int, counts: Counts, truth: _Truth | None, progress: Progress) -> None:
         """Score and write the files after the `finished` ones, whose maps are made again if `truth` must count them.
@@ -265,7 +282,7 @@ class _Run:
             with closing(pipeline.run(jobs)) as outcomes:
                 for number, outcome in enumerate(outcomes):
                     if number >= again:
-                        rows.write(outcome.row)
+                        rows.write(self._row(outcome))
                         counts.done += 1
                         counts.errors += outcome.row.status != OK
                     if truth is not None:
@@ -295,10 +312,12 @@ class _Run:
             "threshold": self.calibration.threshold if self.calibration is not None else None,
             "calibration_sha256": self.calibration.sha256() if self.calibration is not None else None,
             "labels_sha256": sha256_of(options.labels) if options.labels else None,
-            "root": str(self.found.root),
+            "root": self._named(str(self.found.root)),
+            "pseudonym_key_sha256": self.names.key_sha256() if self.names is not None else None,
             "inputs": len(self.sources),
             "inputs_sha256": _digest_of_list(self.sources),
             "inputs_state_sha256": _digest_of_list([_state_of(path) for path in self.found.images]),
+            "inputs_content_sha256": _digest_of_contents(self.found.images) if options.hash_inputs else None,
         }
 
     def _record(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -315,7 +334,11 @@ class _Run:
             "calibration": self.calibration.summary() if self.calibration is not None else None,
             "threads": self.options.threads,
             "colour_scale": {"low": self.scale.low, "high": self.scale.high, "origin": self.scale.origin},
-            "inputs": {"root": str(found.root), "ignored": found.ignored, "mask_files": found.mask_files},
+            "inputs": {
+                "root": fingerprint["root"],
+                "ignored": self.names.of_ignored(found.ignored) if self.names is not None else found.ignored,
+                "mask_files": found.mask_files,
+            },
             "versions": {
                 "python": platform.python_version(),
                 "numpy": numpy.__version__,
@@ -348,6 +371,19 @@ def _counts(counts: Counts) -> dict[str, int]:
 def _digest_of_list(sources: list[str]) -> str:
     text = "\0".join(sources).encode("utf-8", errors="surrogateescape")
     return hashlib.sha256(text).hexdigest()
+
+
+def _digest_of_contents(paths: list[Path]) -> str:
+    """Return a SHA-256 (hex) over the files' own, in order; a file that cannot be read counts as such."""
+
+    def digest(path: Path) -> str:
+        try:
+            return sha256_of(path) if path.is_file() else "none"
+        except OSError:
+            return "none"
+
+    with ThreadPoolExecutor() as pool:
+        return _digest_of_list(list(pool.map(digest, paths)))
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:

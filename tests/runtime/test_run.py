@@ -122,7 +122,7 @@ def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tm
     shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
     assert shown.exit_code == 0
     note = (
-        f"2 masks could not be used, the first is {masks}/1.png: got 47 x 40 pixels, expected 48 x 40, "
+        f"2 masks could not be used, the first is the mask of Ungood/img/1.png: got 47 x 40 pixels, expected 48 x 40, "
         "the size of its image"
     )
     assert f"note: {note}\n" in shown.stdout
@@ -135,7 +135,7 @@ def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tm
     summary = run(dataset, engine_path, out, overwrite=True)
     assert summary.metrics is not None
     assert summary.metrics["notes"][0] == (
-        f"1 mask could not be used, the first is {masks}/2.png: "
+        f"1 mask could not be used, the first is the mask of Ungood/img/2.png: "
         "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
     )
 
