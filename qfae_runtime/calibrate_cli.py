@@ -13,9 +13,9 @@ import click
 
 from qfae_runtime import conformal
 from qfae_runtime.calibrate import Calibrated, calibrate
+from qfae_runtime.cli_options import engine_options, parse_engine_options, parse_images, rate
 from qfae_runtime.command_line import CONTEXT, ended_in_order, fail
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
-from qfae_runtime.options import engine_options, parse_engine_options, parse_images, rate
 from qfae_runtime.progress import Reporter
 from qfae_runtime.run import Options
 

@@ -13,9 +13,9 @@ import click
 
 from qfae_runtime import __version__
 from qfae_runtime.calibrate_cli import calibrate_command
+from qfae_runtime.cli_options import engine_options, parse_engine_options, parse_images
 from qfae_runtime.command_line import CONTEXT, dispatch, ended_in_order, fail
 from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
-from qfae_runtime.options import engine_options, parse_engine_options, parse_images
 from qfae_runtime.progress import Reporter
 from qfae_runtime.run import Options, Summary, execute
 

@@ -1,88 +1,46 @@
-"""What the commands of qfae-run share on the command line: images, the engine and how it is run."""
+"""What a run of qfae-run is asked to do; the home of the command's defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import click
-
-from qfae_runtime.command_line import unknown_option, whole_number
-from qfae_runtime.engines import BACKENDS, DEVICES
-from qfae_runtime.run import Options
-
-_MAX_WHOLE = 4096
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def engine_options(command: Command) -> Command:
-    """Add the options that say which engine scores, and how."""
-    for add in reversed(
-        (
-            click.option(
-                "--engine", metavar="FILE", help="Engine file, e.g. demo.onnx; its manifest lies beside it.  [required]"
-            ),
-            click.option(
-                "--batch-size", metavar="N", help="Images per run of the engine.  [default: 16, or what it takes]"
-            ),
-            click.option("--backend", metavar="|".join(BACKENDS), help=f"What runs it.  [default: {Options.backend}]"),
-            click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]"),
-            click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]"),
-            click.option("--selftest", is_flag=True, help="Run the self-test even if it passed here before."),
-            click.option(
-                "--allow-uncertified", is_flag=True, help="Run an engine that was never compared with PyTorch."
-            ),
-        )
-    ):
-        command = add(command)
-    return command
+@dataclass(frozen=True)
+class Options:
+    """What was asked for.
 
+    images             files and folders, walked recursively
+    engine             its manifest lies beside it
+    out                folder for the results; nothing outside it is written
+    batch_size         images per run of the engine; None: 16, or what the engine takes
+    backend, device    "auto": what fits the engine file
+    threads            compute threads of the engine; None: all cores
+    maps               score, anomaly map and reconstruction; False: the score alone
+    save_maps          keep every anomaly map as .npy
+    overwrite, resume  what to do with results that are there: replace them, go on with them
+    selftest           run the self-test even if it passed here before
+    allow_uncertified  run an engine that was never compared with PyTorch
+    labels             CSV file with source and label; None: folder names
+    calibration        threshold to decide by; None: the one beside the engine, if there is one
+    deidentify         file with the key of pseudonyms; None: names stay
+    hash_inputs        put a digest of all input files in run.json
+    """
 
-def parse_engine_options(given: dict[str, Any], faults: list[str]) -> dict[str, Any]:
-    """Turn their texts into the fields of Options that they stand for."""
-    if not given["engine"]:
-        faults.append("--engine: missing; name the engine file that qfae-export wrote")
-    return {
-        "engine": Path(given["engine"] or ""),
-        "batch_size": whole_number("--batch-size", given["batch_size"], _MAX_WHOLE, faults),
-        "threads": whole_number("--threads", given["threads"], _MAX_WHOLE, faults),
-        "backend": _choice("--backend", given["backend"] or Options.backend, BACKENDS, faults),
-        "device": _choice("--device", given["device"] or Options.device, DEVICES, faults),
-        "selftest": given["selftest"],
-        "allow_uncertified": given["allow_uncertified"],
-    }
-
-
-def parse_images(command: click.Command, texts: Sequence[str], name: str, faults: list[str]) -> tuple[Path, ...]:
-    """Return the images that are named; options that the command does not have are among the texts."""
-    faults += [
-        unknown_option(command, text, f"; a file of that name is ./{text}")
-        for text in texts
-        if text.startswith("-") and text != "-"
-    ]
-    if "-" in texts:
-        faults.append(f"{name}: '-' (a list on stdin) is not supported; name files or folders")
-    if not texts:
-        faults.append(f"{name}: missing; name the files or folders to score")
-    return tuple(Path(text) for text in texts if not text.startswith("-"))
-
-
-def rate(option: str, text: str | None, faults: list[str]) -> float | None:
-    """Return the rate between 0 and 1 that `text` says."""
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = float("nan")
-    if 0 < value < 1:
-        return value
-    got = "missing" if text is None else f"got {text!r}"
-    faults.append(f"{option}: {got}, expected a rate between 0 and 1, e.g. 0.05")
-    return None
-
-
-def _choice(option: str, text: str, accepted: Sequence[str], faults: list[str]) -> str:
-    if text not in accepted:
-        faults.append(f"{option}: got {text!r}, accepted are {', '.join(accepted)}")
-    return text
+    images: tuple[Path, ...]
+    engine: Path
+    out: Path = Path("results")
+    batch_size: int | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    maps: bool = True
+    save_maps: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    selftest: bool = False
+    allow_uncertified: bool = False
+    labels: Path | None = None
+    calibration: Path | None = None
+    deidentify: Path | None = None
+    hash_inputs: bool = False

@@ -7,10 +7,11 @@ that cannot be read becomes an error row and the run goes on.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -71,6 +72,15 @@ class Outcome(NamedTuple):
     scored: Scored | None
 
 
+@dataclass
+class Seconds:
+    """Where the time of a run goes. `decoding` and `drawing` add up over threads, `engine` is that of the caller's."""
+
+    decoding: float = 0.0
+    engine: float = 0.0
+    drawing: float = 0.0
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """The settings of one run. `truth` asks for masks; jobs that ask for heat maps need a `scale`.
@@ -85,6 +95,7 @@ class Pipeline:
     decider: Decider | None = None
     inside: Path | None = None
     workers: int = min(4, os.cpu_count() or 1)
+    seconds: Seconds = field(default_factory=Seconds)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
         """Yield one outcome per picture, in the order of the jobs, after its heat map and map have been written.
@@ -99,10 +110,16 @@ class Pipeline:
         depth = 2 * self.scorer.batch_size
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qfae")
         try:
-            decoded = in_order(pool, partial(decode, spec=spec, truth=self.truth), jobs, depth + self.workers)
-            yield from in_order(pool, self._draw, self._score(decoded), depth)
+            read = partial(decode, spec=spec, truth=self.truth)
+            decoded = self._timed("decoding", in_order(pool, read, jobs, depth + self.workers))
+            yield from self._timed("drawing", in_order(pool, self._draw, self._score(decoded), depth))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _timed(self, stage: str, results: Iterator[tuple[Result, float]]) -> Iterator[Result]:
+        for result, seconds in results:
+            setattr(self.seconds, stage, getattr(self.seconds, stage) + seconds)
+            yield result
 
     def _score(self, decoded: Iterator[list[Picture]]) -> Iterator[Outcome]:
         # Errors wait with the pictures around them, so that rows keep the order of the files.
@@ -119,7 +136,9 @@ class Pipeline:
 
     def _outcomes(self, pictures: list[Picture]) -> Iterator[Outcome]:
         images = [picture.prepared.image for picture in pictures if picture.prepared is not None]
+        start = time.perf_counter()
         results = iter(self.scorer.score_batch(images, self.maps) if images else [])
+        self.seconds.engine += time.perf_counter() - start
         for picture in pictures:
             job = picture.job
             if picture.prepared is None:
@@ -189,11 +208,19 @@ def pixel_truth(job: Job, geometry: Geometry) -> tuple[UInt8 | None, str | None]
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
-) -> Iterator[Result]:
-    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way."""
-    pending: deque[Future[Result]] = deque()
+) -> Iterator[tuple[Result, float]]:
+    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way.
+
+    With each comes how many seconds it took.
+    """
+
+    def timed(item: Item) -> tuple[Result, float]:
+        start = time.perf_counter()
+        return function(item), time.perf_counter() - start
+
+    pending: deque[Future[tuple[Result, float]]] = deque()
     for item in items:
-        pending.append(pool.submit(function, item))
+        pending.append(pool.submit(timed, item))
         if len(pending) >= depth:
             yield pending.popleft().result()
     while pending:

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy
-import PIL
-
-import qfae_runtime
 from qfae_runtime.calibration import Calibration, Decider, path_beside
 from qfae_runtime.calibration import load as load_calibration
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.golden import golden_bytes, load_golden
-from qfae_runtime.hashing import sha256_of
 from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, label_of, scan
 from qfae_runtime.metrics import PixelMetrics
-from qfae_runtime.pipeline import Job, Outcome, Pipeline
+from qfae_runtime.options import Options
+from qfae_runtime.pipeline import Job, Outcome, Pipeline, Seconds
 from qfae_runtime.pseudonyms import Pseudonyms
+from qfae_runtime.record import Clock, Subject, fingerprint_of, now, record_of
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import Verdict, self_test
 from qfae_runtime.writers.folder import ResultsFolder
@@ -39,29 +30,6 @@ from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, write_cs
 from qfae_runtime.writers.report import write_report
 
 
-@dataclass(frozen=True)
-class Options:
-    """What was asked for; the defaults of the command line live here. `batch_size` and `threads` None: chosen."""
-
-    images: tuple[Path, ...]
-    engine: Path
-    out: Path = Path("results")
-    batch_size: int | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    maps: bool = True
-    save_maps: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    selftest: bool = False
-    allow_uncertified: bool = False
-    labels: Path | None = None
-    calibration: Path | None = None
-    deidentify: Path | None = None
-    hash_inputs: bool = False
-
-
 @dataclass
 class Counts:
     """Rows so far: `done` of `total`, with `errors` among them; `resumed` were there before this run."""
@@ -70,6 +38,16 @@ class Counts:
     resumed: int = 0
     done: int = 0
     errors: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Return what run.json says of them."""
+        return {
+            "files": self.total,
+            "rows": self.done,
+            "scored": self.done - self.errors,
+            "errors": self.errors,
+            "resumed": self.resumed,
+        }
 
 
 @dataclass(frozen=True)
@@ -109,8 +87,9 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
         QfaeError: see errors.py; RunInterruptedError on Ctrl-C, with whole rows written.
 
     """
-    start = time.perf_counter()
+    clock = Clock()
     found = find_inputs(options.images, options.out)
+    clock.lap("listing")
     with open_engine(
         options.engine,
         backend=options.backend,
@@ -119,9 +98,11 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
         allow_uncertified=options.allow_uncertified,
     ) as opened:
         check_batch_size(options, opened)
+        clock.lap("opening")
         verdict = self_test(opened, force=options.selftest)
+        clock.lap("self_test")
         try:
-            return _Run(options, opened, verdict, found).go(start, progress)
+            return _Run(options, opened, verdict, found).go(clock, progress)
         except OSError as error:
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
@@ -177,33 +158,44 @@ class _Run:
         golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size) if content else None
         self.scale = ColourScale.of(golden)
         self.calibration = _calibration(options, opened)
+        self.spent = Seconds()
+        self.subject = Subject(
+            options,
+            opened,
+            verdict,
+            found,
+            self.sources,
+            self.scorer.batch_size,
+            self.scale,
+            self.calibration,
+            self.names,
+        )
         self.jobs = self._jobs()
 
-    def go(self, start: float, progress: Progress) -> Summary:
+    def go(self, clock: Clock, progress: Progress) -> Summary:
         """Score what is left to score and write the results."""
         options, folder = self.options, self.folder
-        fingerprint = self._fingerprint()
+        fingerprint = fingerprint_of(self.subject)
         folder.prepare(overwrite=options.overwrite, resume=options.resume)
         done = folder.finished_sources(fingerprint, self.sources) if options.resume else 0
         counts = Counts(total=len(self.jobs), resumed=done, done=done)
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
         if done == len(self.jobs) and folder.is_finished():
-            return Summary(
-                folder, counts, time.perf_counter() - start, folder.read_metrics(), self.verdict, nothing_left=True
-            )
-        record = self._record(fingerprint)
+            return Summary(folder, counts, clock.total, folder.read_metrics(), self.verdict, nothing_left=True)
+        record = record_of(self.subject, fingerprint)
         folder.write_json(folder.run, {**record, "status": "running"})
         truth = _Truth() if self._wants_pixels() else None
+        clock.lap("preparing")
         try:
             self._score(done, counts, truth, progress)
         except KeyboardInterrupt:
-            folder.write_json(folder.run, {**record, "status": "interrupted", "counts": _counts(counts)})
+            folder.write_json(folder.run, {**record, "status": "interrupted", "counts": counts.to_dict()})
             raise RunInterruptedError(
                 f"stopped: {counts.done} of {counts.total} files have whole rows in {folder.jsonl}; "
                 "go on with the same command and --resume"
             ) from None
-        scored_seconds = time.perf_counter() - start
+        clock.lap("scoring")
         write_csv(folder.jsonl, folder.csv)
         metrics = compute_metrics(
             read_rows(folder.jsonl),
@@ -215,10 +207,11 @@ class _Run:
             folder.write_json(folder.metrics, metrics)
         record |= {
             "status": "done",
-            "finished": _now(),
-            "counts": _counts(counts),
-            "seconds": {"scoring": round(scored_seconds, 3)},
+            "finished": now(),
+            "counts": counts.to_dict(),
         }
+        clock.lap("results")
+        record["seconds"] = clock.seconds(self.spent)
         write_report(
             folder,
             record,
@@ -228,10 +221,10 @@ class _Run:
             self.scale,
             dict(zip(self.sources, self.jobs, strict=True)),
         )
-        seconds = time.perf_counter() - start
-        record["seconds"] |= {"total": round(seconds, 3)}
+        clock.lap("results")
+        record["seconds"] = clock.seconds(self.spent)
         folder.write_json(folder.run, record)
-        return Summary(folder, counts, seconds, metrics, self.verdict)
+        return Summary(folder, counts, clock.total, metrics, self.verdict)
 
     def _jobs(self) -> list[Job]:
         labels = read_labels(self.options.labels) if self.options.labels else None
@@ -275,6 +268,7 @@ class _Run:
             scale=self.scale,
             decider=Decider(self.calibration) if self.calibration is not None else None,
             inside=self.folder.root,
+            seconds=self.spent,
         )
         rows = RowWriter(self.folder.jsonl)
         try:
@@ -297,58 +291,6 @@ class _Run:
     def _pixel_note(self) -> str | None:
         return None if self.options.maps else "the pixel metrics need the anomaly maps; run without --no-maps"
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """Everything that decides what the rows hold: a run is resumed only if all of it is unchanged."""
-        options, opened = self.options, self.opened
-        return {
-            "engine_sha256": opened.sha256,
-            "preprocess_sha256": opened.manifest.preprocess.sha256(),
-            "backend": opened.engine.backend,
-            "backend_version": opened.engine.version,
-            "device": opened.engine.device,
-            "batch_size": self.scorer.batch_size,
-            "maps": options.maps,
-            "save_maps": options.save_maps,
-            "threshold": self.calibration.threshold if self.calibration is not None else None,
-            "calibration_sha256": self.calibration.sha256() if self.calibration is not None else None,
-            "labels_sha256": sha256_of(options.labels) if options.labels else None,
-            "root": self._named(str(self.found.root)),
-            "pseudonym_key_sha256": self.names.key_sha256() if self.names is not None else None,
-            "inputs": len(self.sources),
-            "inputs_sha256": _digest_of_list(self.sources),
-            "inputs_state_sha256": _digest_of_list([_state_of(path) for path in self.found.images]),
-            "inputs_content_sha256": _digest_of_contents(self.found.images) if options.hash_inputs else None,
-        }
-
-    def _record(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
-        opened, found = self.opened, self.found
-        return {
-            "qfae": qfae_runtime.__version__,
-            "started": _now(),
-            "engine": opened.path.name,
-            "model": opened.manifest.name,
-            "certified": opened.certificate is not None,
-            "allow_uncertified": self.options.allow_uncertified,
-            "self_test": self.verdict.to_dict(),
-            "fingerprint": fingerprint,
-            "calibration": self.calibration.summary() if self.calibration is not None else None,
-            "threads": self.options.threads,
-            "colour_scale": {"low": self.scale.low, "high": self.scale.high, "origin": self.scale.origin},
-            "inputs": {
-                "root": fingerprint["root"],
-                "ignored": self.names.of_ignored(found.ignored) if self.names is not None else found.ignored,
-                "mask_files": found.mask_files,
-            },
-            "versions": {
-                "python": platform.python_version(),
-                "numpy": numpy.__version__,
-                "pillow": PIL.__version__,
-                "opencv": cv2.__version__,
-                opened.engine.backend: opened.engine.version,
-            },
-            "platform": platform.platform(),
-        }
-
 
 def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:
     """Return the calibration that was named, or else the one beside the engine, if there is one."""
@@ -358,34 +300,6 @@ def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:
     return load_calibration(path, opened.sha256, opened.manifest.preprocess.sha256())
 
 
-def _counts(counts: Counts) -> dict[str, int]:
-    return {
-        "files": counts.total,
-        "rows": counts.done,
-        "scored": counts.done - counts.errors,
-        "errors": counts.errors,
-        "resumed": counts.resumed,
-    }
-
-
-def _digest_of_list(sources: list[str]) -> str:
-    text = "\0".join(sources).encode("utf-8", errors="surrogateescape")
-    return hashlib.sha256(text).hexdigest()
-
-
-def _digest_of_contents(paths: list[Path]) -> str:
-    """Return a SHA-256 (hex) over the files' own, in order; a file that cannot be read counts as such."""
-
-    def digest(path: Path) -> str:
-        try:
-            return sha256_of(path) if path.is_file() else "none"
-        except OSError:
-            return "none"
-
-    with ThreadPoolExecutor() as pool:
-        return _digest_of_list(list(pool.map(digest, paths)))
-
-
 def _is_same_folder(one: Path, other: Path) -> bool:
     try:
         return one.is_dir() and one.samefile(other)
@@ -393,14 +307,4 @@ def _is_same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-def _state_of(path: Path) -> str:
-    # Size and time of change instead of the content: a run must not read its inputs twice to find them unchanged.
-    try:
-        status = path.stat()
-    except OSError:
-        return "none"
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+__all__ = ["Counts", "Options", "Progress", "Summary", "check_batch_size", "execute", "find_inputs"]

@@ -55,6 +55,16 @@ def test_a_run_writes_everything(dataset: Path, engine_path: Path, tmp_path: Pat
     assert figures == [row["source"] for row in rows]
 
 
+def test_the_record_says_where_the_time_went(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    run(dataset, engine_path, tmp_path / "out")
+    seconds = json.loads((tmp_path / "out" / "run.json").read_text())["seconds"]
+    steps = ["listing", "opening", "self_test", "preparing", "scoring", "results"]
+    assert list(seconds) == [*steps, "scoring_decoding", "scoring_engine", "scoring_drawing", "total"]
+    assert sum(seconds[step] for step in steps) == pytest.approx(seconds["total"], abs=0.01)
+    assert 0 < seconds["scoring_engine"] < seconds["scoring"]
+    assert all(seconds[f"scoring_{part}"] > 0 for part in ("decoding", "drawing"))
+
+
 def test_jsonl_and_csv_hold_the_same_and_scores_are_exact(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
     run(dataset, engine_path, tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
@@ -122,7 +132,7 @@ def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tm
     shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
     assert shown.exit_code == 0
     note = (
-        f"2 masks could not be used, the first is the mask of Ungood/img/1.png: got 47 x 40 pixels, expected 48 x 40, "
+        "2 masks could not be used, the first is the mask of Ungood/img/1.png: got 47 x 40 pixels, expected 48 x 40, "
         "the size of its image"
     )
     assert f"note: {note}\n" in shown.stdout
@@ -135,7 +145,7 @@ def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tm
     summary = run(dataset, engine_path, out, overwrite=True)
     assert summary.metrics is not None
     assert summary.metrics["notes"][0] == (
-        f"1 mask could not be used, the first is the mask of Ungood/img/2.png: "
+        "1 mask could not be used, the first is the mask of Ungood/img/2.png: "
         "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
     )
 
