@@ -204,7 +204,7 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     manifest.save(folder / f"{manifest.name}.json")
     if golden is not None:
         for engine in written.engines:  # the runtime's own door: files must open, their hashes and certificate fit
-            open_engine(folder / engine).close()
+            open_engine(folder / engine, backend="onnxruntime").close()
     engines = tuple(written.engines)
     return Exported(folder, manifest, engines, measured.reports, bisected=measured.bisected, chain=chain)
 

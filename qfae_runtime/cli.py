@@ -41,7 +41,11 @@ Example:
 @click.option("--engine", metavar="FILE", help="Engine file, e.g. demo.onnx; its manifest lies beside it.  [required]")
 @click.option("--out", metavar="DIR", help=f"Folder for the results.  [default: {Options.out}]")
 @click.option("--batch-size", metavar="N", help="Images per run of the engine.  [default: 16, or what it takes]")
-@click.option("--backend", metavar="|".join(BACKENDS), help=f"What runs it.  [default: {Options.backend}]")
+@click.option(
+    "--backend",
+    metavar="|".join(BACKENDS),
+    help=f"What runs it; auto: the fastest certified here.  [default: {Options.backend}]",
+)
 @click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]")
 @click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]")
 @click.option("--no-maps", is_flag=True, help="Scores only: no heat maps, no pixel metrics.")
@@ -67,7 +71,7 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
     try:
         options = parse_options(images, given)
         with Reporter(sys.stderr, quiet=quiet) as reporter:
-            summary = execute(options, reporter.update)
+            summary = execute(options, reporter.update, lambda line: reporter.say(f"{PROGRAM}: {line}"))
     except QfaeError as error:
         fail(PROGRAM, error)
     except KeyboardInterrupt:  # while the engine was opened or the report written

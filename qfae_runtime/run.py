@@ -26,7 +26,8 @@ from qfae_runtime.layout import Scan, label_of, scan
 from qfae_runtime.metrics import PixelMetrics
 from qfae_runtime.pipeline import Job, Outcome, Pipeline
 from qfae_runtime.scorer import Scorer
-from qfae_runtime.selftest import Verdict, self_test
+from qfae_runtime.selftest import self_test
+from qfae_runtime.verdicts import Verdict
 from qfae_runtime.writers.folder import ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
@@ -93,10 +94,13 @@ class _Truth:
 
 
 Progress = Callable[[Counts], None]
+Say = Callable[[str], None]
 
 
-def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
+def execute(options: Options, progress: Progress = lambda _: None, say: Say = lambda _: None) -> Summary:
     """Open and test the engine, find the images, score them, write everything; `progress` hears of every row.
+
+    `say` is told in one line what runs the engine and why, where that was left open.
 
     Raises:
         QfaeError: see errors.py; RunInterruptedError on Ctrl-C, with whole rows written.
@@ -109,14 +113,15 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
         backend=options.backend,
         device=options.device,
         threads=options.threads,
+        batch_size=options.batch_size,
         allow_uncertified=options.allow_uncertified,
     ) as opened:
         if options.batch_size is not None and options.batch_size > opened.engine.max_batch:
             most = opened.engine.max_batch
             raise UsageError(f"--batch-size: got {options.batch_size}, this engine takes 1..{most}")
-        verdict = self_test(opened, force=options.selftest)
+        verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
         try:
-            return _Run(options, opened, verdict, found).go(start, progress)
+            return _Run(options, opened, verdict, found).go(start, progress, say)
         except OSError as error:
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
@@ -160,7 +165,7 @@ class _Run:
         self.scale = ColourScale.of(golden)
         self.jobs = self._jobs()
 
-    def go(self, start: float, progress: Progress) -> Summary:
+    def go(self, start: float, progress: Progress, say: Say) -> Summary:
         """Score what is left to score and write the results."""
         options, folder = self.options, self.folder
         fingerprint = self._fingerprint()
@@ -173,6 +178,8 @@ class _Run:
             return Summary(
                 folder, counts, time.perf_counter() - start, folder.read_metrics(), self.verdict, nothing_left=True
             )
+        if self.opened.choice is not None:
+            say(self.opened.choice.sentence())
         record = self._record(fingerprint)
         folder.write_json(folder.run, {**record, "status": "running"})
         truth = _Truth() if self._wants_pixels() else None
@@ -290,6 +297,7 @@ class _Run:
             "certified": opened.certificate is not None,
             "allow_uncertified": self.options.allow_uncertified,
             "self_test": self.verdict.to_dict(),
+            "backend_choice": opened.choice.to_dict() if opened.choice is not None else None,
             "fingerprint": fingerprint,
             "threads": self.options.threads,
             "colour_scale": {"low": self.scale.low, "high": self.scale.high, "origin": self.scale.origin},

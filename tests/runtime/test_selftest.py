@@ -17,7 +17,8 @@ from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.errors import ManifestError, SelfTestError
 from qfae_runtime.golden import load_golden
 from qfae_runtime.manifest import FileEntry
-from qfae_runtime.selftest import cache_folder, contract_for, self_test
+from qfae_runtime.selftest import contract_for, self_test
+from qfae_runtime.verdicts import cache_folder
 
 from .tiny import SIZE, export_tiny, mend_hashes
 
