@@ -44,7 +44,7 @@ Example:
 @click.option(
     "--backend",
     metavar="|".join(BACKENDS),
-    help=f"What runs it; auto: the fastest certified here.  [default: {Options.backend}]",
+    help=f"What runs it; auto: the fastest that is installed and certified here.  [default: {Options.backend}]",
 )
 @click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]")
 @click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]")

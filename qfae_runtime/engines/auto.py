@@ -41,11 +41,11 @@ def choose(file: EngineFile, device: str, threads: int | None, batch_size: int |
 
 def _candidate(file: EngineFile, backend: str, device: str) -> Candidate:
     certificate = file.manifest.certified(file.path.name, backend, device)
-    reason = lacking(backend, device)
+    reason = lacked = lacking(backend, device)
     if reason is None and certificate is None:
         failed = file.manifest.broken(file.path.name, backend, device)
         reason = "no certificate" if failed is None else "broke its contract when it was compared with PyTorch"
-    return Candidate(backend, device, reason)
+    return Candidate(backend, device, lacked is None, reason)
 
 
 def _timed(file: EngineFile, candidate: Candidate, threads: int | None, batch_size: int | None) -> Candidate:

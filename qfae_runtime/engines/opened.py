@@ -15,11 +15,13 @@ from qfae_runtime.manifest import CertificateEntry, Manifest
 class Candidate:
     """A backend that can run a file, as far as formats go, and why it was not taken: None of the one that was.
 
+    `installed` says whether this machine has what it needs.
     `images_per_second` is its rate in its self-test, at the run's batch size; None where it was not timed.
     """
 
     backend: str
     device: str
+    installed: bool
     not_taken: str | None
     images_per_second: float | None = None
 
@@ -34,10 +36,10 @@ class Choice:
     candidates: tuple[Candidate, ...]
 
     def sentence(self) -> str:
-        """Return the choice in one line."""
+        """Return the choice in one line, with what was passed over of what is installed."""
         reasons: dict[str, list[str]] = {}
         for one in self.candidates:
-            if one.not_taken is not None:
+            if one.installed and one.not_taken is not None:
                 reasons.setdefault(one.not_taken, []).append(f"{one.backend} on {one.device}")
         others = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         return f"{self.backend} on {self.device}, {self.why}" + (f" ({others})" if others else "")

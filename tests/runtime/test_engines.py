@@ -158,7 +158,8 @@ def test_unknown_backend_and_device_are_told_together(engine_path: Path) -> None
     with pytest.raises(UsageError) as caught:
         open_engine(engine_path, backend="abacus", device="tpu")
     assert caught.value.faults == [
-        "backend: got 'abacus', accepted are auto, onnxruntime, onnxruntime-tensorrt, openvino, openvino-bf16, tensorrt",
+        "backend: got 'abacus', accepted are "
+        "auto, onnxruntime, onnxruntime-tensorrt, openvino, openvino-bf16, tensorrt",
         "device: got 'tpu', accepted are auto, cpu, cuda:0",
     ]
 
