@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qfae_export.backends import measure_others
 from qfae_export.bisect import Bisected, bisect
 from qfae_export.chain import Chain
 from qfae_export.describe import bytes_of, manifest_of, provenance_of
@@ -55,14 +56,16 @@ Say = Callable[[str], None]
 class Exported:
     """Certified engines of one model: their files, the manifest, and what was measured of each.
 
-    `reports` holds a report by engine file; engines of random weights have none. `chain` is None where no PyTorch was
-    at hand.
+    `reports` holds a report by engine file; engines of random weights have none. `others` are those of further backends
+    on the FP32 engine, by backend; one that broke its contract is among them, and is not certified. `chain` is None
+    where no PyTorch was at hand.
     """
 
     folder: Path
     manifest: Manifest
     engines: tuple[str, ...]
     reports: dict[str, ParityReport] = field(default_factory=dict)
+    others: dict[str, ParityReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     from_onnx: bool = False
     bisected: Bisected | None = None
@@ -115,6 +118,7 @@ class _Measurements:
 
     reports: dict[str, ParityReport] = field(default_factory=dict)
     certificates: list[CertificateEntry] = field(default_factory=list)
+    others: dict[str, ParityReport] = field(default_factory=dict)
     bisected: Bisected | None = None
 
 
@@ -204,9 +208,11 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     manifest.save(folder / f"{manifest.name}.json")
     if golden is not None:
         for engine in written.engines:  # the runtime's own door: files must open, their hashes and certificate fit
-            open_engine(folder / engine, backend="onnxruntime").close()
+            open_engine(folder / engine, backend=None).close()
     engines = tuple(written.engines)
-    return Exported(folder, manifest, engines, measured.reports, bisected=measured.bisected, chain=chain)
+    return Exported(
+        folder, manifest, engines, measured.reports, measured.others, bisected=measured.bisected, chain=chain
+    )
 
 
 def _measure(written: _Written, chain: Chain, source: _Source, options: Options, say: Say) -> _Measurements:
@@ -232,6 +238,10 @@ def _measure(written: _Written, chain: Chain, source: _Source, options: Options,
         report = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
         measured.reports[engine] = report
         measured.certificates.append(certificate_of(files[0], opened, report))
+        if precision.name == "fp32":
+            others = measure_others(files[0], chain, source.max_batch, options.backends, say)
+            measured.others |= {one.backend: one.report for one in others}
+            measured.certificates += [one.entry for one in others if one.entry is not None]
     return measured
 
 

@@ -182,7 +182,7 @@ def _against_fp32(options: Options, manifest: Manifest, onnx: Path, say: Say) ->
         )
     images = choose(options.parity_images, manifest.preprocess, manifest.max_batch)
     say(f"scoring {len(images)} images with {fp32.name}, the certified reference")
-    with open_engine(fp32, backend="onnxruntime") as opened:
+    with open_engine(fp32, backend=None) as opened:
         reference = run_in_batches(opened.engine, images.pixels, min(8, opened.engine.max_batch))
     scale, precision = scale_of(images, reference), manifest.files[onnx.name].precision or "fp32"
 

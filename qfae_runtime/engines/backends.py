@@ -12,6 +12,7 @@ from qfae_runtime.engines.files import EngineFile
 from qfae_runtime.errors import EngineError
 
 DEVICES = ("auto", "cpu", "cuda:0")
+NOT_INSTALLED = "not installed"
 
 
 class Backend(NamedTuple):
@@ -59,8 +60,8 @@ def runners_of(file: EngineFile, device: str) -> list[tuple[str, str]]:
     ]
 
 
-def runner(file: EngineFile, backend: str, device: str) -> tuple[str, str]:
-    """Return the backend and device for what was asked; "auto" as a backend is the reference, as a device its first.
+def runner(file: EngineFile, backend: str | None, device: str) -> tuple[str, str]:
+    """Return the backend and device for what was asked; None or "auto" is the reference, and its first device.
 
     Raises:
         EngineError: what was asked for cannot run the file.
@@ -69,7 +70,8 @@ def runner(file: EngineFile, backend: str, device: str) -> tuple[str, str]:
     known = [one for one in RUNNERS if file.format in one.formats]
     reference = reference_of(file.format)
     # "tensorrt" asks for whichever library the kind of plan needs.
-    name = reference.name if backend == "auto" or (backend, reference.name) == ("tensorrt", "tensorrt-rtx") else backend
+    either = (backend, reference.name) == ("tensorrt", "tensorrt-rtx")
+    name = reference.name if backend in (None, "auto") or either else backend
     asked = next((one for one in known if one.name == name), None)
     if asked is None:
         others = " or ".join(one.name for one in known)
@@ -97,13 +99,13 @@ def lacking(backend: str, device: str) -> str | None:
         return None if onnxruntime.has_provider(backend, device) else "not installed, needs onnxruntime-gpu"
     if backend.startswith("openvino"):
         if find_spec("openvino") is None:
-            return "not installed"
+            return NOT_INSTALLED
         from qfae_runtime.engines import openvino
 
         return None if backend == "openvino" or openvino.has_bf16() else "this processor does not compute in BF16"
     from qfae_runtime.engines.plan import LIBRARIES
 
-    return None if find_spec(LIBRARIES[backend][1]) is not None else "not installed"
+    return None if find_spec(LIBRARIES[backend][1]) is not None else NOT_INSTALLED
 
 
 def version_of(backend: str) -> str:
@@ -129,20 +131,37 @@ def load(file: EngineFile, backend: str, device: str, threads: int | None) -> En
         EngineError: the backend is missing, or cannot load the file.
 
     """
-    # Imported here, so that a manifest can be read where a backend is not installed.
     size, most = file.manifest.image_size, file.manifest.max_batch
-    if backend.startswith("onnxruntime"):
-        from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
-
-        return OnnxRuntimeEngine(file.model, size, most, threads, backend=backend, device=device)
-    if backend.startswith("openvino"):
-        from qfae_runtime.engines.openvino import OpenVinoEngine
-
-        return OpenVinoEngine(file.model, size, most, threads, backend=backend)
+    if file.format == "onnx":
+        return load_onnx(file.model, size, most, backend, device, threads)
     from qfae_runtime.engines.tensorrt import TensorRtEngine
 
     plan = file.model if isinstance(file.model, bytes) else Path(file.model).read_bytes()
     return TensorRtEngine(plan, size, most, backend=backend, device=device, name=str(file.path))
+
+
+def load_onnx(
+    model: Path | bytes,
+    image_size: int,
+    max_batch: int,
+    backend: str,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Engine:
+    """Load an ONNX file, or its bytes, that needs no manifest.
+
+    Raises:
+        EngineError: the backend is missing, or cannot load the file.
+
+    """
+    # Imported here, so that a manifest can be read where a backend is not installed.
+    if backend.startswith("openvino"):
+        from qfae_runtime.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(model, image_size, max_batch, threads, backend=backend)
+    from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(model, image_size, max_batch, threads, backend=backend, device=device)
 
 
 def measuring(engine: Path, backend: str, device: str) -> str:

@@ -18,7 +18,7 @@ _SHOWN_BROKEN = 3
 def open_engine(
     path: Path | str,
     *,
-    backend: str = "auto",
+    backend: str | None = "auto",
     device: str = "auto",
     threads: int | None = None,
     batch_size: int | None = None,
@@ -28,8 +28,9 @@ def open_engine(
 
     `backend` "auto" takes the fastest that is installed and certified here, and says so in `choice`: where several are,
     those not yet tested on this machine score the golden images first, at `batch_size` (None: what Scorer takes by
-    default). A named one is taken as it is. `device` "auto" is any for "auto", else the first that the backend runs on.
-    `threads` bounds the compute threads on the processor, 1 or more (None: all cores).
+    default). A named one is taken as it is, and None is the one that the file is exported for. `device` "auto" is any
+    device for the backend "auto", and the first that it runs on for the others. `threads` bounds the compute threads on
+    the processor, 1 or more (None: all cores).
 
     Raises:
         UsageError: the backend or device is unknown, or a number is less than 1.
@@ -51,11 +52,11 @@ def open_engine(
     return OpenedEngine(engine, file.manifest, file.path, file.sha256, certificate, choice, threads)
 
 
-def _check_choice(backend: str, device: str, threads: int | None, batch_size: int | None) -> None:
+def _check_choice(backend: str | None, device: str, threads: int | None, batch_size: int | None) -> None:
     faults = [
         f"{name}: got {got!r}, accepted are {', '.join(accepted)}"
         for name, got, accepted in (("backend", backend, BACKENDS), ("device", device, DEVICES))
-        if got not in accepted
+        if got is not None and got not in accepted
     ]
     faults += [
         f"{name}: got {got}, expected 1 or more"
