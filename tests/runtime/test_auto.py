@@ -18,7 +18,7 @@ from qfae_runtime.engines import backends as table
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.engines.files import EngineFile
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
-from qfae_runtime.errors import EngineError, SelfTestError
+from qfae_runtime.errors import EngineError, ManifestError, SelfTestError
 from qfae_runtime.selftest import self_test
 
 from .test_cli import qfae_run
@@ -286,3 +286,26 @@ def test_what_this_machine_lacks() -> None:
     before = sys.modules.get("tensorrt")
     assert table.lacking("tensorrt", "cuda:0") in (None, "not installed")
     assert sys.modules.get("tensorrt") is before  # it was looked for, not imported
+
+
+@pytest.mark.parametrize("backend", [name for name in table.BACKENDS if name != "tensorrt"])
+@pytest.mark.parametrize("how", ["altered", "cut short", "another manifest"])
+def test_no_backend_is_handed_what_does_not_fit_the_manifest(
+    path: Path, backend: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> Engine:
+        raise AssertionError("loaded before it was checked")
+
+    monkeypatch.setattr(module, "load", never)
+    monkeypatch.setattr("qfae_runtime.engines.opening.load", never)
+    content = bytearray(path.read_bytes())
+    if how == "altered":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "cut short":
+        path.write_bytes(content[:-9])
+    else:
+        other = export_tiny(path.parent / "other", size=16).with_suffix(".json")
+        path.with_suffix(".json").write_bytes(other.read_bytes())
+    with pytest.raises(ManifestError, match=r"its bytes do not match tiny\.json: .*copy both again, or export again"):
+        open_engine(path, backend=backend)

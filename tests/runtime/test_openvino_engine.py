@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.engines.openvino import OpenVinoEngine
 from qfae_runtime.errors import EngineError
 
+from .conftest import write_png
+from .test_cli import qfae_run
 from .test_external import with_external_data
 from .tiny import MAX_BATCH, SIZE, certify_too, export_tiny, golden_images, model_bytes
 
@@ -199,3 +203,21 @@ def test_no_telemetry_is_sent_or_left_behind(tmp_path: Path, monkeypatch: pytest
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "home").rglob("*"))
+
+
+def test_a_changed_engine_fails_its_self_test_with_the_numbers(tmp_path: Path) -> None:
+    path = export_tiny(tmp_path / "engine")
+    measured = json.loads(path.with_suffix(".json").read_text())["certificate"][0]["measured"]
+    certify_too(path, "openvino", measured={**measured, "map_rel": 5e-4})  # as it sums in another order
+    write_png(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
+    words = (tmp_path / "a.png", "--engine", path, "--backend", "openvino", "--quiet", "--out")
+    assert qfae_run(*words, tmp_path / "before").exit_code == 0
+    path.write_bytes(model_bytes(scale=2.1))
+    before, after = (hashlib.sha256(model_bytes(scale=scale)).hexdigest() for scale in (2.0, 2.1))
+    manifest = path.with_suffix(".json")
+    manifest.write_text(manifest.read_text().replace(before, after))
+    ran = qfae_run(*words, tmp_path / "after")
+    assert ran.exit_code == 1
+    assert f"self-test failed on openvino {module.version()}, cpu: 5 golden images do not give PyTorch's" in ran.stderr
+    assert "score error, largest: " in ran.stderr
+    assert not (tmp_path / "after").exists()
