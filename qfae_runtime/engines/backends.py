@@ -94,6 +94,8 @@ def runner(file: EngineFile, backend: str | None, device: str) -> tuple[str, str
 def lacking(backend: str, device: str) -> str | None:
     """Say in a few words what this machine lacks to run a backend on a device; None where it seems to lack nothing."""
     if backend.startswith("onnxruntime"):
+        if find_spec("onnxruntime") is None:
+            return NOT_INSTALLED
         from qfae_runtime.engines import onnxruntime
 
         return None if onnxruntime.has_provider(backend, device) else "not installed, needs onnxruntime-gpu"
@@ -102,7 +104,11 @@ def lacking(backend: str, device: str) -> str | None:
             return NOT_INSTALLED
         from qfae_runtime.engines import openvino
 
-        return None if backend == "openvino" or openvino.has_bf16() else "this processor does not compute in BF16"
+        try:
+            able = backend == "openvino" or openvino.has_bf16()
+        except EngineError as error:
+            return str(error)
+        return None if able else "this processor does not compute in BF16"
     from qfae_runtime.engines.plan import LIBRARIES
 
     return None if find_spec(LIBRARIES[backend][1]) is not None else NOT_INSTALLED
@@ -159,6 +165,8 @@ def load_onnx(
         from qfae_runtime.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(model, image_size, max_batch, threads, backend=backend)
+    if find_spec("onnxruntime") is None:
+        raise EngineError("ONNX Runtime is not installed; install it with: pip install onnxruntime")
     from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(model, image_size, max_batch, threads, backend=backend, device=device)

@@ -309,3 +309,11 @@ def test_no_backend_is_handed_what_does_not_fit_the_manifest(
         path.with_suffix(".json").write_bytes(other.read_bytes())
     with pytest.raises(ManifestError, match=r"its bytes do not match tiny\.json: .*copy both again, or export again"):
         open_engine(path, backend=backend)
+
+
+def test_one_that_is_left_over_is_told_as_such(backends: Backends, path: Path) -> None:
+    backends.shift |= {"openvino": 0.5, "openvino-bf16": 0.5}
+    with open_engine(path) as opened:
+        assert opened.engine.backend == "onnxruntime"
+    assert opened.choice is not None
+    assert opened.choice.why.startswith("the only one that passed its self-test, ")

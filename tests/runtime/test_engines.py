@@ -181,3 +181,10 @@ def test_engine_that_may_not_be_read_is_told_in_words(
     assert str(caught.value) == (
         f"{engine_path}: cannot be read (Permission denied); check who may read the engine's files and their folder"
     )
+
+
+def test_without_onnx_runtime_the_package_is_named(engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qfae_runtime.engines.backends.find_spec", lambda name: None)
+    with pytest.raises(EngineError) as caught:
+        open_engine(engine_path)
+    assert str(caught.value) == "ONNX Runtime is not installed; install it with: pip install onnxruntime"

@@ -30,6 +30,7 @@ needs_bf16 = pytest.mark.skipif(not module.has_bf16(), reason="this processor do
 
 def test_values_are_those_of_onnx_runtime() -> None:
     images = golden_images(5)
+    images.flags.writeable = False
     with (
         OnnxRuntimeEngine(model_bytes(), SIZE, MAX_BATCH) as one,
         OpenVinoEngine(model_bytes(), SIZE, MAX_BATCH) as two,
