@@ -30,8 +30,11 @@ def choose(file: EngineFile, device: str, threads: int | None, batch_size: int |
     if len(fit) > 1:
         timed = {(one.backend, one.device): _timed(file, one, threads, batch_size) for one in fit}
         candidates = [timed.get((one.backend, one.device), one) for one in candidates]
-        # If all of them fail, the first is taken, the reference, and its self-test says with what numbers.
-        fit = [one for one in candidates if one.not_taken is None] or fit[:1]
+        passed = [one for one in candidates if one.not_taken is None]
+        if not passed:  # the self-test of the first, the reference, will say with what numbers
+            first = fit[0]
+            return Choice(first.backend, first.device, "for all have failed their self-test", tuple(candidates))
+        fit = passed
     if not fit:
         return None
     best = max(fit, key=lambda one: one.images_per_second or 0.0)

@@ -189,6 +189,8 @@ def test_where_all_fail_the_reference_says_why(backends: Backends, path: Path) -
     for _ in range(2):
         with open_engine(path) as opened:
             assert opened.engine.backend == "onnxruntime"
+            assert opened.choice is not None
+            assert opened.choice.why == "for all have failed their self-test"
             with pytest.raises(SelfTestError, match=r"self-test failed on onnxruntime 1\.0, cpu: 5 golden"):
                 self_test(opened)
 
