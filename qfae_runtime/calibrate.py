@@ -18,7 +18,8 @@ from qfae_runtime.layout import UNGOOD, Scan, label_of
 from qfae_runtime.pipeline import Job, Pipeline
 from qfae_runtime.run import Counts, Options, Progress, check_batch_size, find_inputs
 from qfae_runtime.scorer import Scorer
-from qfae_runtime.selftest import Verdict, self_test
+from qfae_runtime.selftest import self_test
+from qfae_runtime.verdicts import Verdict
 from qfae_runtime.writers.records import OK
 
 _SHOWN = 5
@@ -58,10 +59,11 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
         backend=options.backend,
         device=options.device,
         threads=options.threads,
+        batch_size=options.batch_size,
         allow_uncertified=options.allow_uncertified,
     ) as opened:
         check_batch_size(options, opened)
-        verdict = self_test(opened, force=options.selftest)
+        verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
         scores, unreadable = _scores(opened, options, found, progress)
         if len(scores) < conformal.least_images(fpr):
             raise _too_few(len(scores), len(unreadable), fpr)

@@ -99,6 +99,7 @@ def _text(done: Calibrated, options: Options) -> str:
             f"threshold {made.threshold:.6g}: {made.how}",
             f"a new normal image exceeds it with a probability of at most {made.fpr:g}; with these {made.images} "
             f"images the rate lies between {low:.2g} and {high:.2g} (95 %)",
+            f"scored by {made.backend} on {made.device}",
             f"wrote {done.path}",
             f"next: qfae-run IMAGES --engine {quote(str(options.engine))} --out results/",
         ]

@@ -18,6 +18,8 @@ import numpy as np
 
 from qfae_runtime import conformal
 from qfae_runtime.checked import Fields, parse_json
+from qfae_runtime.contract import owed
+from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.errors import CalibrationError, ManifestError
 
 SUFFIX = ".calibration.json"
@@ -120,7 +122,7 @@ def path_beside(engine: Path) -> Path:
     return engine.with_name(engine.name + SUFFIX)
 
 
-def load(path: Path, engine_sha256: str, preprocess_sha256: str) -> Calibration:
+def load(path: Path, opened: OpenedEngine) -> Calibration:
     """Read a calibration and hold it against the engine it is to be used with.
 
     Raises:
@@ -135,13 +137,21 @@ def load(path: Path, engine_sha256: str, preprocess_sha256: str) -> Calibration:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror or error}); {_CURE}") from None
     except ManifestError as error:
         raise CalibrationError(str(error)) from None
+    engine_sha256, manifest = opened.sha256, opened.manifest
     if stored.engine_sha256 != engine_sha256:
         raise CalibrationError(
             f"{path}: made with another engine (SHA-256 {stored.engine_sha256[:16]}..., this one is "
             f"{engine_sha256[:16]}...): its threshold means nothing here; {_CURE}, or remove it"
         )
-    if stored.preprocess_sha256 != preprocess_sha256:
+    if stored.preprocess_sha256 != manifest.preprocess.sha256():
         raise CalibrationError(f"{path}: made with images that were prepared in another way; {_CURE}, or remove it")
+    precision = manifest.files[opened.path.name].precision or "fp32"
+    if owed(precision, stored.backend) != owed(precision, opened.engine.backend):
+        # Backends of one contract agree far within a step of the p-values; BF16 scores are others than FP32 ones.
+        raise CalibrationError(
+            f"{path}: made with {stored.backend}, whose scores are not those of {opened.engine.backend}; "
+            f"pass --backend {stored.backend}, or {_CURE}"
+        )
     return stored
 
 

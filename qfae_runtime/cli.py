@@ -73,7 +73,7 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
     try:
         options = parse_options(images, given)
         with ended_in_order(), Reporter(sys.stderr, quiet=quiet) as reporter:
-            summary = execute(options, reporter.update)
+            summary = execute(options, reporter.update, lambda line: reporter.say(f"{PROGRAM}: {line}"))
     except QfaeError as error:
         fail(PROGRAM, error)
     except KeyboardInterrupt:  # while the engine was opened or the report written

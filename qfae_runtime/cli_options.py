@@ -27,7 +27,12 @@ def engine_options(command: Command) -> Command:
             click.option(
                 "--batch-size", metavar="N", help="Images per run of the engine.  [default: 16, or what it takes]"
             ),
-            click.option("--backend", metavar="|".join(BACKENDS), help=f"What runs it.  [default: {Options.backend}]"),
+            click.option(
+                "--backend",
+                metavar="|".join(BACKENDS),
+                help="What runs it; auto: the fastest that is installed and certified here.  "
+                f"[default: {Options.backend}]",
+            ),
             click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]"),
             click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]"),
             click.option("--selftest", is_flag=True, help="Run the self-test even if it passed here before."),

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from qfae_runtime.certificate import CertificateEntry, read_certificate
 from qfae_runtime.checked import Fields, parse_json
+from qfae_runtime.contract import owed
 from qfae_runtime.errors import ManifestError
 from qfae_runtime.hashing import sha256_of
 from qfae_runtime.preprocess import MAX_IMAGE_SIZE, PreprocessSpec
@@ -205,10 +206,22 @@ class Manifest:
     def certified(self, engine: str, backend: str, device: str) -> CertificateEntry | None:
         """Return the passed certificate for these very bytes on a backend and device, if there is one."""
         entry = self.files.get(engine)
+        if entry is None:
+            return None
+        bound_to = (entry.sha256, owed(entry.precision or "fp32", backend))
         for one in self.certificate:
             same = (one.engine, one.backend, one.device) == (engine, backend, device)
-            mine = entry is not None and (one.engine_sha256, one.contract.name) == (entry.sha256, entry.precision)
+            mine = (one.engine_sha256, one.contract.name) == bound_to
             if same and mine and one.passed and max(one.batches) >= self.max_batch:
+                return one
+        return None
+
+    def broken(self, engine: str, backend: str, device: str) -> CertificateEntry | None:
+        """Return the measurement of these very bytes on a backend and device that broke its contract, if any."""
+        entry = self.files.get(engine)
+        for one in self.certificate:
+            same = (one.engine, one.backend, one.device) == (engine, backend, device)
+            if entry is not None and same and one.engine_sha256 == entry.sha256 and not one.passed:
                 return one
         return None
 

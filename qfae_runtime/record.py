@@ -23,7 +23,7 @@ from qfae_runtime.layout import Scan
 from qfae_runtime.options import Options
 from qfae_runtime.pipeline import Seconds
 from qfae_runtime.pseudonyms import Pseudonyms
-from qfae_runtime.selftest import Verdict
+from qfae_runtime.verdicts import Verdict
 from qfae_runtime.writers.heatmap import ColourScale
 
 
@@ -101,6 +101,7 @@ def record_of(run: Subject, fingerprint: dict[str, Any]) -> dict[str, Any]:
         "certified": opened.certificate is not None,
         "allow_uncertified": run.options.allow_uncertified,
         "self_test": run.verdict.to_dict(),
+        "backend_choice": opened.choice.to_dict() if opened.choice is not None else None,
         "fingerprint": fingerprint,
         "calibration": run.calibration.summary() if run.calibration is not None else None,
         "threads": run.options.threads,

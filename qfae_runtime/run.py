@@ -21,7 +21,8 @@ from qfae_runtime.pipeline import Job, Outcome, Pipeline, Seconds
 from qfae_runtime.pseudonyms import Pseudonyms
 from qfae_runtime.record import Clock, Subject, fingerprint_of, now, record_of
 from qfae_runtime.scorer import Scorer
-from qfae_runtime.selftest import Verdict, self_test
+from qfae_runtime.selftest import self_test
+from qfae_runtime.verdicts import Verdict
 from qfae_runtime.writers.folder import ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
@@ -78,10 +79,13 @@ class _Truth:
 
 
 Progress = Callable[[Counts], None]
+Say = Callable[[str], None]
 
 
-def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
+def execute(options: Options, progress: Progress = lambda _: None, say: Say = lambda _: None) -> Summary:
     """Open and test the engine, find the images, score them, write everything; `progress` hears of every row.
+
+    `say` is told in one line what runs the engine and why, where that was left open.
 
     Raises:
         QfaeError: see errors.py; RunInterruptedError on Ctrl-C, with whole rows written.
@@ -95,14 +99,15 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
         backend=options.backend,
         device=options.device,
         threads=options.threads,
+        batch_size=options.batch_size,
         allow_uncertified=options.allow_uncertified,
     ) as opened:
         check_batch_size(options, opened)
         clock.lap("opening")
-        verdict = self_test(opened, force=options.selftest)
+        verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
         clock.lap("self_test")
         try:
-            return _Run(options, opened, verdict, found).go(clock, progress)
+            return _Run(options, opened, verdict, found).go(clock, progress, say)
         except OSError as error:
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
@@ -172,7 +177,7 @@ class _Run:
         )
         self.jobs = self._jobs()
 
-    def go(self, clock: Clock, progress: Progress) -> Summary:
+    def go(self, clock: Clock, progress: Progress, say: Say) -> Summary:
         """Score what is left to score and write the results."""
         options, folder = self.options, self.folder
         fingerprint = fingerprint_of(self.subject)
@@ -183,6 +188,8 @@ class _Run:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
         if done == len(self.jobs) and folder.is_finished():
             return Summary(folder, counts, clock.total, folder.read_metrics(), self.verdict, nothing_left=True)
+        if self.opened.choice is not None:
+            say(self.opened.choice.sentence())
         record = record_of(self.subject, fingerprint)
         folder.write_json(folder.run, {**record, "status": "running"})
         truth = _Truth() if self._wants_pixels() else None
@@ -297,7 +304,7 @@ def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:
     path = options.calibration or path_beside(opened.path)
     if options.calibration is None and not path.is_file():
         return None
-    return load_calibration(path, opened.sha256, opened.manifest.preprocess.sha256())
+    return load_calibration(path, opened)
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:

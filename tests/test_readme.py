@@ -149,6 +149,9 @@ def test_pip_install(tmp_path: Path) -> None:
     assert not any(re.match(r"torch|timm|onnx\b", name) for name in bare)
     assert any(name.startswith("qfae[train]") for name in export)
     assert lines[1][-1] == ".[export]"
+    assert lines[2][-1] == ".[openvino]"
+    assert [name for name in required if name.startswith("openvino") and 'extra == "openvino"' in name]
+    assert len(lines) == 3
     for package in ("qfae_train", "qfae_export", "qfae_runtime"):
         shipped = {
             path.name for path in (ROOT / package).rglob("*") if path.suffix in (".toml", ".safetensors", ".html")

@@ -166,6 +166,10 @@ def test_nothing_is_replaced_unasked(normals: Path, engine_path: Path) -> None:
     [
         ({"engine_sha256": "0" * 64}, "made with another engine (SHA-256 0000000000000000..., this one is "),
         ({"preprocess_sha256": "0" * 64}, "made with images that were prepared in another way; calibrate again"),
+        (
+            {"backend": "openvino-bf16"},
+            "made with openvino-bf16, whose scores are not those of onnxruntime; pass --back",
+        ),
         ({"threshold": 1e9}, "key 'threshold': expected the one that its scores give, got 1000000000.0"),
         ({"fpr": 0.2}, "key 'threshold': expected the one that its scores give"),
         ({"fpr": 0.001}, "key 'scores': expected 999 scores or more"),
