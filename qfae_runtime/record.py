@@ -63,7 +63,7 @@ class Clock:
     def seconds(self, spent: Seconds) -> dict[str, float]:
         """Return the seconds of each step, their total, and what was spent within scoring (over several threads)."""
         within = {f"scoring_{name}": value for name, value in asdict(spent).items()}
-        return {name: round(value, 3) for name, value in {**self.laps, **within, "total": self.total}.items()}
+        return {name: round(value, 6) for name, value in {**self.laps, **within, "total": self.total}.items()}
 
 
 def fingerprint_of(run: Subject) -> dict[str, Any]:

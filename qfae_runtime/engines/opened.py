@@ -53,8 +53,9 @@ class Choice:
 class OpenedEngine:
     """An engine ready to run, what its manifest says, and its certificate for this backend and device.
 
-    `sha256` is the hash of the bytes that were loaded (of graph's and weights' hashes, where these lie apart); `certificate` is None only if the caller allowed it. `choice`
-    says how the backend was found; None where it was named. `threads` are those it was opened with, None: all cores.
+    `sha256` is the hash of the bytes that were loaded (where graph and weights lie apart: of both hashes);
+    `certificate` is None only if the caller allowed it. `choice` says how the backend was found; None where it was
+    named. `threads` are those it was opened with, None: all cores.
     """
 
     engine: Engine

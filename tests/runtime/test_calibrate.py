@@ -168,7 +168,7 @@ def test_nothing_is_replaced_unasked(normals: Path, engine_path: Path) -> None:
         ({"preprocess_sha256": "0" * 64}, "made with images that were prepared in another way; calibrate again"),
         (
             {"backend": "openvino-bf16"},
-            "made with openvino-bf16, whose scores are not those of onnxruntime; pass --back",
+            "made with openvino-bf16, whose scores are not those of onnxruntime; ",
         ),
         ({"threshold": 1e9}, "key 'threshold': expected the one that its scores give, got 1000000000.0"),
         ({"fpr": 0.2}, "key 'threshold': expected the one that its scores give"),
