@@ -15,7 +15,9 @@ from qfae_runtime import __version__
 from qfae_runtime.command_line import CONTEXT, dispatch, fail, unknown_option, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
+from qfae_runtime.lists import read_list
 from qfae_runtime.progress import Reporter
+from qfae_runtime.readers.base import AXES, ReadOptions, parse_slices, parse_window
 from qfae_runtime.run import Options, Summary, execute
 
 PROGRAM = "qfae-run"
@@ -49,6 +51,11 @@ Example:
     "--save-maps", is_flag=True, help="Keep every anomaly map in maps/, float16 .npy in the image's own size."
 )
 @click.option("--labels", metavar="FILE.csv", help="Labels (source,label) in place of the folder names good/Ungood.")
+@click.option(
+    "--window", metavar="CENTER,WIDTH", help="Grey window of DICOM and NIfTI, e.g. 40,400.  [default: the file's]"
+)
+@click.option("--axis", metavar="|".join(AXES), help=f"How NIfTI volumes are sliced.  [default: {ReadOptions.axis}]")
+@click.option("--slices", metavar="FROM:TO", help="Slices of NIfTI volumes, TO not included.  [default: all]")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --out; removes only what qfae-run wrote.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
 @click.option("--selftest", is_flag=True, help="Run the self-test even if it passed here before.")
@@ -59,9 +66,10 @@ Example:
 def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: Any) -> None:
     """Score images with an exported engine.
 
-    IMAGES are files or folders (walked recursively). Writes scores.csv, scores.jsonl, heatmaps/, report.html and
-    run.json, metrics.json where labels are known from folders named good and Ungood, and maps/ on request. For
-    research use; not a medical device.
+    IMAGES are files or folders (walked recursively): PNG, JPEG, BMP, TIFF, WebP, and DICOM and NIfTI with the extra
+    'medical'; or lists of them, one path a line: @FILE, or - for stdin. Writes scores.csv, scores.jsonl, heatmaps/,
+    report.html and run.json, metrics.json where labels are known from folders named good and Ungood, and maps/ on
+    request. For research use; not a medical device.
     """
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a file stands in its row
     try:
@@ -104,9 +112,9 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         for text in images
         if text.startswith("-") and text != "-"
     ]
-    paths = [text for text in images if not text.startswith("-")]
-    if "-" in images:
-        faults.append("IMAGES: '-' (a list on stdin) is not supported; name files or folders")
+    lists = dict.fromkeys(text for text in images if text == "-" or text.startswith("@"))
+    paths = [text for text in images if not text.startswith(("-", "@"))]
+    listed = [path for text in lists for path in read_list(text, faults)]
     if not images:
         faults.append("IMAGES: missing; name the files or folders to score")
     if not given["engine"]:
@@ -118,6 +126,9 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
     batch_size = whole_number("--batch-size", given["batch_size"], _MAX_WHOLE, faults)
     threads = whole_number("--threads", given["threads"], _MAX_WHOLE, faults)
     backend = _choice("--backend", given["backend"] or Options.backend, BACKENDS, faults)
+    window = parse_window(given["window"], faults)
+    slices = parse_slices(given["slices"], faults)
+    axis = _choice("--axis", given["axis"] or ReadOptions.axis, AXES, faults)
     device = _choice("--device", given["device"] or Options.device, DEVICES, faults)
     out = Path(given["out"]) if given["out"] else Options.out
     if _is_file(out):
@@ -139,6 +150,8 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         selftest=given["selftest"],
         allow_uncertified=given["allow_uncertified"],
         labels=Path(given["labels"]) if given["labels"] else None,
+        reading=ReadOptions(window, axis, slices),
+        listed=tuple(listed),
     )
 
 
@@ -160,7 +173,8 @@ def _summary_values(summary: Summary) -> dict[str, Any]:
     return {
         "out": str(summary.folder.root),
         "files": counts.total,
-        "scored": counts.done - counts.errors,
+        "rows": counts.rows,
+        "scored": counts.rows - counts.errors,
         "errors": counts.errors,
         "resumed": counts.resumed,
         "seconds": round(summary.seconds, 3),
@@ -180,6 +194,8 @@ def _summary_text(summary: Summary) -> str:
         ]
     elif counts.resumed:
         lines[0] += f"; {counts.resumed} had been done before"
+    if counts.rows != counts.done:
+        lines[0] += f"; {counts.rows} pictures are in all {counts.done} files"
     lines.append(f"self-test {summary.verdict.status}: {summary.verdict.summary}")
     if summary.metrics:
         lines += _metrics_lines(summary.metrics)

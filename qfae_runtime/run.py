@@ -25,9 +25,10 @@ from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, label_of, scan
 from qfae_runtime.metrics import PixelMetrics
 from qfae_runtime.pipeline import Job, Outcome, Pipeline
+from qfae_runtime.readers import ReadOptions
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import Verdict, self_test
-from qfae_runtime.writers.folder import ResultsFolder
+from qfae_runtime.writers.folder import Finished, ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
@@ -37,7 +38,10 @@ from qfae_runtime.writers.report import write_report
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; the defaults of the command line live here. `batch_size` and `threads` None: chosen."""
+    """What was asked for; the defaults of the command line live here. `batch_size` and `threads` None: chosen.
+
+    `listed` are paths that a list named: unlike those of `images` they need not be there, each gets its row.
+    """
 
     images: tuple[Path, ...]
     engine: Path
@@ -53,16 +57,19 @@ class Options:
     selftest: bool = False
     allow_uncertified: bool = False
     labels: Path | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    listed: tuple[Path, ...] = ()
 
 
 @dataclass
 class Counts:
-    """Rows so far: `done` of `total`, with `errors` among them; `resumed` were there before this run."""
+    """Files so far: `done` of `total`, `resumed` of them before this run; their `rows`, the `errors` among these."""
 
     total: int
     resumed: int = 0
     done: int = 0
     errors: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,18 +138,18 @@ def find_inputs(options: Options) -> Scan:
         QfaeError: an input does not exist, is the output folder itself, or there is no image at all.
 
     """
-    if same := [str(path) for path in options.images if _is_same_folder(path, options.out)]:
+    if same := [str(path) for path in (*options.images, *options.listed) if _is_same_folder(path, options.out)]:
         raise UsageError(f"--out {options.out}: is the input folder {same[0]} itself; choose another --out")
     try:
-        found = scan(options.images, exclude=[options.out])
+        found = scan(options.images, exclude=[options.out], listed=options.listed)
     except FileNotFoundError as error:
         raise QfaeError(f"{error}: no such file or folder; check the path of the images") from None
     if not found.images:
         passed_over = ", ".join(f"{count} x {name or 'without suffix'}" for name, count in found.ignored.items())
-        where = ", ".join(str(path) for path in options.images)
+        where = ", ".join(str(path) for path in options.images) or "the list"
         raise QfaeError(
             f"{where}: no image in it (ignored: {passed_over or 'nothing'}; mask files: {found.mask_files}); "
-            "pass a folder with PNG, JPEG, BMP or TIFF images"
+            "pass a folder with PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI images"
         )
     return found
 
@@ -165,8 +172,9 @@ class _Run:
         options, folder = self.options, self.folder
         fingerprint = self._fingerprint()
         folder.prepare(overwrite=options.overwrite, resume=options.resume)
-        done = folder.finished_sources(fingerprint, self.sources) if options.resume else 0
-        counts = Counts(total=len(self.jobs), resumed=done, done=done)
+        before = folder.finished_sources(fingerprint, self.sources) if options.resume else Finished()
+        done = before.files
+        counts = Counts(total=len(self.jobs), resumed=done, done=done, rows=before.rows)
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
         if done == len(self.jobs) and folder.is_finished():
@@ -237,16 +245,20 @@ class _Run:
             scale=self.scale,
             threshold=threshold.value if threshold else None,
             inside=self.folder.root,
+            reading=self.options.reading,
         )
         rows = RowWriter(self.folder.jsonl)
         try:
             # closing(): an interruption ends the pipeline's threads before anything else is written.
             with closing(pipeline.run(jobs)) as outcomes:
-                for number, outcome in enumerate(outcomes):
-                    if number >= again:
+                files = 0
+                for outcome in outcomes:
+                    if files >= again:
                         rows.write(outcome.row)
-                        counts.done += 1
+                        counts.rows += 1
+                        counts.done += outcome.picture.last
                         counts.errors += outcome.row.status != OK
+                    files += outcome.picture.last
                     if truth is not None:
                         truth.count(outcome)
                     progress(counts)
@@ -272,6 +284,9 @@ class _Run:
             "batch_size": self.scorer.batch_size,
             "maps": options.maps,
             "save_maps": options.save_maps,
+            "window": list(options.reading.window) if options.reading.window else None,
+            "axis": options.reading.axis,
+            "slices": list(options.reading.slices) if options.reading.slices else None,
             "threshold": threshold.value if threshold else None,
             "labels_sha256": sha256_of(options.labels) if options.labels else None,
             "root": str(self.found.root),
@@ -308,8 +323,8 @@ class _Run:
 def _counts(counts: Counts) -> dict[str, int]:
     return {
         "files": counts.total,
-        "rows": counts.done,
-        "scored": counts.done - counts.errors,
+        "rows": counts.rows,
+        "scored": counts.rows - counts.errors,
         "errors": counts.errors,
         "resumed": counts.resumed,
     }

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers import image as reader
-from qfae_runtime.readers import read_image, read_mask, read_slices
+from qfae_runtime.readers import base, read_image, read_mask, read_slices
 
 GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 
@@ -34,7 +33,7 @@ def test_lossless_grey_is_replicated(tmp_path: Path, suffix: str) -> None:
 def test_content_counts_and_not_the_suffix(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     Image.fromarray(GREY).save(path, format="PNG")
-    assert read_slices(path, "x")[0].pixels[5, 5, 0] == GREY[5, 5]
+    assert next(read_slices(path, "x")).pixels[5, 5, 0] == GREY[5, 5]
 
 
 def test_jpeg_is_close(tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_absurd_sizes_are_refused_before_decoding(tmp_path: Path, monkeypatch: p
     )
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     assert reason_for(tmp_path / "bomb.png").startswith("too large: its header asks for too many pixels")
-    monkeypatch.setattr(reader, "MAX_PIXELS", 100)
+    monkeypatch.setattr(base, "MAX_PIXELS", 100)
     Image.fromarray(GREY).save(tmp_path / "x.png")
     assert reason_for(tmp_path / "x.png").startswith("too large: got 20 x 12 pixels")
 
@@ -126,7 +125,7 @@ def test_pixels_without_a_range_and_several_pictures_are_refused(tmp_path: Path)
         "floating-point pixels have no stated range; store the image in 8 or 16 bit"
     )
     Image.fromarray(GREY.astype(np.int32)).save(tmp_path / "i.tiff")
-    assert reason_for(tmp_path / "i.tiff").startswith("32-bit integer pixels")
+    assert reason_for(tmp_path / "i.tiff").startswith("32-bit integer or signed pixels")
     page = Image.fromarray(GREY)
     page.save(tmp_path / "pages.tiff", save_all=True, append_images=[page, page])
     assert reason_for(tmp_path / "pages.tiff") == "holds 3 pictures, expected one; split it into single images"

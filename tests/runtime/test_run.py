@@ -41,7 +41,7 @@ def test_a_run_writes_everything(dataset: Path, engine_path: Path, tmp_path: Pat
         "scores.jsonl",
     ]
     rows = table(out)
-    assert list(rows[0]) == ["source", "frame", "score", "threshold", "decision", "status", "error", "label"]
+    assert list(rows[0]) == ["source", "frame", "score", "threshold", "decision", "status", "error", "label", "applied"]
     assert [row["source"] for row in rows] == sorted(row["source"] for row in rows)
     assert {row["label"] for row in rows} == {"good", "Ungood"}
     metrics = json.loads((out / "metrics.json").read_text())
@@ -89,7 +89,7 @@ def damage(dataset: Path) -> dict[str, str]:
     (good / "cut.png").write_bytes((good / "cut.png").read_bytes()[:900])
     return {
         "good/img/empty.png": "the file is empty (0 bytes)",
-        "good/img/text.png": "not a PNG, JPEG, BMP, TIFF or WebP image",
+        "good/img/text.png": "not a PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI image",
         "good/img/cut.png": "damaged or truncated image",
     }
 
@@ -137,7 +137,7 @@ def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tm
     assert summary.metrics is not None
     assert summary.metrics["notes"][0] == (
         f"1 mask could not be used, the first is {masks}/2.png: "
-        "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
+        "not a PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI image, whatever its name says"
     )
 
 
