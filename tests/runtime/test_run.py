@@ -137,7 +137,7 @@ def test_masks_that_cannot_be_used_are_told(dataset: Path, engine_path: Path, tm
     assert summary.metrics is not None
     assert summary.metrics["notes"][0] == (
         f"1 mask could not be used, the first is {masks}/2.png: "
-        "not a PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI image, whatever its name says"
+        "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
     )
 
 
