@@ -5,7 +5,7 @@ PNG, JPEG, BMP, TIFF, WebP: image.py. DICOM: dicom.py. NIfTI: nifti.py. The limi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from qfae_runtime.errors import InputError
@@ -20,7 +20,7 @@ __all__ = ["ReadOptions", "Slice", "holds_volume", "read_image", "read_mask", "r
 _CHANGED = "changed while it was being read; score it again when nothing writes to it"
 
 
-def read_slices(path: Path, source: str, options: ReadOptions | None = None) -> Iterator[Slice]:
+def read_slices(path: Path, source: str, options: ReadOptions | None = None) -> Generator[Slice, None, None]:
     """Read every picture a file holds, in order, one at a time. `source` is the name it goes by in rows.
 
     Raises:

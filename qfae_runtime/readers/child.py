@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers.base import ReadOptions, Slice
+from qfae_runtime.readers.base import NO_MEMORY, ReadOptions, Slice
 from qfae_runtime.readers.dicom import read_frames
 
 NEXT = b"next\n"
@@ -49,6 +49,8 @@ def _serve(pieces: Iterator[Slice], answers: IO[bytes]) -> None:
                 answer = {"shape": piece.pixels.shape, "frame": piece.frame, "applied": piece.applied}
         except InputError as error:
             answer = {"end": True, "error": error.reason}
+        except MemoryError:
+            answer = {"end": True, "error": NO_MEMORY}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.write(pixels)
         answers.flush()

@@ -6,7 +6,8 @@ Rules, stated once:
   value * 257 comes back exactly); nothing saturates. 12-bit data stored unscaled in 16 bits look dark: scale them
   first;
 - transparency is laid on black, the background of medical images;
-- CMYK becomes (255 - C)(255 - K) / 255, also where Adobe's programs stored it inverted; no colour profile is applied;
+- CMYK becomes (255 - C)(255 - K) / 255; it is stored inverted in a JPEG with Adobe's marker, and in no other;
+- no colour profile is applied;
 - EXIF orientation is applied;
 - the pages of a TIFF, and the frames of an animation, are pictures of their own, each with its number from 0;
 - 32-bit integer, signed and floating-point images have no stated range and are refused;
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from qfae_runtime.arrays import Bool, UInt8
 from qfae_runtime.errors import InputError
@@ -76,7 +77,8 @@ def read_pages(path: Path, source: str) -> Iterator[Slice]:
     """
     check_regular_file(path, source)
     with _faults_told(path, source), Image.open(path, formats=FORMATS) as image:
-        several = _has_page(image, 1)
+        if several := _has_page(image, 1):
+            image.seek(0)
         frame = decoded_bytes = 0
         while frame == 0 or _has_page(image, frame):
             decoded_bytes += image.width * image.height * 4
@@ -151,16 +153,20 @@ def _loaded(image: Image.Image, source: str) -> Image.Image:
         kind = "floating-point" if image.mode == "F" else "32-bit integer or signed"
         raise InputError(source, f"{kind} pixels have no stated range; store the image in 8 or 16 bit")
     image.load()
-    return _oriented(image)
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for one of Adobe's, and those alone are stored inverted.
+        return _oriented(image, ImageChops.invert(image))
+    return _oriented(image, image)
 
 
-def _oriented(image: Image.Image) -> Image.Image:
+def _oriented(image: Image.Image, decoded: Image.Image) -> Image.Image:
+    """Turn the `decoded` pixels of an image as its EXIF says."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged EXIF says nothing about the pixels, which have been decoded by now
         orientation = 1
     operation = _TRANSPOSE.get(orientation)
-    return image if operation is None else image.transpose(operation)
+    return decoded if operation is None else decoded.transpose(operation)
 
 
 def _is_sixteen_bit(image: Image.Image) -> bool:

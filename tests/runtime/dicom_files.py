@@ -17,7 +17,7 @@ def dicom_bytes(pixels: np.typing.NDArray[Any], **attributes: Any) -> bytes:
     meta.MediaStorageSOPClassUID = attributes.get("SOPClassUID", SecondaryCaptureImageStorage)
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["test"])
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    header = FileDataset(io.BytesIO(), {}, file_meta=meta, preamble=b"\0" * 128)
     header.SOPClassUID, header.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     colour = pixels.ndim == 3 and pixels.shape[2] == 3
     frames = pixels.ndim == 3 and not colour
