@@ -28,18 +28,20 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; it ends this one
     _limit_memory(int(sys.argv[1]))
+    seconds = int(sys.argv[2])
     for line in sys.stdin.buffer:
         request = json.loads(line)
         window, slices = request["window"], request["slices"]
         options = ReadOptions(tuple(window) if window else None, request["axis"], tuple(slices) if slices else None)
-        _serve(read_frames(Path(request["path"]), "", options), answers)
+        _serve(read_frames(Path(request["path"]), "", options), answers, seconds)
 
 
-def _serve(pieces: Iterator[Slice], answers: IO[bytes]) -> None:
+def _serve(pieces: Iterator[Slice], answers: IO[bytes], seconds: int) -> None:
     """Answer one request: a picture each time one is asked for, then how it ended."""
     while True:
         pixels = b""
         answer: dict[str, Any]
+        _alarm(seconds)
         try:
             piece = next(pieces, None)
             if piece is None:
@@ -51,11 +53,18 @@ def _serve(pieces: Iterator[Slice], answers: IO[bytes]) -> None:
             answer = {"end": True, "error": error.reason}
         except MemoryError:
             answer = {"end": True, "error": NO_MEMORY}
+        _alarm(0)
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.write(pixels)
         answers.flush()
         if "end" in answer or sys.stdin.buffer.readline() != NEXT:
             return
+
+
+def _alarm(seconds: int) -> None:
+    """End this process after so many seconds, 0 for never: the one that watches over it may have been killed."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
 
 
 def _limit_memory(limit: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import subprocess
 import sys
@@ -71,8 +72,9 @@ class _Child:
     def __init__(self) -> None:
         # The package is found wherever this one was, also where it is not installed.
         paths = [_PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])]
+        limit = str(2 * math.ceil(SECONDS_PER_PICTURE))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qfae_runtime.readers.child", str(MEMORY_BYTES)],
+            [sys.executable, "-m", "qfae_runtime.readers.child", str(MEMORY_BYTES), limit],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
