@@ -39,8 +39,8 @@ def reason_for(path: Path, options: ReadOptions | None = None) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("signs", itertools.product([1, -1], repeat=3))
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("signs", list(itertools.product([1, -1], repeat=3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_every_orientation_gives_the_same_upright_pictures(
     tmp_path: Path, order: tuple[int, int, int], signs: tuple[int, int, int]
 ) -> None:
