@@ -78,12 +78,21 @@ def test_a_crash_costs_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = plant(tmp_path, "import time; time.sleep(600)", monkeypatch)
+    list(read_slices(COMPRESSED, "x"))  # starts the process, whose own alarm is set for minutes
     monkeypatch.setattr(contained, "SECONDS_PER_PICTURE", 2.0)
     begin = time.monotonic()
     assert reason_for(bad) == "damaged DICOM image (decoding was given up after 2 s)"
     assert time.monotonic() - begin < 20
     monkeypatch.undo()
     assert len(list(read_slices(COMPRESSED, "x"))) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_hanging_process_ends_itself_when_nobody_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = plant(tmp_path, "import time; time.sleep(600)", monkeypatch)
+    monkeypatch.setattr(contained, "SECONDS_PER_PICTURE", 0.5)
+    monkeypatch.setattr(contained._Child, "_too_late", lambda _: None)
+    assert reason_for(bad) == "damaged DICOM image (its decoder crashed, exit -14)"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the limit is POSIX's")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydicom.uid import RLELossless
 
 from qfae_runtime import pipeline
 from qfae_runtime.errors import OutputError, RunInterruptedError
-from qfae_runtime.readers import ReadOptions
+from qfae_runtime.readers import ReadOptions, Slice, nifti
 from qfae_runtime.run import Counts, Options, Summary, execute
 from qfae_runtime.writers.heatmap import frame_path, heatmap_names
 from qfae_runtime.writers.maps import map_name
@@ -269,6 +270,25 @@ def test_overwriting_removes_the_maps_of_frames(archive: Path, engine_path: Path
     run(archive / "a.png", engine_path, out, overwrite=True, save_maps=True)
     assert [path.name for path in (out / "maps").rglob("*") if path.is_file()] == ["a.png.npy"]
     assert [path.name for path in (out / "heatmaps").rglob("*") if path.is_file()] == ["a.png"]
+
+
+def test_volumes_are_unpacked_once_and_one_at_a_time(
+    engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        path = tmp_path / "in" / f"{number}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(RNG.normal(size=(8, 8, 20)), np.eye(4)), path)
+    genuine, events = nifti.read_volume, list[str]()
+
+    def watched(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
+        events.append(f"{source} opened")
+        yield from genuine(path, source, options)
+        events.append(f"{source} done")
+
+    monkeypatch.setattr(nifti, "read_volume", watched)
+    execute(Options((tmp_path / "in",), engine_path, tmp_path / "out", batch_size=2, maps=False))
+    assert events == [f"{n}.nii.gz {what}" for n in range(6) for what in ("opened", "done")]
 
 
 def test_a_long_film_is_never_held_whole(engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
