@@ -4,7 +4,8 @@ Rules, stated once:
 - grey is replicated to three channels;
 - 16-bit values, grey or colour, keep their high byte (value // 256: 65535 -> 255, and an 8-bit image stored as
   value * 257 comes back exactly); nothing saturates. 12-bit data stored unscaled in 16 bits look dark: scale them
-  first;
+  first; a TIFF that says it has 12 bits keeps the upper 8 of them;
+- a TIFF whose white is zero is inverted;
 - transparency is laid on black, the background of medical images;
 - CMYK becomes (255 - C)(255 - K) / 255; it is stored inverted in a JPEG with Adobe's marker, and in no other;
 - no colour profile is applied;
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops, TiffImagePlugin, UnidentifiedImageError
 
 from qfae_runtime.arrays import Bool, UInt8
 from qfae_runtime.errors import InputError
@@ -53,7 +54,12 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIXTEEN_BITS = "16 bit, high byte"
+_BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 258, 262, 0
+_BITS_KEY, _WHITE_KEY = "qfae bits", "qfae white is zero"  # entries of Image.info, which stays with a turned image
+_NO_IMAGE = "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
+_UNKNOWN_KIND = (
+    "begins as a PNG, JPEG, BMP, TIFF or WebP image, but is damaged, or of a kind of pixels that is not read"
+)
 
 
 def read_image(path: Path | str, source: str | None = None) -> Slice:
@@ -65,7 +71,8 @@ def read_image(path: Path | str, source: str | None = None) -> Slice:
     """
     name = source or str(path)
     with _decoded(Path(path), name) as image:
-        return Slice(_to_rgb(image, name), name, applied=_applied(image))
+        pixels, applied = _to_rgb(image, name)
+        return Slice(pixels, name, applied=applied)
 
 
 def read_pages(path: Path, source: str) -> Iterator[Slice]:
@@ -76,15 +83,15 @@ def read_pages(path: Path, source: str) -> Iterator[Slice]:
 
     """
     check_regular_file(path, source)
-    with _faults_told(path, source), Image.open(path, formats=FORMATS) as image:
+    with _faults_told(path, source, _UNKNOWN_KIND), Image.open(path, formats=FORMATS) as image:
         if several := _has_page(image, 1):
             image.seek(0)
         frame = decoded_bytes = 0
         while frame == 0 or _has_page(image, frame):
             decoded_bytes += image.width * image.height * 4
             check_frames(frame + 1, decoded_bytes // (frame + 1), source)
-            oriented = _loaded(image, source)
-            yield Slice(_to_rgb(oriented, source), source, frame if several else None, _applied(oriented))
+            pixels, applied = _to_rgb(_loaded(image, source), source)
+            yield Slice(pixels, source, frame if several else None, applied)
             frame += 1
             if not several:
                 break
@@ -116,15 +123,14 @@ def _decoded(path: Path, source: str) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _faults_told(path: Path, source: str) -> Iterator[None]:
+def _faults_told(path: Path, source: str, unidentified: str = _NO_IMAGE) -> Iterator[None]:
     """Make an InputError of whatever Pillow throws at a damaged file."""
     try:
         yield
     except InputError:
         raise
     except UnidentifiedImageError:
-        reason = "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
-        raise InputError(source, reason) from None
+        raise InputError(source, unidentified) from None
     except Image.DecompressionBombError:
         raise InputError(source, too_large("its header asks for too many pixels")) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
@@ -153,6 +159,10 @@ def _loaded(image: Image.Image, source: str) -> Image.Image:
         kind = "floating-point" if image.mode == "F" else "32-bit integer or signed"
         raise InputError(source, f"{kind} pixels have no stated range; store the image in 8 or 16 bit")
     image.load()
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        stored = image.tag_v2.get(_BITS_TAG, (16,))
+        image.info[_BITS_KEY] = 12 if tuple(stored) == (12,) else 16
+        image.info[_WHITE_KEY] = image.tag_v2.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for one of Adobe's, and those alone are stored inverted.
         return _oriented(image, ImageChops.invert(image))
@@ -169,22 +179,19 @@ def _oriented(image: Image.Image, decoded: Image.Image) -> Image.Image:
     return decoded if operation is None else decoded.transpose(operation)
 
 
-def _is_sixteen_bit(image: Image.Image) -> bool:
-    return image.mode in _SIXTEEN_BIT_MODES or image.mode == "I"
-
-
-def _applied(image: Image.Image) -> str | None:
-    return _SIXTEEN_BITS if _is_sixteen_bit(image) else None
-
-
-def _to_rgb(image: Image.Image, source: str) -> UInt8:
+def _to_rgb(image: Image.Image, source: str) -> tuple[UInt8, str | None]:
+    """Return decoded pixels as uint8 (H, W, 3), and what was applied to them."""
     # Pillow's own convert("RGB") would cut 16-bit grey at 255. Its decoders keep the high byte of 16-bit colours.
-    if _is_sixteen_bit(image):
-        return grey((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in _SIXTEEN_BIT_MODES or image.mode == "I":
+        bits = image.info.get(_BITS_KEY, 16)
+        levels = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        applied = f"{bits} bit, high byte"
+        # Of fewer bits Pillow does this itself.
+        return (grey(255 - levels), f"{applied}; inverted") if image.info.get(_WHITE_KEY) else (grey(levels), applied)
     if image.mode not in _COLOUR_MODES:
         raise InputError(source, f"pixels in the colour space {image.mode} are not read; store the image in RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         coloured = image.convert("RGBA")
         black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, coloured)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    return np.array(image.convert("RGB"), dtype=np.uint8), None

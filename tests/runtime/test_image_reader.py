@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -133,6 +135,49 @@ def test_the_number_of_pages_is_limited(tmp_path: Path, monkeypatch: pytest.Monk
     assert [next(pieces).frame for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="too large: 4 pictures in one file, the limit is 3"):
         next(pieces)
+
+
+def tiff(values: Any, bits: int, photometric: int, content: bytes, order: str = "<") -> bytes:
+    """A TIFF of one strip, written by hand: (H, W) pixels, of which `content` are the bytes."""
+    height, width = values.shape
+    tags = [
+        *((256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)),
+        *((277, 3, 1), (278, 4, height), (279, 4, len(content))),
+    ]
+    content += b"\0" * (len(content) % 2)
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(f"{order}{'I' if kind == 4 else 'H2x'}", value)
+        for tag, kind, value in tags
+    )
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(content))
+    return head + content + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+def test_deep_tiffs_keep_to_what_their_header_says(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (6, 8))
+    path = tmp_path / "x.tiff"
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    path.write_bytes(tiff(values, 12, 1, packed.astype(np.uint8).tobytes()))
+    piece = next(read_slices(path, "x"))
+    np.testing.assert_array_equal(piece.pixels[:, :, 0], values >> 4)
+    assert piece.applied == "12 bit, high byte"
+    path.write_bytes(tiff(values, 16, 0, (values * 16).astype("<u2").tobytes()))
+    piece = next(read_slices(path, "x"))
+    np.testing.assert_array_equal(piece.pixels[:, :, 0], 255 - (values >> 4))
+    assert piece.applied == "16 bit, high byte; inverted"
+    path.write_bytes(tiff(values, 8, 0, (values >> 4).astype(np.uint8).tobytes()))
+    np.testing.assert_array_equal(next(read_slices(path, "x")).pixels[:, :, 0], 255 - (values >> 4))
+
+
+def test_a_kind_of_pixels_that_is_not_read_is_not_called_another_format(tmp_path: Path) -> None:
+    values = np.zeros((4, 4))
+    (tmp_path / "x.tiff").write_bytes(tiff(values, 64, 1, values.tobytes()))
+    with pytest.raises(InputError) as caught:
+        next(read_slices(tmp_path / "x.tiff", "x"))
+    assert caught.value.reason == (
+        "begins as a PNG, JPEG, BMP, TIFF or WebP image, but is damaged, or of a kind of pixels that is not read"
+    )
 
 
 def test_a_colour_space_that_is_not_read_is_named(tmp_path: Path) -> None:
