@@ -17,7 +17,7 @@ from qfae_runtime.engines import Engine, OpenedEngine, Scores, open_engine
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.manifest import Manifest
 from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
-from qfae_runtime.readers import Slice, read_image
+from qfae_runtime.readers import ReadOptions, Slice, read_image, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Prepared",
     "PreprocessSpec",
     "QfaeError",
+    "ReadOptions",
     "Scored",
     "Scorer",
     "Scores",
@@ -35,4 +36,5 @@ __all__ = [
     "open_engine",
     "preprocess",
     "read_image",
+    "read_slices",
 ]

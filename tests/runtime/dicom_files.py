@@ -16,7 +16,7 @@ def dicom_bytes(pixels: np.typing.NDArray[Any], **attributes: Any) -> bytes:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = attributes.get("SOPClassUID", SecondaryCaptureImageStorage)
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["test"])
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.TransferSyntaxUID = attributes.pop("TransferSyntaxUID", ExplicitVRLittleEndian)
     header = FileDataset(io.BytesIO(), {}, file_meta=meta, preamble=b"\0" * 128)
     header.SOPClassUID, header.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     colour = pixels.ndim == 3 and pixels.shape[2] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,13 @@ import numpy as np
 import pydicom
 import pydicom.data
 import pytest
-from pydicom.uid import RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers import contained, dicom, read_slices
 from qfae_runtime.readers.base import ReadOptions
 
-from .dicom_files import write_dicom
+from .dicom_files import dicom_bytes, write_dicom
 
 COMPRESSED = Path(pydicom.data.__file__).parent / "test_files" / "MR_small_jp2klossless.dcm"
 # Runs when the decoding process starts, and puts itself before the genuine reader.
@@ -100,6 +101,25 @@ def test_memory_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     bad = plant(tmp_path, "bytearray(5 * 2**30)", monkeypatch)
     assert reason_for(bad) == "decoding it takes more memory than there is"
     assert len(list(read_slices(COMPRESSED, "x"))) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the limit is POSIX's")
+def test_a_deflated_bomb_is_contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of a few kilobytes that becomes 3 GiB; pydicom inflates it whole."""
+    monkeypatch.setattr(contained, "MEMORY_BYTES", 2**30)
+    small = dicom_bytes(np.zeros((4, 4), np.uint8), TransferSyntaxUID=DeflatedExplicitVRLittleEndian)
+    meta = small[: 144 + int.from_bytes(small[140:144], "little")]
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    block = squeeze.compress(bytes(16 * 2**20)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    (tmp_path / "bomb").write_bytes(meta + block * 192)
+    assert reason_for(tmp_path / "bomb") == "decoding it takes more memory than there is"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are not bytes there")
+def test_names_may_be_any_bytes(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b'caf\xe9\n"x')
+    path.write_bytes(COMPRESSED.read_bytes())
+    assert len(list(read_slices(path, "x"))) == 1
 
 
 def test_what_a_decoder_prints_does_not_come_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
