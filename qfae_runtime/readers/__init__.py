@@ -13,7 +13,7 @@ from qfae_runtime.readers import dicom, nifti
 from qfae_runtime.readers.base import FileState, ReadOptions, Slice, check_regular_file, unreadable
 from qfae_runtime.readers.contained import read_contained
 from qfae_runtime.readers.image import read_image, read_mask, read_pages
-from qfae_runtime.readers.recognise import DICOM, GZIP_MAGIC, HEAD_BYTES, NIFTI, RASTER, kind_of, kind_of_head
+from qfae_runtime.readers.recognise import DICOM, GZIP_MAGIC, HEAD_BYTES, NIFTI, RASTER, is_tiff, kind_of, kind_of_head
 
 __all__ = ["ReadOptions", "Slice", "holds_volume", "read_image", "read_mask", "read_slices"]
 
@@ -58,11 +58,12 @@ def _pieces(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
     except OSError as error:
         raise InputError(source, unreadable(error)) from None
     kind = kind_of_head(head)
-    if kind == RASTER:
+    if kind == RASTER and not is_tiff(head):
         return read_pages(path, source)
-    if kind == DICOM:
-        simple = dicom.is_simple(path, source)
-        return (dicom.read_frames if simple else read_contained)(path, source, options)
+    if kind == DICOM and dicom.is_simple(path, source):
+        return dicom.read_frames(path, source, options)
+    if kind in (RASTER, DICOM):
+        return read_contained(kind, path, source, options)
     if kind == NIFTI:
         return nifti.read_volume(path, source, options)
     if head.startswith(GZIP_MAGIC):

@@ -1,7 +1,7 @@
 """The other end of contained.py: a process that decodes files for another one and may crash or be killed doing so.
 
-A request is a line of JSON with a path; each answer is a line of JSON, that of a picture followed by its pixels; the
-line "next" asks for one more, anything else for none. The process ends when its input does.
+A request is a line of JSON with a path and what is to read it; each answer is a line of JSON, that of a picture
+followed by its pixels; the line "next" asks for one more, anything else for none. The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import IO, Any
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers.base import NO_MEMORY, ReadOptions, Slice
 from qfae_runtime.readers.dicom import read_frames
+from qfae_runtime.readers.image import read_pages
+from qfae_runtime.readers.recognise import DICOM
 
 NEXT = b"next\n"
 
@@ -33,7 +35,9 @@ def main() -> None:
         request = json.loads(line)
         window, slices = request["window"], request["slices"]
         options = ReadOptions(tuple(window) if window else None, request["axis"], tuple(slices) if slices else None)
-        _serve(read_frames(Path(request["path"]), "", options), answers, seconds)
+        path = Path(request["path"])
+        pieces = read_frames(path, "", options) if request["kind"] == DICOM else read_pages(path, "")
+        _serve(pieces, answers, seconds)
 
 
 def _serve(pieces: Iterator[Slice], answers: IO[bytes], seconds: int) -> None:

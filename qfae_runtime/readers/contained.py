@@ -34,17 +34,19 @@ _idle: list[_Child] = []
 _lock = threading.Lock()
 
 
-def read_contained(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
-    """Read a DICOM file as dicom.read_frames does, in another process, one frame at a time as they are taken.
+def read_contained(kind: str, path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
+    """Read a file as dicom.read_frames or image.read_pages do, in another process, each picture as it is taken.
+
+    `kind` is what recognise.py says of the file.
 
     Raises:
-        InputError: the file, or the frame that is due, cannot be read; or decoding it crashed or took too long.
+        InputError: the file, or the picture that is due, cannot be read; or decoding it crashed or took too long.
 
     """
     child = _take()
     unharmed = False
     try:
-        child.ask(path, options)
+        child.ask(kind, path, options)
         while (piece := child.answer(source)) is not None:
             unharmed = True
             yield piece
@@ -82,8 +84,9 @@ class _Child:
         )
         self.late = False
 
-    def ask(self, path: Path, options: ReadOptions) -> None:
+    def ask(self, kind: str, path: Path, options: ReadOptions) -> None:
         request = {
+            "kind": kind,
             "path": str(path.absolute()),
             "window": options.window,
             "axis": options.axis,
@@ -141,11 +144,11 @@ class _Child:
 
     def _fate(self) -> str:
         if self.late:
-            return f"damaged DICOM image (decoding was given up after {SECONDS_PER_PICTURE:.0f} s)"
+            return f"damaged image (decoding was given up after {SECONDS_PER_PICTURE:.0f} s)"
         code = self.process.wait()
         if code == 1:  # Python ended in order, which it does not do at a damaged file
             return "the decoding process could not be started; see that qfae can be imported by its Python"
-        return f"damaged DICOM image (its decoder crashed, exit {code})"
+        return f"damaged image (its decoder crashed, exit {code})"
 
     @staticmethod
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

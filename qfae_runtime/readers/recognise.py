@@ -11,7 +11,8 @@ RASTER, DICOM, NIFTI = "raster", "dicom", "nifti"
 HEAD_BYTES = 1024
 GZIP_MAGIC = b"\x1f\x8b"
 
-_RASTER_MAGICS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_RASTER_MAGICS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", *_TIFF_MAGICS)
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 _NIFTI1_SIZE, _NIFTI2_SIZE = 348, 540
 # The value representations that the elements at the start of a data set have.
@@ -42,6 +43,11 @@ def kind_of_head(head: bytes) -> str | None:
     if is_nifti(head):
         return NIFTI
     return DICOM if _is_bare_dicom(head) else None
+
+
+def is_tiff(head: bytes) -> bool:
+    """Say whether bytes begin as a TIFF or BigTIFF."""
+    return head.startswith(_TIFF_MAGICS)
 
 
 def is_nifti(head: bytes) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import pydicom
 import pydicom.data
 import pytest
+from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from qfae_runtime.errors import InputError
@@ -72,9 +73,9 @@ def test_one_process_serves_many_files() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_crash_costs_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = plant(tmp_path, "os.kill(os.getpid(), 11)", monkeypatch)
-    assert reason_for(bad) == "damaged DICOM image (its decoder crashed, exit -11)"
+    assert reason_for(bad) == "damaged image (its decoder crashed, exit -11)"
     assert len(list(read_slices(COMPRESSED, "x"))) == 1
-    assert reason_for(bad) == "damaged DICOM image (its decoder crashed, exit -11)"
+    assert reason_for(bad) == "damaged image (its decoder crashed, exit -11)"
 
 
 def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     list(read_slices(COMPRESSED, "x"))  # starts the process, whose own alarm is set for minutes
     monkeypatch.setattr(contained, "SECONDS_PER_PICTURE", 2.0)
     begin = time.monotonic()
-    assert reason_for(bad) == "damaged DICOM image (decoding was given up after 2 s)"
+    assert reason_for(bad) == "damaged image (decoding was given up after 2 s)"
     assert time.monotonic() - begin < 20
     monkeypatch.undo()
     assert len(list(read_slices(COMPRESSED, "x"))) == 1
@@ -93,7 +94,7 @@ def test_a_hanging_process_ends_itself_when_nobody_watches(tmp_path: Path, monke
     bad = plant(tmp_path, "import time; time.sleep(600)", monkeypatch)
     monkeypatch.setattr(contained, "SECONDS_PER_PICTURE", 0.5)
     monkeypatch.setattr(contained._Child, "_too_late", lambda _: None)
-    assert reason_for(bad) == "damaged DICOM image (its decoder crashed, exit -14)"
+    assert reason_for(bad) == "damaged image (its decoder crashed, exit -14)"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the limit is POSIX's")
@@ -120,6 +121,18 @@ def test_names_may_be_any_bytes(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b'caf\xe9\n"x')
     path.write_bytes(COMPRESSED.read_bytes())
     assert len(list(read_slices(path, "x"))) == 1
+
+
+def test_libtiff_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It prints what it thinks of a damaged file; a hundred of them would bury the progress of a run."""
+    path = tmp_path / "x.tiff"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)).save(path, compression="tiff_lzw")
+    assert len(list(read_slices(path, "x"))) == 1
+    content = bytearray(path.read_bytes())
+    content[40:400] = b"\xff" * 360
+    path.write_bytes(content)
+    assert reason_for(path).startswith("damaged or truncated image (")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_a_decoder_prints_does_not_come_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers import base, read_image, read_mask, read_slices
+from qfae_runtime.readers import image as reader
 
 GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 
@@ -128,10 +129,10 @@ def test_a_damaged_page_does_not_take_those_before_it(tmp_path: Path) -> None:
 
 
 def test_the_number_of_pages_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Image.fromarray(GREY)
-    page.save(tmp_path / "x.tiff", save_all=True, append_images=[page] * 5)
+    pages = [Image.fromarray(np.roll(GREY, shift)) for shift in range(5)]
+    pages[0].save(tmp_path / "x.tiff", save_all=True, append_images=pages[1:])
     monkeypatch.setattr(base, "MAX_FRAMES", 3)
-    pieces = read_slices(tmp_path / "x.tiff", "x")
+    pieces = reader.read_pages(tmp_path / "x.tiff", "x")
     assert [next(pieces).frame for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="too large: 4 pictures in one file, the limit is 3"):
         next(pieces)
