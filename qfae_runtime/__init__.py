@@ -17,7 +17,7 @@ from qfae_runtime.engines import Choice, Engine, OpenedEngine, Scores, open_engi
 from qfae_runtime.errors import InputError, QfaeError
 from qfae_runtime.manifest import Manifest
 from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
-from qfae_runtime.readers import Slice, read_image
+from qfae_runtime.readers import ReadOptions, Slice, read_image, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
@@ -31,6 +31,7 @@ __all__ = [
     "Prepared",
     "PreprocessSpec",
     "QfaeError",
+    "ReadOptions",
     "Scored",
     "Scorer",
     "Scores",
@@ -40,5 +41,6 @@ __all__ = [
     "open_engine",
     "preprocess",
     "read_image",
+    "read_slices",
     "self_test",
 ]

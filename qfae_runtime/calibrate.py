@@ -50,10 +50,8 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
     path = options.calibration or path_beside(options.engine)
     if path.exists() and not options.overwrite:
         raise OutputError(f"{path}: exists already; pass --overwrite to replace it, or --calibration with another name")
-    found = find_inputs(options.images)
+    found = find_inputs(options.images, options.listed)
     _refuse_anomalous(found)
-    if len(found.images) < conformal.least_images(fpr):
-        raise _too_few(len(found.images), 0, fpr)
     with open_engine(
         options.engine,
         backend=options.backend,
@@ -67,7 +65,7 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
         scores, unreadable = _scores(opened, options, found, progress)
         if len(scores) < conformal.least_images(fpr):
             raise _too_few(len(scores), len(unreadable), fpr)
-        calibration = _calibration(opened, scores, len(unreadable), fpr)
+        calibration = _calibration(opened, options, scores, len(unreadable), fpr)
     try:
         calibration.save(path)
     except OSError as error:
@@ -82,22 +80,25 @@ def _scores(
     """Return the scores of all normal images, and a line for each that could not be scored."""
     scores: list[float] = []
     unreadable: list[str] = []
-    pipeline = Pipeline(Scorer(opened.engine, opened.manifest, options.batch_size), maps=False)
+    pipeline = Pipeline(Scorer(opened.engine, opened.manifest, options.batch_size), maps=False, reading=options.reading)
     counts = Counts(total=len(found.images))
     jobs = (Job(path, found.source_of(path)) for path in found.images)
     with closing(pipeline.run(jobs)) as outcomes:
-        for row, _, _ in outcomes:
+        for row, picture, _ in outcomes:
             if row.status == OK and row.score is not None:
                 scores.append(row.score)
             else:
                 unreadable.append(f"{row.source}: {row.error}")
-            counts.done += 1
+            counts.rows += 1
+            counts.done += picture.last
             counts.errors = len(unreadable)
             progress(counts)
     return scores, unreadable
 
 
-def _calibration(opened: OpenedEngine, scores: list[float], unreadable: int, fpr: float) -> Calibration:
+def _calibration(
+    opened: OpenedEngine, options: Options, scores: list[float], unreadable: int, fpr: float
+) -> Calibration:
     ascending = np.sort(np.array(scores, dtype=np.float64))
     return Calibration(
         engine=opened.path.name,
@@ -105,7 +106,7 @@ def _calibration(opened: OpenedEngine, scores: list[float], unreadable: int, fpr
         preprocess_sha256=opened.manifest.preprocess.sha256(),
         backend=opened.engine.backend,
         device=opened.engine.device,
-        reading={},
+        reading=options.reading.to_dict(),
         fpr=fpr,
         threshold=conformal.threshold_of(ascending, fpr),
         scores=tuple(ascending.tolist()),

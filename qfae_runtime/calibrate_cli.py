@@ -13,7 +13,14 @@ import click
 
 from qfae_runtime import conformal
 from qfae_runtime.calibrate import Calibrated, calibrate
-from qfae_runtime.cli_options import engine_options, parse_engine_options, parse_images, rate
+from qfae_runtime.cli_options import (
+    engine_options,
+    parse_engine_options,
+    parse_images,
+    parse_reading_options,
+    rate,
+    reading_options,
+)
 from qfae_runtime.command_line import CONTEXT, ended_in_order, fail
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_runtime.progress import Reporter
@@ -36,6 +43,7 @@ Example:
 @click.command(PROGRAM, epilog=_EPILOG, context_settings=CONTEXT)
 @click.argument("images", nargs=-1, metavar="NORMALS...", type=click.UNPROCESSED)
 @engine_options
+@reading_options
 @click.option(
     "--fpr", metavar="RATE", help="Share of normal images that may be called anomalous, e.g. 0.05.  [required]"
 )
@@ -81,14 +89,18 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> tuple[Options
 
     """
     faults: list[str] = []
-    paths = parse_images(calibrate_command, images, "NORMALS", faults)
+    paths, listed = parse_images(calibrate_command, images, "NORMALS", faults)
     fpr = rate("--fpr", given["fpr"], faults)
     engine = parse_engine_options(given, faults)
+    reading = parse_reading_options(given, faults)
     if faults:
         raise UsageError(faults)
     assert fpr is not None
     chosen = Path(given["calibration"]) if given["calibration"] else None
-    return Options(images=paths, calibration=chosen, overwrite=given["overwrite"], **engine), fpr
+    options = Options(
+        images=paths, listed=listed, reading=reading, calibration=chosen, overwrite=given["overwrite"], **engine
+    )
+    return options, fpr
 
 
 def _text(done: Calibrated, options: Options) -> str:

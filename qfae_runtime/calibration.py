@@ -122,8 +122,8 @@ def path_beside(engine: Path) -> Path:
     return engine.with_name(engine.name + SUFFIX)
 
 
-def load(path: Path, opened: OpenedEngine) -> Calibration:
-    """Read a calibration and hold it against the engine it is to be used with.
+def load(path: Path, opened: OpenedEngine, reading: dict[str, Any]) -> Calibration:
+    """Read a calibration and hold it against the engine, and the options of reading, it is to be used with.
 
     Raises:
         CalibrationError: it is missing, damaged, contradicts itself, or belongs to another engine.
@@ -152,7 +152,16 @@ def load(path: Path, opened: OpenedEngine) -> Calibration:
             f"{path}: made with {stored.backend}, whose scores are not those of {opened.engine.backend}; "
             f"pass --backend {stored.backend}, or {_CURE}"
         )
+    if stored.reading != reading:
+        raise CalibrationError(
+            f"{path}: made with images that were read in another way: {_words(stored.reading)}, here "
+            f"{_words(reading)}; pass the same options, or {_CURE}"
+        )
     return stored
+
+
+def _words(reading: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in reading.items())
 
 
 def _read(fields: Fields) -> Calibration:

@@ -13,7 +13,13 @@ import click
 
 from qfae_runtime import __version__
 from qfae_runtime.calibrate_cli import calibrate_command
-from qfae_runtime.cli_options import engine_options, parse_engine_options, parse_images
+from qfae_runtime.cli_options import (
+    engine_options,
+    parse_engine_options,
+    parse_images,
+    parse_reading_options,
+    reading_options,
+)
 from qfae_runtime.command_line import CONTEXT, dispatch, ended_in_order, fail
 from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.progress import Reporter
@@ -46,6 +52,7 @@ Examples:
     "--save-maps", is_flag=True, help="Keep every anomaly map in maps/, float16 .npy in the image's own size."
 )
 @click.option("--labels", metavar="FILE.csv", help="Labels (source,label) in place of the folder names good/Ungood.")
+@reading_options
 @click.option("--overwrite", is_flag=True, help="Replace the results in --out; removes only what qfae-run wrote.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
 @click.option(
@@ -65,9 +72,10 @@ Examples:
 def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: Any) -> None:
     """Score images with an exported engine.
 
-    IMAGES are files or folders (walked recursively). Writes scores.csv, scores.jsonl, heatmaps/, report.html and
-    run.json, metrics.json where labels are known from folders named good and Ungood, and maps/ on request. For
-    research use; not a medical device.
+    IMAGES are files or folders (walked recursively): PNG, JPEG, BMP, TIFF, WebP, and DICOM and NIfTI with the extra
+    'medical'; or lists of them, one path a line: @FILE, or - for stdin. Writes scores.csv, scores.jsonl, heatmaps/,
+    report.html and run.json, metrics.json where labels are known from folders named good and Ungood, and maps/ on
+    request. For research use; not a medical device.
     """
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a file stands in its row
     try:
@@ -106,8 +114,9 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
 
     """
     faults: list[str] = []
-    paths = parse_images(run_command, images, "IMAGES", faults)
+    paths, listed = parse_images(run_command, images, "IMAGES", faults)
     engine = parse_engine_options(given, faults)
+    reading = parse_reading_options(given, faults)
     if given["overwrite"] and given["resume"]:
         faults.append("--overwrite and --resume exclude each other; choose one")
     if given["no_maps"] and given["save_maps"]:
@@ -128,6 +137,8 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         calibration=Path(given["calibration"]) if given["calibration"] else None,
         deidentify=Path(given["deidentify"]) if given["deidentify"] else None,
         hash_inputs=given["hash_inputs"],
+        reading=reading,
+        listed=listed,
         **engine,
     )
 
@@ -144,7 +155,8 @@ def _summary_values(summary: Summary) -> dict[str, Any]:
     return {
         "out": str(summary.folder.root),
         "files": counts.total,
-        "scored": counts.done - counts.errors,
+        "rows": counts.rows,
+        "scored": counts.rows - counts.errors,
         "errors": counts.errors,
         "resumed": counts.resumed,
         "seconds": round(summary.seconds, 3),
@@ -164,6 +176,8 @@ def _summary_text(summary: Summary) -> str:
         ]
     elif counts.resumed:
         lines[0] += f"; {counts.resumed} had been done before"
+    if counts.rows != counts.done:
+        lines[0] += f"; {counts.rows} pictures are in all {counts.done} files"
     lines.append(f"self-test {summary.verdict.status}: {summary.verdict.summary}")
     if summary.metrics:
         lines += _metrics_lines(summary.metrics)

@@ -10,7 +10,9 @@ import click
 
 from qfae_runtime.command_line import unknown_option, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
+from qfae_runtime.lists import read_list
 from qfae_runtime.options import Options
+from qfae_runtime.readers.base import AXES, ReadOptions, parse_slices, parse_window
 
 _MAX_WHOLE = 4096
 
@@ -60,18 +62,49 @@ def parse_engine_options(given: dict[str, Any], faults: list[str]) -> dict[str, 
     }
 
 
-def parse_images(command: click.Command, texts: Sequence[str], name: str, faults: list[str]) -> tuple[Path, ...]:
-    """Return the images that are named; options that the command does not have are among the texts."""
+def reading_options(command: Command) -> Command:
+    """Add the options that say how medical files are read."""
+    for add in reversed(
+        (
+            click.option(
+                "--window",
+                metavar="CENTER,WIDTH",
+                help="Grey window of DICOM and NIfTI, e.g. 40,400.  [default: the file's]",
+            ),
+            click.option(
+                "--axis", metavar="|".join(AXES), help=f"How NIfTI volumes are sliced.  [default: {ReadOptions.axis}]"
+            ),
+            click.option(
+                "--slices", metavar="FROM:TO", help="Slices of NIfTI volumes, TO not included.  [default: all]"
+            ),
+        )
+    ):
+        command = add(command)
+    return command
+
+
+def parse_reading_options(given: dict[str, Any], faults: list[str]) -> ReadOptions:
+    """Turn their texts into ReadOptions; its defaults where one is wrong."""
+    window = parse_window(given["window"], faults)
+    slices = parse_slices(given["slices"], faults)
+    axis = _choice("--axis", given["axis"] or ReadOptions.axis, AXES, faults)
+    return ReadOptions(window, axis, slices) if axis in AXES else ReadOptions()
+
+
+def parse_images(
+    command: click.Command, texts: Sequence[str], name: str, faults: list[str]
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Return the images that are named, and those that lists name; unknown options are among the texts."""
     faults += [
         unknown_option(command, text, f"; a file of that name is ./{text}")
         for text in texts
         if text.startswith("-") and text != "-"
     ]
-    if "-" in texts:
-        faults.append(f"{name}: '-' (a list on stdin) is not supported; name files or folders")
+    lists = dict.fromkeys(text for text in texts if text == "-" or text.startswith("@"))
+    listed = tuple(path for text in lists for path in read_list(text, faults))
     if not texts:
         faults.append(f"{name}: missing; name the files or folders to score")
-    return tuple(Path(text) for text in texts if not text.startswith("-"))
+    return tuple(Path(text) for text in texts if not text.startswith(("-", "@"))), listed
 
 
 def rate(option: str, text: str | None, faults: list[str]) -> float | None:

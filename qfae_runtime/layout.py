@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qfae_runtime.readers.recognise import kind_of
 from qfae_runtime.results import ROWS_NAME, RUN_NAME, holds_run
 
 GOOD = "good"
@@ -19,8 +20,8 @@ UNGOOD = "Ungood"
 MASK_FOLDERS = ("label", "anomaly_mask")
 IMAGE_FOLDER = "img"
 
-# What lies beside images in real archives and is surely none. Inside a folder these are counted, not
-# attempted; all else is opened and judged by its content. A file that is named itself is always attempted.
+# What lies beside images in real archives. Inside a folder these are counted and not attempted, unless their first
+# bytes are those of an image; all else is attempted. A file that is named itself is always attempted.
 NON_IMAGE_SUFFIXES = frozenset(
     {
         ".txt",
@@ -107,8 +108,11 @@ def find_images(inputs: Path | Iterable[Path]) -> list[Path]:
     return scan([inputs] if isinstance(inputs, Path) else list(inputs)).images
 
 
-def scan(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> Scan:
-    """Walk folders recursively and take named files as they are.
+def scan(inputs: Sequence[Path], exclude: Sequence[Path] = (), listed: Sequence[Path] = ()) -> Scan:
+    """Walk folders recursively and take named files as they are, each once however often it is named.
+
+    `listed` are inputs too, but for one that does not exist: it is returned as if it were an image, so that it gets
+    its own error row.
 
     Folders in `exclude` are not entered, nor are results folders of qfae-run, which are counted as ignored.
 
@@ -118,16 +122,19 @@ def scan(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> Scan:
         FileNotFoundError: an input does not exist.
 
     """
-    tops = [Path(os.path.normpath(path.absolute())) for path in inputs]
+    tops = [Path(os.path.normpath(path.absolute())) for path in (*inputs, *listed)]
+    required = len(inputs)
     walk = _Walk(frozenset(Path(os.path.normpath(path.absolute())) for path in exclude))
-    for top in tops:
-        if _is_dir(top):
+    anchors: dict[Path, None] = {}
+    for number, top in enumerate(tops):
+        is_folder = _is_dir(top)
+        if is_folder:
             walk.folder(top)
-        elif os.path.lexists(top):
+        elif number >= required or os.path.lexists(top):
             walk.found[top] = None
         else:
             raise FileNotFoundError(str(top))
-    anchors = [top if _is_dir(top) else top.parent for top in tops]
+        anchors[top if is_folder else top.parent] = None
     root = Path(os.path.commonpath(anchors)) if anchors else Path.cwd()
     images = sorted(walk.found, key=lambda path: path.relative_to(root).as_posix())
     return Scan(root, images, dict(sorted(walk.ignored.items())), walk.mask_files)
@@ -182,7 +189,7 @@ class _Walk:
         suffix = path.suffix.lower()
         if path.name.startswith("."):
             self.ignored[path.name] += 1
-        elif suffix in NON_IMAGE_SUFFIXES or path.name == "Thumbs.db":
+        elif (suffix in NON_IMAGE_SUFFIXES or path.name == "Thumbs.db") and not _is_image_all_the_same(path):
             self.ignored[suffix] += 1
         else:
             self.found[path] = None
@@ -200,6 +207,14 @@ def _is_file(place: Path | os.DirEntry[str]) -> bool:
     try:
         return place.is_file()
     except OSError:
+        return False
+
+
+def _is_image_all_the_same(path: Path) -> bool:
+    """Say whether a file is one of those that are read, whatever its suffix: .nii.gz, or DICOM that ends in .log."""
+    try:
+        return path.is_file() and kind_of(path) is not None
+    except (OSError, ValueError):
         return False
 
 

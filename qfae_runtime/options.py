@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from qfae_runtime.readers.base import ReadOptions
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Options:
     calibration        threshold to decide by; None: the one beside the engine, if there is one
     deidentify         file with the key of pseudonyms; None: names stay
     hash_inputs        put a digest of all input files in run.json
+    reading            window, axis and slices of medical files
+    listed             paths that a list named: unlike those of `images` they need not be there, each gets its row
     """
 
     images: tuple[Path, ...]
@@ -44,3 +48,5 @@ class Options:
     calibration: Path | None = None
     deidentify: Path | None = None
     hash_inputs: bool = False
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    listed: tuple[Path, ...] = ()

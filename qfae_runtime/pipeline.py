@@ -2,19 +2,24 @@
 
 Decoding and drawing run in a few threads with bounded queues; the engine runs in the calling thread. A file
 that cannot be read becomes an error row and the run goes on.
+
+Files of one picture are decoded side by side. A file of several waits for its turn and is then decoded a few frames at
+a time, so that neither its pixels nor those of the files after it pile up.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,7 +29,7 @@ from qfae_runtime.errors import InputError
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, mask_path_for
 from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
-from qfae_runtime.readers import read_mask, read_slices
+from qfae_runtime.readers import ReadOptions, Slice, holds_volume, read_mask, read_slices
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap
 from qfae_runtime.writers.folder import make_parent
@@ -34,10 +39,16 @@ from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+FRAMES_AT_ONCE = 16
+"""So many frames of one file are decoded before they are scored, while as many more are being decoded."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """One file to score: where it is, its name in rows, its label if known, where its pictures go if wanted."""
+    """One file to score: where it is, its name in rows, its label if known, where its pictures go if wanted.
+
+    `heatmap` and `saved_map` are those of a file of one picture; frames are named after them by `frame_path`.
+    """
 
     path: Path
     source: str
@@ -52,7 +63,8 @@ class Picture(NamedTuple):
     `mask_fault` says of a mask that is there why it could not be used.
 
     `thumbnail` uint8 (h, w, 3) is the picture at the size of its heat map, if one is wanted: the pixels as read,
-    which may be many, do not wait in the queues.
+    which may be many, do not wait in the queues. `applied` is what the reader did to the values; `last` marks the last
+    picture of its file.
     """
 
     job: Job
@@ -62,6 +74,8 @@ class Picture(NamedTuple):
     error: str | None = None
     thumbnail: UInt8 | None = None
     mask_fault: str | None = None
+    applied: str | None = None
+    last: bool = True
 
 
 class Outcome(NamedTuple):
@@ -72,13 +86,46 @@ class Outcome(NamedTuple):
     scored: Scored | None
 
 
-@dataclass
 class Seconds:
-    """Where the time of a run goes. `decoding` and `drawing` add up over threads, `engine` is that of the caller's."""
+    """Where the time of a run goes. "decoding" and "drawing" add up over threads, "engine" is that of the caller's."""
 
-    decoding: float = 0.0
-    engine: float = 0.0
-    drawing: float = 0.0
+    def __init__(self) -> None:
+        self._spent = {"decoding": 0.0, "engine": 0.0, "drawing": 0.0}
+        self._lock = threading.Lock()
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count time for a stage; from any thread."""
+        with self._lock:
+            self._spent[stage] += seconds
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the seconds by stage."""
+        return dict(self._spent)
+
+
+class Pool(Protocol):
+    """What runs work in threads: an executor, or one that keeps the time."""
+
+    def submit(self, function: Callable[..., Result], /, *arguments: Any) -> Future[Result]:
+        """Run the function in a thread, as soon as one is free."""
+        ...
+
+
+class _Timed:
+    """An executor whose work is counted for a stage."""
+
+    def __init__(self, pool: ThreadPoolExecutor, seconds: Seconds, stage: str) -> None:
+        self._pool, self._seconds, self._stage = pool, seconds, stage
+
+    def submit(self, function: Callable[..., Result], /, *arguments: Any) -> Future[Result]:
+        return self._pool.submit(self._run, function, *arguments)
+
+    def _run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        start = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            self._seconds.add(self._stage, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -94,6 +141,7 @@ class Pipeline:
     scale: heatmap.ColourScale | None = None
     decider: Decider | None = None
     inside: Path | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
     workers: int = min(4, os.cpu_count() or 1)
     seconds: Seconds = field(default_factory=Seconds)
 
@@ -106,20 +154,22 @@ class Pipeline:
             OutputError: a link would lead one out of the folder `inside`.
 
         """
-        spec = self.scorer.manifest.preprocess
         depth = 2 * self.scorer.batch_size
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qfae")
         try:
-            read = partial(decode, spec=spec, truth=self.truth)
-            decoded = self._timed("decoding", in_order(pool, read, jobs, depth + self.workers))
-            yield from self._timed("drawing", in_order(pool, self._draw, self._score(decoded), depth))
+            decoded = self._decoded(_Timed(pool, self.seconds, "decoding"), jobs, depth + self.workers)
+            yield from in_order(_Timed(pool, self.seconds, "drawing"), self._draw, self._score(decoded), depth)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _timed(self, stage: str, results: Iterator[tuple[Result, float]]) -> Iterator[Result]:
-        for result, seconds in results:
-            setattr(self.seconds, stage, getattr(self.seconds, stage) + seconds)
-            yield result
+    def _decoded(self, pool: Pool, jobs: Iterable[Job], depth: int) -> Iterator[list[Picture]]:
+        spec = self.scorer.manifest.preprocess
+        one = partial(decode, spec=spec, truth=self.truth, reading=self.reading)
+        for job, pictures in in_order(pool, lambda job: (job, one(job)), jobs, depth):
+            if pictures is not None:
+                yield pictures
+            else:
+                yield from in_pieces(pool, pictures_of(job, spec, self.truth, self.reading), FRAMES_AT_ONCE)
 
     def _score(self, decoded: Iterator[list[Picture]]) -> Iterator[Outcome]:
         # Errors wait with the pictures around them, so that rows keep the order of the files.
@@ -138,20 +188,21 @@ class Pipeline:
         images = [picture.prepared.image for picture in pictures if picture.prepared is not None]
         start = time.perf_counter()
         results = iter(self.scorer.score_batch(images, self.maps) if images else [])
-        self.seconds.engine += time.perf_counter() - start
+        self.seconds.add("engine", time.perf_counter() - start)
         for picture in pictures:
             job = picture.job
             if picture.prepared is None:
                 reason = picture.error or "cannot be read"
-                yield Outcome(error_row(job.source, picture.frame, reason, job.label), picture, None)
+                yield Outcome(error_row(job.source, picture.frame, reason, job.label, picture.applied), picture, None)
                 continue
             scored = next(results)
-            row = scored_row(job.source, picture.frame, scored.score, self.decider, job.label)
+            row = scored_row(job.source, picture.frame, scored.score, self.decider, job.label, picture.applied)
             yield Outcome(row, picture, scored if row.status == OK else None)
 
     def _draw(self, outcome: Outcome) -> Outcome:
         row, picture, scored = outcome
         path, prepared, image = picture.job.heatmap, picture.prepared, picture.thumbnail
+        saved = picture.job.saved_map
         if prepared is None or scored is None or scored.anomaly_map is None or scored.reconstruction is None:
             return outcome
         if path is not None and image is not None and self.scale is not None and row.score is not None:
@@ -164,38 +215,71 @@ class Pipeline:
                 row.score,
                 row.label,
             )
+            path = heatmap.frame_path(path, picture.frame)
             if self.inside is not None:
                 make_parent(path, self.inside)
             heatmap.save(figure, path)
-        if picture.job.saved_map is not None:
+        if saved is not None:
+            saved = heatmap.frame_path(saved, picture.frame)
             if self.inside is not None:
-                make_parent(picture.job.saved_map, self.inside)
-            save_map(prepared.geometry.map_back(scored.anomaly_map), picture.job.saved_map)
+                make_parent(saved, self.inside)
+            save_map(prepared.geometry.map_back(scored.anomaly_map), saved)
         return outcome
 
 
-def decode(job: Job, spec: PreprocessSpec, truth: bool) -> list[Picture]:
-    """Read and preprocess every picture of a file; one error picture if it cannot be read."""
+def decode(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOptions) -> list[Picture] | None:
+    """Read and preprocess a file of one picture; one error picture if it cannot be read; None if it holds several."""
+    if holds_volume(job.path):
+        return None
+    pictures = pictures_of(job, spec, truth, reading)
+    first = next(pictures)
+    pictures.close()
+    return [first] if first.last else None
+
+
+def pictures_of(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOptions) -> Generator[Picture, None, None]:
+    """Read and preprocess the pictures of a file one after another, at least one.
+
+    Where one cannot be read, the last is an error picture that stands for it and all after it.
+    """
+    waiting: Picture | None = None
     try:
-        pictures = []
-        for piece in read_slices(job.path, job.source):
-            prepared = preprocess(piece.pixels, spec)
-            mask, fault = pixel_truth(job, prepared.geometry) if truth else (None, None)
-            small = heatmap.thumbnail(piece.pixels) if job.heatmap is not None else None
-            pictures.append(Picture(job, piece.frame, prepared, mask, thumbnail=small, mask_fault=fault))
+        for piece in read_slices(job.path, job.source, reading):
+            picture = _prepared(job, piece, spec, truth)
+            if waiting is not None:
+                yield waiting
+            waiting = picture._replace(last=False)
     except InputError as error:
-        return [Picture(job, None, None, error=error.reason)]
-    return pictures
+        if waiting is None or waiting.frame is None:
+            yield Picture(job, None, None, error=error.reason)
+        else:
+            yield waiting
+            frame = waiting.frame + 1
+            yield Picture(job, frame, None, error=f"frame {frame} and all after it: {error.reason}")
+        return
+    if waiting is not None:
+        yield waiting._replace(last=True)
 
 
-def pixel_truth(job: Job, geometry: Geometry) -> tuple[UInt8 | None, str | None]:
+def _prepared(job: Job, piece: Slice, spec: PreprocessSpec, truth: bool) -> Picture:
+    prepared = preprocess(piece.pixels, spec)
+    mask, fault = pixel_truth(job, prepared.geometry, piece.frame) if truth else (None, None)
+    small = heatmap.thumbnail(piece.pixels) if job.heatmap is not None else None
+    return Picture(job, piece.frame, prepared, mask, thumbnail=small, mask_fault=fault, applied=piece.applied)
+
+
+def pixel_truth(job: Job, geometry: Geometry, frame: int | None = None) -> tuple[UInt8 | None, str | None]:
     """Return a picture's mask as uint8 (S, S), all zero for a good one without a mask; None where unknown.
 
-    A mask that cannot be read, or has another size than its image, says nothing: with None comes the reason.
+    A mask that cannot be read, has another size than its image, or is that of several frames together, says nothing:
+    with None comes the reason.
     """
     path = mask_path_for(job.path)
     if path is None:
         return (np.zeros((geometry.size, geometry.size), np.uint8) if job.label == GOOD else None), None
+    if frame is not None:
+        reason = "is that of a file with several pictures, expected one; give each a file of its own"
+        return None, f"the mask of {job.source}: {reason}"
     try:
         mask = read_mask(path)
     except InputError as error:
@@ -206,22 +290,29 @@ def pixel_truth(job: Job, geometry: Geometry) -> tuple[UInt8 | None, str | None]
     return geometry.warp_mask(mask), None
 
 
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
-) -> Iterator[tuple[Result, float]]:
-    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way.
-
-    With each comes how many seconds it took.
-    """
-
-    def timed(item: Item) -> tuple[Result, float]:
-        start = time.perf_counter()
-        return function(item), time.perf_counter() - start
-
-    pending: deque[Future[tuple[Result, float]]] = deque()
+def in_order(pool: Pool, function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
+    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way."""
+    pending: deque[Future[Result]] = deque()
     for item in items:
-        pending.append(pool.submit(timed, item))
+        pending.append(pool.submit(function, item))
         if len(pending) >= depth:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def in_pieces(pool: Pool, items: Generator[Item, None, None], size: int) -> Generator[list[Item], None, None]:
+    """Take items in lists of `size`, the next list in the pool while the last is used; closes `items` in the end."""
+    pending = pool.submit(_take, items, size)
+    try:
+        while piece := pending.result():
+            pending = pool.submit(_take, items, size)
+            yield piece
+    finally:
+        if not pending.cancel():
+            wait([pending])
+        items.close()
+
+
+def _take(items: Iterator[Item], size: int) -> list[Item]:
+    return list(islice(items, size))

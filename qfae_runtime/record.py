@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Clock:
 
     def seconds(self, spent: Seconds) -> dict[str, float]:
         """Return the seconds of each step, their total, and what was spent within scoring (over several threads)."""
-        within = {f"scoring_{name}": value for name, value in asdict(spent).items()}
+        within = {f"scoring_{name}": value for name, value in spent.to_dict().items()}
         return {name: round(value, 6) for name, value in {**self.laps, **within, "total": self.total}.items()}
 
 
@@ -78,6 +78,7 @@ def fingerprint_of(run: Subject) -> dict[str, Any]:
         "batch_size": run.batch_size,
         "maps": options.maps,
         "save_maps": options.save_maps,
+        **options.reading.to_dict(),
         "threshold": run.calibration.threshold if run.calibration is not None else None,
         "calibration_sha256": run.calibration.sha256() if run.calibration is not None else None,
         "labels_sha256": sha256_of(options.labels) if options.labels else None,

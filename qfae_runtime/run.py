@@ -23,7 +23,7 @@ from qfae_runtime.record import Clock, Subject, fingerprint_of, now, record_of
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
-from qfae_runtime.writers.folder import ResultsFolder
+from qfae_runtime.writers.folder import Finished, ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
@@ -33,19 +33,20 @@ from qfae_runtime.writers.report import write_report
 
 @dataclass
 class Counts:
-    """Rows so far: `done` of `total`, with `errors` among them; `resumed` were there before this run."""
+    """Files so far: `done` of `total`, `resumed` of them before this run; their `rows`, the `errors` among these."""
 
     total: int
     resumed: int = 0
     done: int = 0
     errors: int = 0
+    rows: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """Return what run.json says of them."""
         return {
             "files": self.total,
-            "rows": self.done,
-            "scored": self.done - self.errors,
+            "rows": self.rows,
+            "scored": self.rows - self.errors,
             "errors": self.errors,
             "resumed": self.resumed,
         }
@@ -92,7 +93,7 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
 
     """
     clock = Clock()
-    found = find_inputs(options.images, options.out)
+    found = find_inputs(options.images, options.listed, options.out)
     clock.lap("listing")
     with open_engine(
         options.engine,
@@ -127,25 +128,25 @@ def check_batch_size(options: Options, opened: OpenedEngine) -> None:
         raise UsageError(f"--batch-size: got {options.batch_size}, this engine takes 1..{most}")
 
 
-def find_inputs(images: Sequence[Path], out: Path | None = None) -> Scan:
-    """List the images below the paths given; the output folder is not searched.
+def find_inputs(images: Sequence[Path], listed: Sequence[Path] = (), out: Path | None = None) -> Scan:
+    """List the images below the paths given; the output folder is not searched. Paths `listed` need not be there.
 
     Raises:
         QfaeError: an input does not exist, is the output folder itself, or there is no image at all.
 
     """
-    if out is not None and (same := [str(path) for path in images if _is_same_folder(path, out)]):
+    if out is not None and (same := [str(path) for path in (*images, *listed) if _is_same_folder(path, out)]):
         raise UsageError(f"--out {out}: is the input folder {same[0]} itself; choose another --out")
     try:
-        found = scan(images, exclude=[out] if out is not None else [])
+        found = scan(images, exclude=[out] if out is not None else [], listed=listed)
     except FileNotFoundError as error:
         raise QfaeError(f"{error}: no such file or folder; check the path of the images") from None
     if not found.images:
         passed_over = ", ".join(f"{count} x {name or 'without suffix'}" for name, count in found.ignored.items())
-        where = ", ".join(str(path) for path in images)
+        where = ", ".join(str(path) for path in images) or "the list"
         raise QfaeError(
             f"{where}: no image in it (ignored: {passed_over or 'nothing'}; mask files: {found.mask_files}); "
-            "pass a folder with PNG, JPEG, BMP or TIFF images"
+            "pass a folder with PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI images"
         )
     return found
 
@@ -182,8 +183,9 @@ class _Run:
         options, folder = self.options, self.folder
         fingerprint = fingerprint_of(self.subject)
         folder.prepare(overwrite=options.overwrite, resume=options.resume)
-        done = folder.finished_sources(fingerprint, self.sources) if options.resume else 0
-        counts = Counts(total=len(self.jobs), resumed=done, done=done)
+        before = folder.finished_sources(fingerprint, self.sources) if options.resume else Finished()
+        done = before.files
+        counts = Counts(total=len(self.jobs), resumed=done, done=done, rows=before.rows)
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
         if done == len(self.jobs) and folder.is_finished():
@@ -276,16 +278,20 @@ class _Run:
             decider=Decider(self.calibration) if self.calibration is not None else None,
             inside=self.folder.root,
             seconds=self.spent,
+            reading=self.options.reading,
         )
         rows = RowWriter(self.folder.jsonl)
         try:
             # closing(): an interruption ends the pipeline's threads before anything else is written.
             with closing(pipeline.run(jobs)) as outcomes:
-                for number, outcome in enumerate(outcomes):
-                    if number >= again:
+                files = 0
+                for outcome in outcomes:
+                    if files >= again:
                         rows.write(self._row(outcome))
-                        counts.done += 1
+                        counts.rows += 1
+                        counts.done += outcome.picture.last
                         counts.errors += outcome.row.status != OK
+                    files += outcome.picture.last
                     if truth is not None:
                         truth.count(outcome)
                     progress(counts)
@@ -304,7 +310,7 @@ def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:
     path = options.calibration or path_beside(opened.path)
     if options.calibration is None and not path.is_file():
         return None
-    return load_calibration(path, opened)
+    return load_calibration(path, opened, options.reading.to_dict())
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:

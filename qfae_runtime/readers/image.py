@@ -2,35 +2,48 @@
 
 Rules, stated once:
 - grey is replicated to three channels;
-- 16-bit values keep their high byte (value // 256: 65535 -> 255, and an 8-bit image stored as value * 257
-  comes back exactly); nothing saturates. 12-bit data stored unscaled in 16 bits look dark: scale them first;
+- 16-bit values, grey or colour, keep their high byte (value // 256: 65535 -> 255, and an 8-bit image stored as
+  value * 257 comes back exactly); nothing saturates. 12-bit data stored unscaled in 16 bits look dark: scale them
+  first; a TIFF that says it has 12 bits keeps the upper 8 of them;
+- a TIFF whose white is zero is inverted;
 - transparency is laid on black, the background of medical images;
+- CMYK becomes (255 - C)(255 - K) / 255; it is stored inverted in a JPEG with Adobe's marker, and in no other;
+- no colour profile is applied;
 - EXIF orientation is applied;
-- 32-bit integer and floating-point images have no stated range and are refused;
-- at most MAX_PIXELS pixels and MAX_SIDE pixels a side; the header is checked before anything is decoded.
+- the pages of a TIFF, and the frames of an animation, are pictures of their own, each with its number from 0;
+- 32-bit integer, signed and floating-point images have no stated range and are refused;
+- the limits are those of base.py; each header is checked before anything is decoded.
 """
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, TiffImagePlugin, UnidentifiedImageError
 
 from qfae_runtime.arrays import Bool, UInt8
 from qfae_runtime.errors import InputError
+from qfae_runtime.readers.base import (
+    NO_MEMORY,
+    Slice,
+    check_frames,
+    check_regular_file,
+    check_size,
+    plain,
+    too_large,
+    unreadable,
+)
+from qfae_runtime.readers.window import grey
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-MAX_PIXELS = 64 * 1024 * 1024
-MAX_SIDE = 32768
 
 Image.init()  # registers the decoders now: Pillow would do it on first use, in several threads at once
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_COLOUR_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,15 +54,12 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One picture as read: `pixels` uint8 (H, W, 3) RGB, its file, its frame (None in one-picture files)."""
-
-    pixels: UInt8
-    source: str
-    frame: int | None = None
+_BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 258, 262, 0
+_BITS_KEY, _WHITE_KEY = "qfae bits", "qfae white is zero"  # entries of Image.info, which stays with a turned image
+_NO_IMAGE = "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
+_UNKNOWN_KIND = (
+    "begins as a PNG, JPEG, BMP, TIFF or WebP image, but is damaged, or of a kind of pixels that is not read"
+)
 
 
 def read_image(path: Path | str, source: str | None = None) -> Slice:
@@ -59,8 +69,32 @@ def read_image(path: Path | str, source: str | None = None) -> Slice:
         InputError: the file cannot be read as one picture; `reason` says why.
 
     """
-    with _decoded(Path(path), source or str(path)) as image:
-        return Slice(_to_rgb(image), source or str(path))
+    name = source or str(path)
+    with _decoded(Path(path), name) as image:
+        pixels, applied = _to_rgb(image, name)
+        return Slice(pixels, name, applied=applied)
+
+
+def read_pages(path: Path, source: str) -> Iterator[Slice]:
+    """Read every picture of a file, one after another; `frame` counts them where there are several.
+
+    Raises:
+        InputError: the file, or the page that is due, cannot be read; the pages before it have been given.
+
+    """
+    check_regular_file(path, source)
+    with _faults_told(path, source, _UNKNOWN_KIND), Image.open(path, formats=FORMATS) as image:
+        if several := _has_page(image, 1):
+            image.seek(0)
+        frame = decoded_bytes = 0
+        while frame == 0 or _has_page(image, frame):
+            decoded_bytes += image.width * image.height * 4
+            check_frames(frame + 1, decoded_bytes // (frame + 1), source)
+            pixels, applied = _to_rgb(_loaded(image, source), source)
+            yield Slice(pixels, source, frame if several else None, applied)
+            frame += 1
+            if not several:
+                break
 
 
 def read_mask(path: Path | str) -> Bool:
@@ -79,74 +113,85 @@ def read_mask(path: Path | str) -> Bool:
 
 @contextmanager
 def _decoded(path: Path, source: str) -> Iterator[Image.Image]:
-    """Open, check, decode and orient; whatever Pillow throws at a damaged file becomes an InputError."""
-    _check_regular_file(path, source)
+    """Open, check, decode and orient a file of one picture."""
+    check_regular_file(path, source)
+    with _faults_told(path, source), Image.open(path, formats=FORMATS) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":
+            raise InputError(source, f"holds {frames} pictures, expected one; split it into single images")
+        yield _loaded(image, source)
+
+
+@contextmanager
+def _faults_told(path: Path, source: str, unidentified: str = _NO_IMAGE) -> Iterator[None]:
+    """Make an InputError of whatever Pillow throws at a damaged file."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_header(image, source)
-            image.load()
-            yield _oriented(image)
+        yield
     except InputError:
         raise
     except UnidentifiedImageError:
-        reason = "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
-        raise InputError(source, reason) from None
+        raise InputError(source, unidentified) from None
     except Image.DecompressionBombError:
-        raise InputError(source, _too_large("its header asks for too many pixels")) from None
+        raise InputError(source, too_large("its header asks for too many pixels")) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         if isinstance(error, OSError) and error.errno is not None:  # of the system, Pillow's own have no number
-            raise InputError(source, f"cannot be read ({error.strerror or 'unknown reason'})") from None
-        text = " ".join(str(error).split()).replace(str(path), "the file") or type(error).__name__
-        raise InputError(source, f"damaged or truncated image ({text})") from None
+            raise InputError(source, unreadable(error)) from None
+        if isinstance(error, MemoryError):
+            raise InputError(source, NO_MEMORY) from None
+        raise InputError(source, f"damaged or truncated image ({plain(error, path)})") from None
 
 
-def _check_regular_file(path: Path, source: str) -> None:
+def _has_page(image: Image.Image, number: int) -> bool:
+    """Go to a page if there is one; pages are not counted ahead, for a file may say that there are millions."""
+    if image.format == "MPO":  # a JPEG to which a camera appended previews
+        return number == 0
     try:
-        status = path.stat()
-    except OSError as error:
-        raise InputError(source, f"cannot be read ({error.strerror or 'unknown reason'})") from None
-    if stat.S_ISDIR(status.st_mode):
-        raise InputError(source, "a folder that cannot be listed (permission denied?)")
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(source, "not a regular file (a pipe, socket or device)")
-    if status.st_size == 0:
-        raise InputError(source, "the file is empty (0 bytes)")
+        image.seek(number)
+    except EOFError:
+        image.seek(number - 1)
+        return False
+    return True
 
 
-def _check_header(image: Image.Image, source: str) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise InputError(source, f"the image has no pixels ({width} x {height})")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise InputError(source, _too_large(f"got {width} x {height} pixels"))
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO: a JPEG to which a camera appended previews
-        raise InputError(source, f"holds {frames} pictures, expected one; split it into single images")
+def _loaded(image: Image.Image, source: str) -> Image.Image:
+    check_size(*image.size, source)
     if image.mode in ("F", "I") and not (image.mode == "I" and image.format == "PNG"):
-        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        kind = "floating-point" if image.mode == "F" else "32-bit integer or signed"
         raise InputError(source, f"{kind} pixels have no stated range; store the image in 8 or 16 bit")
+    image.load()
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        stored = image.tag_v2.get(_BITS_TAG, (16,))
+        image.info[_BITS_KEY] = 12 if tuple(stored) == (12,) else 16
+        image.info[_WHITE_KEY] = image.tag_v2.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for one of Adobe's, and those alone are stored inverted.
+        return _oriented(image, ImageChops.invert(image))
+    return _oriented(image, image)
 
 
-def _too_large(what: str) -> str:
-    return f"too large: {what}, the limit is {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side"
-
-
-def _oriented(image: Image.Image) -> Image.Image:
+def _oriented(image: Image.Image, decoded: Image.Image) -> Image.Image:
+    """Turn the `decoded` pixels of an image as its EXIF says."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged EXIF says nothing about the pixels, which have been decoded by now
         orientation = 1
     operation = _TRANSPOSE.get(orientation)
-    return image if operation is None else image.transpose(operation)
+    return decoded if operation is None else decoded.transpose(operation)
 
 
-def _to_rgb(image: Image.Image) -> UInt8:
-    # Pillow's own convert("RGB") would cut 16-bit values at 255.
+def _to_rgb(image: Image.Image, source: str) -> tuple[UInt8, str | None]:
+    """Return decoded pixels as uint8 (H, W, 3), and what was applied to them."""
+    # Pillow's own convert("RGB") would cut 16-bit grey at 255. Its decoders keep the high byte of 16-bit colours.
     if image.mode in _SIXTEEN_BIT_MODES or image.mode == "I":
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        bits = image.info.get(_BITS_KEY, 16)
+        levels = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        applied = f"{bits} bit, high byte"
+        # Of fewer bits Pillow does this itself.
+        return (grey(255 - levels), f"{applied}; inverted") if image.info.get(_WHITE_KEY) else (grey(levels), applied)
+    if image.mode not in _COLOUR_MODES:
+        raise InputError(source, f"pixels in the colour space {image.mode} are not read; store the image in RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         coloured = image.convert("RGBA")
         black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, coloured)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    return np.array(image.convert("RGB"), dtype=np.uint8), None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from qfae_runtime.errors import OutputError
 from qfae_runtime.results import ROWS_NAME, RUN_NAME, read_record
 from qfae_runtime.writers.heatmap import is_ours
 from qfae_runtime.writers.maps import is_map, listed_names
-from qfae_runtime.writers.records import drop_torn_line, read_rows
+from qfae_runtime.writers.records import Row, drop_torn_line, keep_rows, read_rows
 
 _FILES = ("scores.csv", ROWS_NAME, "report.html", RUN_NAME, "metrics.json")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How far a run came that is gone on with: `files` with all their `rows`."""
+
+    files: int = 0
+    rows: int = 0
 
 
 class ResultsFolder:
@@ -62,15 +71,18 @@ class ResultsFolder:
                 "--overwrite to replace it, or choose another --out"
             )
 
-    def finished_sources(self, fingerprint: dict[str, Any], sources: list[str]) -> int:
-        """Return how many files of an interrupted run are done; an unfinished last row is dropped.
+    def finished_sources(self, fingerprint: dict[str, Any], sources: list[str]) -> Finished:
+        """Return how far an interrupted run came; an unfinished last row is dropped.
+
+        So are the rows of its last file where they are numbered by frames: nothing tells whether they are all of them,
+        unless the run came to its end.
 
         Raises:
             OutputError: the run in this folder had another engine, other options or other inputs; says which.
 
         """
         if not self.jsonl.exists():
-            return 0
+            return Finished()
         before = self.read_run().get("fingerprint")
         if not isinstance(before, dict):
             raise OutputError(
@@ -90,15 +102,25 @@ class ResultsFolder:
                 "--overwrite"
             )
         drop_torn_line(self.jsonl)
-        done = 0
+        done, rows, rows_before_last = 0, 0, 0
+        last: Row | None = None
         for row in read_rows(self.jsonl):
-            if done >= len(sources) or row.source != sources[done]:
+            if last is None or row.source != last.source:
+                if done >= len(sources) or row.source != sources[done]:
+                    raise OutputError(
+                        f"{self.jsonl}: row {rows + 1} is of another file than the input list has there; "
+                        "start afresh with --overwrite"
+                    )
+                done, rows_before_last = done + 1, rows
+            elif row.frame is None or last.frame is None or row.frame != last.frame + 1:
                 raise OutputError(
-                    f"{self.jsonl}: row {done + 1} is of another file than the input list has there; "
-                    "start afresh with --overwrite"
+                    f"{self.jsonl}: row {rows + 1} is not the next frame of its file; start afresh with --overwrite"
                 )
-            done += 1
-        return done
+            last, rows = row, rows + 1
+        if last is not None and last.frame is not None and not self.is_finished():
+            keep_rows(self.jsonl, rows_before_last)
+            return Finished(done - 1, rows_before_last)
+        return Finished(done, rows)
 
     def read_run(self) -> dict[str, Any]:
         """Return run.json; empty when it is missing, illegible or not ours."""

@@ -11,11 +11,12 @@ end take its last colour.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -24,6 +25,9 @@ from qfae_runtime.arrays import Float32, UInt8
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.golden import Golden
 from qfae_runtime.writers.colours import colour_table, overlay
+from qfae_runtime.writers.names import fitting
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 SOFTWARE = "qfae-run"
 _TOP_PERCENTILE = 99.9
@@ -34,6 +38,7 @@ _CELL_HEIGHT, _CELL_WIDTH = 64, 104  # at least: the colour bar has three number
 _MARGIN, _GAP, _CAPTION, _FOOTER, _BAR_GAP, _BAR, _NUMBERS = 12, 8, 24, 26, 16, 14, 64
 _BACKGROUND, _TEXT, _QUIET = (17, 18, 22), (236, 237, 240), (150, 154, 164)
 _SIGNATURE_BYTES = 256
+_FRAME_NAME = re.compile(r"\.f\d{4,}\.png$")
 
 
 @dataclass(frozen=True)
@@ -145,19 +150,27 @@ def is_ours(path: Path) -> bool:
 
 
 def heatmap_names(sources: Iterable[str]) -> list[str]:
-    """Name each source's heat map: its own path, ending in .png; equal ones get ~2, ~3."""
+    """Name each source's heat map: its own path, ending in .png; equal ones get ~2, ~3.
+
+    So do those that end as a frame's does (see frame_path), so that no source can take the name of another's frame.
+    """
     taken: set[str] = set()
     names = []
     for source in sources:
         path = PurePosixPath(source)
         stem = str(path.with_suffix("") if path.suffix.lower() == ".png" else path)
-        name, number = f"{stem}.png", 1
-        while name in taken:
+        name, number = fitting(f"{stem}.png"), 1
+        while name in taken or _FRAME_NAME.search(name):
             number += 1
-            name = f"{stem}~{number}.png"
+            name = fitting(f"{stem}~{number}.png")
         taken.add(name)
         names.append(name)
     return names
+
+
+def frame_path(path: AnyPath, frame: int | None) -> AnyPath:
+    """Name what is drawn of one frame: NAME.f0007.png for frame 7 of what would be NAME.png; `path` without frames."""
+    return path if frame is None else path.with_name(f"{path.stem}.f{frame:04d}{path.suffix}")
 
 
 @lru_cache(maxsize=1)

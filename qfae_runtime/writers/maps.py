@@ -9,21 +9,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from qfae_runtime.arrays import Float32
+from qfae_runtime.writers.heatmap import frame_path
+from qfae_runtime.writers.names import fitting
 
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(\d+, \d+\), \} *\n", re.DOTALL
 )
 _HEADER_BYTES = 128
+_FRAME_NAME = re.compile(r"\.f\d{4,}~*$")
 
 
-def map_name(source: str) -> str:
-    """Name a source's map below maps/: the whole path of the source, so that no two are alike, and .npy."""
-    return f"{source}.npy"
+def map_name(source: str, frame: int | None = None) -> str:
+    """Name a map below maps/: the whole path of its source, .f0007 for frame 7, and .npy; no two are alike.
+
+    A source that ends as the name of a frame does gets a ~ more.
+    """
+    whole = fitting(f"{source}{'~' if _FRAME_NAME.search(source) else ''}.npy")
+    return frame_path(PurePosixPath(whole), frame).as_posix()
 
 
 def save_map(anomaly_map: Float32, path: Path) -> None:
@@ -40,11 +47,11 @@ def save_map(anomaly_map: Float32, path: Path) -> None:
 
 
 def listed_names(rows_path: Path) -> set[str]:
-    """Name the maps of all sources in scores.jsonl; lines that are no rows are passed over.
+    """Name the maps of all rows in scores.jsonl; lines that are no rows are passed over.
 
     A .npy holds no mark of who wrote it. Its name in this list, and what is_map says, make it ours.
     """
-    return {map_name(source) for source in _sources(rows_path)}
+    return {map_name(source, frame) for source, frame in _pictures(rows_path)}
 
 
 def is_map(path: Path) -> bool:
@@ -58,7 +65,7 @@ def is_map(path: Path) -> bool:
         return False
 
 
-def _sources(rows_path: Path) -> Iterator[str]:
+def _pictures(rows_path: Path) -> Iterator[tuple[str, int | None]]:
     try:
         with rows_path.open("rb") as file:
             for line in file:
@@ -67,6 +74,7 @@ def _sources(rows_path: Path) -> Iterator[str]:
                 except ValueError:
                     continue
                 if isinstance(row, dict) and isinstance(row.get("source"), str):
-                    yield row["source"]
+                    frame = row.get("frame")
+                    yield row["source"], frame if isinstance(frame, int) else None
     except OSError:
         return

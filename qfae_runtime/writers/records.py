@@ -27,7 +27,8 @@ ERROR = "error"
 class Row:
     """One picture's line. Not calibrated: `threshold`, `decision`, `p_value` are None. An error: `error` says why.
 
-    `source` is the path below the run's root, with forward slashes; `label` is "good", "Ungood" or None.
+    `source` is the path below the run's root, with forward slashes; `frame` the picture's number in a file of several;
+    `label` is "good", "Ungood" or None; `applied` what was done to stored values ("window 40,400 (file)"), if anything.
     """
 
     source: str
@@ -39,26 +40,34 @@ class Row:
     status: str
     error: str | None
     label: str | None
+    applied: str | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
-def scored_row(source: str, frame: int | None, score: np.float32, decider: Decider | None, label: str | None) -> Row:
+def scored_row(
+    source: str,
+    frame: int | None,
+    score: np.float32,
+    decider: Decider | None,
+    label: str | None,
+    applied: str | None = None,
+) -> Row:
     """Make the row of a scored picture; a score that is not finite makes it an error row."""
     if not math.isfinite(score):
         reason = f"the engine returned a score that is not finite ({score}); report the image and the engine"
-        return error_row(source, frame, reason, label)
+        return error_row(source, frame, reason, label, applied)
     exact = float(format(float(score), ".9g"))
     if decider is None:
-        return Row(source, frame, exact, None, None, None, OK, None, label)
+        return Row(source, frame, exact, None, None, None, OK, None, label, applied)
     decision = "anomalous" if exact > decider.threshold else "normal"
-    return Row(source, frame, exact, decider.threshold, decision, decider.p_value(exact), OK, None, label)
+    return Row(source, frame, exact, decider.threshold, decision, decider.p_value(exact), OK, None, label, applied)
 
 
-def error_row(source: str, frame: int | None, reason: str, label: str | None) -> Row:
+def error_row(source: str, frame: int | None, reason: str, label: str | None, applied: str | None = None) -> Row:
     """Make the row of a picture that could not be scored."""
-    return Row(source, frame, None, None, None, None, ERROR, reason, label)
+    return Row(source, frame, None, None, None, None, ERROR, reason, label, applied)
 
 
 class RowWriter:
@@ -107,6 +116,14 @@ def drop_torn_line(path: Path) -> bool:
             return False
         file.truncate(position)
         return True
+
+
+def keep_rows(path: Path, number: int) -> None:
+    """Cut scores.jsonl after its first `number` rows."""
+    with path.open("r+b") as file:
+        for _ in range(number):
+            file.readline()
+        file.truncate(file.tell())
 
 
 def write_csv(rows_path: Path, csv_path: Path) -> None:

@@ -24,7 +24,7 @@ from qfae_runtime.pipeline import Job
 from qfae_runtime.writers import histogram
 from qfae_runtime.writers.colours import colour_table
 from qfae_runtime.writers.folder import ResultsFolder
-from qfae_runtime.writers.heatmap import ColourScale, read_panels
+from qfae_runtime.writers.heatmap import ColourScale, frame_path, read_panels
 from qfae_runtime.writers.records import OK, Row, read_rows
 
 GALLERY_LIMIT = 200
@@ -59,7 +59,7 @@ def write_report(
     """
     gathered = _gather(folder.jsonl)
     cards = [
-        {"row": row, "rank": rank, "strip": _strip(jobs[row.source].heatmap)}
+        {"row": row, "rank": rank, "strip": _strip(jobs[row.source].heatmap, row.frame)}
         for rank, (_, _, row) in enumerate(gathered.top, start=1)
     ]
     environment = jinja2.Environment(
@@ -108,9 +108,9 @@ def _gather(path: Path) -> _Gathered:
     return gathered
 
 
-def _strip(heatmap: Path | None) -> str | None:
+def _strip(heatmap: Path | None, frame: int | None) -> str | None:
     """Return the three panels of a heat map as a data URI; None if there is no heat map."""
-    strip = read_panels(heatmap) if heatmap is not None else None
+    strip = read_panels(frame_path(heatmap, frame)) if heatmap is not None else None
     if strip is None:
         return None
     if strip.width > _MAX_STRIP_WIDTH:

@@ -80,7 +80,7 @@ def test_empty_folder(tmp_path: Path, engine_path: Path) -> None:
     assert shown.exit_code == 1
     assert shown.stderr == (
         f"qfae-run: {folder}: no image in it (ignored: 1 x .txt; mask files: 0); "
-        "pass a folder with PNG, JPEG, BMP or TIFF images\n"
+        "pass a folder with PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI images\n"
     )
 
 

@@ -105,8 +105,8 @@ def test_files_that_go_or_change_while_they_are_read(
     """The list of files is made first; what has happened since then stands in the file's row."""
     victims = sorted(path.name for path in hostile.iterdir())[2:4]
 
-    def later(images: tuple[Path, ...], out: Path) -> object:
-        found = genuine(images, out)
+    def later(images: tuple[Path, ...], listed: tuple[Path, ...], out: Path) -> object:
+        found = genuine(images, listed, out)
         (hostile / victims[0]).unlink()
         (hostile / victims[1]).unlink()
         (hostile / victims[1]).mkdir()

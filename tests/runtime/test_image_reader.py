@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import io
 import os
+import struct
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from qfae_runtime.errors import InputError
+from qfae_runtime.readers import base, read_image, read_mask, read_slices
 from qfae_runtime.readers import image as reader
-from qfae_runtime.readers import read_image, read_mask, read_slices
 
 GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 
@@ -34,7 +38,7 @@ def test_lossless_grey_is_replicated(tmp_path: Path, suffix: str) -> None:
 def test_content_counts_and_not_the_suffix(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     Image.fromarray(GREY).save(path, format="PNG")
-    assert read_slices(path, "x")[0].pixels[5, 5, 0] == GREY[5, 5]
+    assert next(read_slices(path, "x")).pixels[5, 5, 0] == GREY[5, 5]
 
 
 def test_jpeg_is_close(tmp_path: Path) -> None:
@@ -52,6 +56,136 @@ def test_sixteen_bit_keeps_the_high_byte_and_never_saturates(tmp_path: Path, suf
 def test_an_8_bit_image_stored_in_16_bits_comes_back_exactly(tmp_path: Path) -> None:
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "x.png")
     np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels[:, :, 0], GREY)
+
+
+@pytest.mark.parametrize("form", ["png", "tiff", "tiff-lzw"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bit_colours_keep_their_high_byte(tmp_path: Path, form: str, channels: int) -> None:
+    """Written by OpenCV, which knows them; Pillow has no mode for them."""
+    values = np.random.default_rng(0).integers(0, 65536, (7, 9, channels), dtype=np.uint16)
+    values[0, 0, :3] = (255, 256, 65535)
+    if channels == 4:
+        values[:, :, 3] = 65535
+    path = tmp_path / f"x.{form.partition('-')[0]}"
+    assert cv2.imwrite(str(path), values, [cv2.IMWRITE_TIFF_COMPRESSION, 5] if form == "tiff-lzw" else [])
+    pixels = next(read_slices(path, "x")).pixels
+    np.testing.assert_array_equal(pixels, values[:, :, [2, 1, 0]] >> 8)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_cmyk_jpegs_of_both_kinds(tmp_path: Path, inverted: bool) -> None:
+    """Adobe's programs store CMYK inverted and say so in a marker of their own; without it, it is as it is."""
+    cmyk = np.zeros((16, 32, 4), np.uint8)
+    cmyk[:, :16] = (200, 100, 0, 20)
+    cmyk[:, 16:] = (0, 0, 0, 128)
+    buffer = io.BytesIO()
+    Image.fromarray(cmyk, "CMYK").save(buffer, "JPEG", quality=100, subsampling=0)
+    content = buffer.getvalue()
+    at = content.index(b"\xff\xee")
+    assert content[at + 4 : at + 9] == b"Adobe"
+    if not inverted:
+        content = content[:at] + content[at + 2 + int.from_bytes(content[at + 2 : at + 4], "big") :]
+        cmyk = 255 - cmyk  # what the same stream means without the marker
+    (tmp_path / "x").write_bytes(content)
+    pixels = next(read_slices(tmp_path / "x", "x")).pixels.astype(float)
+    ink = cmyk.astype(float)
+    assert np.abs(pixels - (255 - ink[:, :, :3]) * (255 - ink[:, :, 3:]) / 255).max() <= 3
+
+
+def test_pages_and_frames_are_rows_of_their_own(tmp_path: Path) -> None:
+    pages = [Image.fromarray(np.roll(GREY, shift)) for shift in range(4)]
+    pages[2] = pages[2].resize((9, 5))
+    pages[0].save(
+        tmp_path / "x.tiff", save_all=True, append_images=[*pages[1:3], Image.fromarray(GREY.astype(np.uint16))]
+    )
+    pieces = list(read_slices(tmp_path / "x.tiff", "x"))
+    assert [(piece.frame, piece.pixels.shape[:2]) for piece in pieces] == [
+        (0, (12, 20)),
+        (1, (12, 20)),
+        (2, (5, 9)),
+        (3, (12, 20)),
+    ]
+    for piece, page in zip(pieces[:3], pages, strict=False):
+        np.testing.assert_array_equal(piece.pixels[:, :, 0], np.asarray(page))
+    assert [piece.applied for piece in pieces] == [None, None, None, "16 bit, high byte"]
+    for suffix in ("webp", "png"):
+        path = tmp_path / f"y.{suffix}"
+        pages[0].save(path, save_all=True, append_images=[pages[1], pages[3]], lossless=True)
+        pieces = list(read_slices(path, "y"))
+        assert [piece.frame for piece in pieces] == [0, 1, 2]
+        for piece, shift in zip(pieces, (0, 1, 3), strict=True):
+            np.testing.assert_array_equal(piece.pixels[:, :, 0], np.roll(GREY, shift))
+
+
+def test_a_damaged_page_does_not_take_those_before_it(tmp_path: Path) -> None:
+    pages = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (30, 30), np.uint8)) for n in range(4)]
+    pages[0].save(tmp_path / "x.tiff", save_all=True, append_images=pages[1:], compression="tiff_adobe_deflate")
+    content = (tmp_path / "x.tiff").read_bytes()
+    (tmp_path / "x.tiff").write_bytes(content[: len(content) * 5 // 8])
+    pieces = read_slices(tmp_path / "x.tiff", "x")
+    assert [next(pieces).frame, next(pieces).frame] == [0, 1]
+    with pytest.raises(InputError, match="damaged or truncated image"):
+        next(pieces)
+
+
+def test_the_number_of_pages_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [Image.fromarray(np.roll(GREY, shift)) for shift in range(5)]
+    pages[0].save(tmp_path / "x.tiff", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(base, "MAX_FRAMES", 3)
+    pieces = reader.read_pages(tmp_path / "x.tiff", "x")
+    assert [next(pieces).frame for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(InputError, match="too large: 4 pictures in one file, the limit is 3"):
+        next(pieces)
+
+
+def tiff(values: Any, bits: int, photometric: int, content: bytes, order: str = "<") -> bytes:
+    """A TIFF of one strip, written by hand: (H, W) pixels, of which `content` are the bytes."""
+    height, width = values.shape
+    tags = [
+        *((256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)),
+        *((277, 3, 1), (278, 4, height), (279, 4, len(content))),
+    ]
+    content += b"\0" * (len(content) % 2)
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(f"{order}{'I' if kind == 4 else 'H2x'}", value)
+        for tag, kind, value in tags
+    )
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(content))
+    return head + content + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+def test_deep_tiffs_keep_to_what_their_header_says(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (6, 8))
+    path = tmp_path / "x.tiff"
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    path.write_bytes(tiff(values, 12, 1, packed.astype(np.uint8).tobytes()))
+    piece = next(read_slices(path, "x"))
+    np.testing.assert_array_equal(piece.pixels[:, :, 0], values >> 4)
+    assert piece.applied == "12 bit, high byte"
+    path.write_bytes(tiff(values, 16, 0, (values * 16).astype("<u2").tobytes()))
+    piece = next(read_slices(path, "x"))
+    np.testing.assert_array_equal(piece.pixels[:, :, 0], 255 - (values >> 4))
+    assert piece.applied == "16 bit, high byte; inverted"
+    path.write_bytes(tiff(values, 8, 0, (values >> 4).astype(np.uint8).tobytes()))
+    np.testing.assert_array_equal(next(read_slices(path, "x")).pixels[:, :, 0], 255 - (values >> 4))
+
+
+def test_a_kind_of_pixels_that_is_not_read_is_not_called_another_format(tmp_path: Path) -> None:
+    values = np.zeros((4, 4))
+    (tmp_path / "x.tiff").write_bytes(tiff(values, 64, 1, values.tobytes()))
+    with pytest.raises(InputError) as caught:
+        next(read_slices(tmp_path / "x.tiff", "x"))
+    assert caught.value.reason == (
+        "begins as a PNG, JPEG, BMP, TIFF or WebP image, but is damaged, or of a kind of pixels that is not read"
+    )
+
+
+def test_a_colour_space_that_is_not_read_is_named(tmp_path: Path) -> None:
+    Image.new("LAB", (4, 4)).save(tmp_path / "x.tiff")
+    with pytest.raises(InputError) as caught:
+        next(read_slices(tmp_path / "x.tiff", "x"))
+    assert caught.value.reason == "pixels in the colour space LAB are not read; store the image in RGB"
 
 
 def test_transparency_lies_on_black(tmp_path: Path) -> None:
@@ -115,7 +249,7 @@ def test_absurd_sizes_are_refused_before_decoding(tmp_path: Path, monkeypatch: p
     )
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     assert reason_for(tmp_path / "bomb.png").startswith("too large: its header asks for too many pixels")
-    monkeypatch.setattr(reader, "MAX_PIXELS", 100)
+    monkeypatch.setattr(base, "MAX_PIXELS", 100)
     Image.fromarray(GREY).save(tmp_path / "x.png")
     assert reason_for(tmp_path / "x.png").startswith("too large: got 20 x 12 pixels")
 
@@ -126,7 +260,7 @@ def test_pixels_without_a_range_and_several_pictures_are_refused(tmp_path: Path)
         "floating-point pixels have no stated range; store the image in 8 or 16 bit"
     )
     Image.fromarray(GREY.astype(np.int32)).save(tmp_path / "i.tiff")
-    assert reason_for(tmp_path / "i.tiff").startswith("32-bit integer pixels")
+    assert reason_for(tmp_path / "i.tiff").startswith("32-bit integer or signed pixels")
     page = Image.fromarray(GREY)
     page.save(tmp_path / "pages.tiff", save_all=True, append_images=[page, page])
     assert reason_for(tmp_path / "pages.tiff") == "holds 3 pictures, expected one; split it into single images"

@@ -24,7 +24,7 @@ def run(images: Path, engine: Path, out: Path, **options: Any) -> Summary:
 
 
 def table(out: Path) -> list[dict[str, str]]:
-    with (out / "scores.csv").open(newline="") as file:
+    with (out / "scores.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -40,7 +40,9 @@ def test_a_run_writes_everything(dataset: Path, engine_path: Path, tmp_path: Pat
         "scores.jsonl",
     ]
     rows = table(out)
-    assert list(rows[0]) == ["source", "frame", "score", "threshold", "decision", "p_value", "status", "error", "label"]
+    assert list(rows[0]) == [
+        *("source", "frame", "score", "threshold", "decision", "p_value", "status", "error", "label", "applied")
+    ]
     assert [row["source"] for row in rows] == sorted(row["source"] for row in rows)
     assert {row["label"] for row in rows} == {"good", "Ungood"}
     metrics = json.loads((out / "metrics.json").read_text())
@@ -98,7 +100,7 @@ def damage(dataset: Path) -> dict[str, str]:
     (good / "cut.png").write_bytes((good / "cut.png").read_bytes()[:900])
     return {
         "good/img/empty.png": "the file is empty (0 bytes)",
-        "good/img/text.png": "not a PNG, JPEG, BMP, TIFF or WebP image",
+        "good/img/text.png": "not a PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI image",
         "good/img/cut.png": "damaged or truncated image",
     }
 

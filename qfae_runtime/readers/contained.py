@@ -1,0 +1,174 @@
+"""Files whose decoders may crash, hang or take all memory are read in a process of their own.
+
+Such a process is started once and kept: each thread that reads takes an idle one, or starts another. One that crashes
+or takes too long for a picture is given up, and its file gets the reason; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from qfae_runtime.errors import InputError
+from qfae_runtime.readers.base import ReadOptions, Slice
+
+SECONDS_PER_PICTURE = 60.0
+"""After so many seconds without a picture a file is given up."""
+MEMORY_BYTES = 4 * 2**30
+"""Address space of a decoding process; what asks for more fails."""
+
+_NEXT, _STOP = b"next\n", b"stop\n"
+_PACKAGES = str(Path(__file__).parents[2])
+_idle: list[_Child] = []
+_lock = threading.Lock()
+
+
+def read_contained(kind: str, path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
+    """Read a file as dicom.read_frames or image.read_pages do, in another process, each picture as it is taken.
+
+    `kind` is what recognise.py says of the file.
+
+    Raises:
+        InputError: the file, or the picture that is due, cannot be read; or decoding it crashed or took too long.
+
+    """
+    child = _take()
+    unharmed = False
+    try:
+        child.ask(kind, path, options)
+        while (piece := child.answer(source)) is not None:
+            unharmed = True
+            yield piece
+            unharmed = False
+            child.tell(_NEXT)
+        unharmed = True
+    except GeneratorExit:
+        if unharmed:
+            child.tell(_STOP)
+        raise
+    except _ToldError as error:
+        unharmed = True
+        raise InputError(source, str(error)) from None
+    finally:
+        child.back() if unharmed else child.end()
+
+
+class _ToldError(Exception):
+    """The child said what is wrong with the file; it is well itself."""
+
+
+class _Child:
+    """A decoding process and the pipes to it."""
+
+    def __init__(self) -> None:
+        # The package is found wherever this one was, also where it is not installed.
+        paths = [_PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])]
+        limit = str(2 * math.ceil(SECONDS_PER_PICTURE))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qfae_runtime.readers.child", str(MEMORY_BYTES), limit],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+        )
+        self.late = False
+
+    def ask(self, kind: str, path: Path, options: ReadOptions) -> None:
+        request = {
+            "kind": kind,
+            "path": str(path.absolute()),
+            "window": options.window,
+            "axis": options.axis,
+            "slices": options.slices,
+        }
+        self.tell(json.dumps(request).encode() + b"\n")
+
+    def tell(self, line: bytes) -> None:
+        with suppress(OSError):  # it has died: the answer that does not come will say so
+            self._pipe(self.process.stdin).write(line)
+            self._pipe(self.process.stdin).flush()
+
+    def answer(self, source: str) -> Slice | None:
+        """Wait for the next picture; None after the last."""
+        self.late = False
+        timer = threading.Timer(SECONDS_PER_PICTURE, self._too_late)
+        timer.daemon = True
+        timer.start()
+        try:
+            answers = self._pipe(self.process.stdout)
+            line = answers.readline()
+            if not line.endswith(b"\n"):
+                raise InputError(source, self._fate())
+            answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise _ToldError(answer["error"])
+            if "end" in answer:
+                return None
+            height, width, channels = answer["shape"]
+            size = height * width * channels
+            content = bytearray(size)
+            if answers.readinto(content) != size:  # type: ignore[attr-defined]
+                raise InputError(source, self._fate())
+            pixels = np.frombuffer(content, np.uint8).reshape(height, width, channels)
+            return Slice(pixels, source, answer["frame"], answer["applied"])
+        finally:
+            timer.cancel()
+
+    def back(self) -> None:
+        """Keep the process for the next file."""
+        with _lock:
+            _idle.append(self)
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):
+                self._pipe(pipe).close()
+        self.process.wait()
+
+    def _too_late(self) -> None:
+        self.late = True
+        self.process.kill()
+
+    def _fate(self) -> str:
+        if self.late:
+            return f"damaged image (decoding was given up after {SECONDS_PER_PICTURE:.0f} s)"
+        code = self.process.wait()
+        if code == 1:  # Python ended in order, which it does not do at a damaged file
+            return "the decoding process could not be started; see that qfae can be imported by its Python"
+        return f"damaged image (its decoder crashed, exit {code})"
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        assert pipe is not None
+        return pipe
+
+
+def _take() -> _Child:
+    with _lock:
+        while _idle:
+            child = _idle.pop()
+            if child.process.poll() is None:
+                return child
+            child.end()
+    return _Child()
+
+
+@atexit.register
+def end_all() -> None:
+    """End the idle decoding processes; those in use end with the pipes to them."""
+    with _lock:
+        while _idle:
+            _idle.pop().end()

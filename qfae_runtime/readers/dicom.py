@@ -1,0 +1,232 @@
+"""DICOM to uint8 RGB, frame by frame, with pydicom and its plug-ins; what is done to the values: dicom_values.py.
+
+Compressed frames are decoded by libraries written in C and C++, which a damaged file can crash or send astray. Such
+files are therefore read in a process of their own (contained.py); `is_simple` says which are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qfae_runtime.errors import InputError
+from qfae_runtime.readers.base import NO_MEMORY, ReadOptions, Slice, check_frames, check_size, plain, unreadable
+from qfae_runtime.readers.dicom_objects import without_image
+from qfae_runtime.readers.dicom_values import Format, UnreadableValuesError, draw_colour, draw_grey, rule_of
+
+MISSING = "DICOM files need pydicom; install it with: pip install 'qfae[medical]'"
+_PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_NATIVE = (_IMPLICIT, _EXPLICIT, _BIG_ENDIAN)
+# Where several plug-ins can decode a syntax, the one whose results are known to be right is taken: GDCM converts
+# some JPEG colours twice, and fails on JPEG-LS of 6 or 7 bits.
+_BEST = {
+    "1.2.840.10008.1.2.4.50": "pillow",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+    "1.2.840.10008.1.2.5": "pylibjpeg",
+}
+_META_BYTES = 8192
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # a quoted value may be the patient's
+_RGB_AFTER_DECODING = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
+
+
+def is_simple(path: Path, source: str) -> bool:
+    """Say whether a file's pixels are neither compressed nor deflated, so that nothing but numpy touches them.
+
+    Raises:
+        InputError: the file cannot be read.
+
+    """
+    try:
+        with path.open("rb") as file:
+            return (_syntax(file) or _IMPLICIT) in _NATIVE
+    except OSError as error:
+        raise InputError(source, unreadable(error)) from None
+
+
+def read_frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
+    """Read a DICOM file frame by frame, in this process; `frame` counts them where there are several.
+
+    Raises:
+        InputError: the file, or the frame that is due, cannot be read; the frames before it have been given.
+
+    """
+    with _faults_told(path, source), path.open("rb") as file:
+        pydicom = _pydicom()
+        syntax = _syntax(file)
+        # A deflated data set is one stream: its pixels cannot be left where they are.
+        header = pydicom.dcmread(file, force=True, stop_before_pixels=syntax != _DEFLATED)
+        syntax = syntax or _guessed_syntax(header)
+        form, frames = _check(header, source)
+        if not (any(name in header for name in _PIXEL_DATA) if syntax == _DEFLATED else file.read(1)):
+            raise InputError(source, "no image to score: a DICOM header without the pixels it describes")
+        options_of_pydicom: dict[str, Any] = {
+            "correct_unused_bits": False,  # Format.cut does it, for every high bit
+            "apply_j2k_sign_correction": False,
+            "apply_jls_sign_correction": False,
+            "decoding_plugin": _plugin(syntax, form, source),
+            "number_of_frames": frames,
+        }
+        pixels: Any = header if syntax == _DEFLATED else file
+        if pixels is file:
+            options_of_pydicom["transfer_syntax_uid"] = pydicom.uid.UID(syntax)
+        number = 0
+        for stored in pydicom.pixels.iter_pixels(pixels, **options_of_pydicom):
+            if number == frames:
+                break
+            drawn, applied = _draw(stored, header, number, form, options)
+            yield Slice(drawn, source, number if frames > 1 else None, applied)
+            number += 1
+        if number < frames:
+            raise InputError(source, f"damaged or truncated DICOM image ({number} of {frames} frames are there)")
+
+
+def _draw(stored: Any, header: Any, frame: int, form: Format, options: ReadOptions) -> tuple[Any, str | None]:
+    if form.photometric in ("MONOCHROME1", "MONOCHROME2"):
+        if stored.ndim != 2:
+            raise UnreadableValuesError(f"expected grey values (H, W), got {stored.shape}")
+        return draw_grey(stored, form, rule_of(header, frame, form), options.window)
+    if form.photometric == "PALETTE COLOR":
+        coloured = _pydicom().pixels.apply_color_lut(form.cut(stored), header)[..., :3]
+        bits = 8 * coloured.dtype.itemsize
+        drawn, applied = draw_colour(coloured, Format(bits, bits - 1, False, "RGB"))
+        return drawn, "; ".join(filter(None, ("palette", applied)))
+    drawn, applied = draw_colour(stored, form)
+    converted = "from YBR" if form.photometric.startswith("YBR") else None
+    return drawn, "; ".join(filter(None, (converted, applied))) or None
+
+
+def _syntax(file: Any) -> str:
+    """Read the transfer syntax from the head of a file, which is left at its start; empty where it has none.
+
+    pydicom's own way there inflates a deflated file on its way, however large it becomes.
+    """
+    head = file.read(_META_BYTES)
+    file.seek(0)
+    at = 132 if head[128:132] == b"DICM" else 0
+    while head[at : at + 2] == b"\x02\x00" and at + 12 <= len(head):
+        element, representation = head[at + 2 : at + 4], head[at + 4 : at + 6]
+        wide = representation in (b"OB", b"OW", b"UN", b"SQ", b"UT")
+        length = struct.unpack_from("<I" if wide else "<H", head, at + (8 if wide else 6))[0]
+        at += 12 if wide else 8
+        if element == b"\x10\x00":
+            return str(head[at : at + length].decode("ascii", errors="replace").strip(" \0"))
+        at += length
+    return ""
+
+
+def _guessed_syntax(header: Any) -> str:
+    implicit, little = header.original_encoding
+    return _IMPLICIT if implicit else (_EXPLICIT if little else _BIG_ENDIAN)
+
+
+def _check(header: Any, source: str) -> tuple[Format, int]:
+    """Hold a header against what can be read, before any pixel is."""
+    pydicom = _pydicom()
+    uid = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+    name = pydicom.uid.UID(uid).name
+    if words := without_image(name):
+        raise InputError(source, f"no image to score: {words}")
+    if "Rows" not in header or "BitsAllocated" not in header:
+        what = f"a DICOM object ({name or 'of no stated class'})" if len(header) else "a DICOM header"
+        raise InputError(source, f"no image to score: {what} without pixels")
+    missing = [
+        key
+        for key in ("Columns", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
+        if header.get(key) is None and not (key == "PixelRepresentation" and header.BitsAllocated > 32)
+    ]
+    if header.Rows is None or header.BitsAllocated is None or missing:
+        raise InputError(source, f"damaged DICOM image (its header lacks {', '.join(missing or ['Rows'])})")
+    check_size(int(header.Columns), int(header.Rows), source)
+    frames = _frames(header)
+    allocated, samples = int(header.BitsAllocated), int(header.SamplesPerPixel)
+    check_frames(frames, int(header.Columns) * int(header.Rows) * max(1, allocated // 8) * samples, source)
+    stored = int(header.get("BitsStored") or allocated)
+    high = header.get("HighBit")
+    high = stored - 1 if high is None else int(high)
+    photometric = str(header.PhotometricInterpretation).strip()
+    if photometric not in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", *_RGB_AFTER_DECODING):
+        raise InputError(source, f"colours in {photometric} are not read; convert the file to RGB")
+    if not (1 <= stored <= high + 1 <= allocated <= 64):
+        raise InputError(
+            source, f"damaged DICOM image (bits allocated {allocated}, stored {stored}, high bit {high} cannot be)"
+        )
+    return Format(stored, high, header.get("PixelRepresentation") == 1, photometric), frames
+
+
+def _frames(header: Any) -> int:
+    text = header.get("NumberOfFrames")
+    try:
+        return max(1, int(text or 1))
+    except (TypeError, ValueError):
+        raise UnreadableValuesError(f"number of frames {str(text)[:20]!r}") from None
+
+
+def _plugin(syntax: str, form: Format, source: str) -> str:
+    """Choose who decodes a syntax; empty for uncompressed pixels.
+
+    Raises:
+        InputError: no plug-in is installed that can.
+
+    """
+    pydicom = _pydicom()
+    uid = pydicom.uid.UID(syntax)
+    try:
+        decoder = pydicom.pixels.get_decoder(uid)
+    except NotImplementedError:
+        raise InputError(source, f"compressed as {uid.name}, which is not read; convert the file") from None
+    if uid in (*_NATIVE, _DEFLATED):
+        return ""
+    if not decoder.is_available:
+        raise InputError(source, f"compressed as {uid.name}; its decoder comes with: pip install 'qfae[medical]'")
+    if syntax == _JPEG_EXTENDED and form.bits > 8 and "pylibjpeg" not in decoder.available_plugins:
+        raise InputError(
+            source,
+            f"compressed as JPEG Extended with {form.bits} bits, for which no decoder is installed; convert the file, "
+            "or install one with: pip install pylibjpeg-libjpeg (its licence is the GPL)",
+        )
+    best = _BEST.get(syntax, "")
+    return best if best in decoder.available_plugins else ""
+
+
+@lru_cache(maxsize=1)
+def _pydicom() -> Any:
+    """Import pydicom and keep it silent: what it says of a damaged file may hold the patient's data."""
+    import pydicom
+    import pydicom.pixels
+
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="pydicom")
+    return pydicom
+
+
+@contextmanager
+def _faults_told(path: Path, source: str) -> Iterator[None]:
+    """Make an InputError of whatever pydicom and its plug-ins raise at a damaged file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UnreadableValuesError as error:
+        raise InputError(source, f"damaged DICOM image ({error})") from None
+    except Exception as error:  # a damaged file makes pydicom raise anything, RecursionError and KeyError included
+        if isinstance(error, ModuleNotFoundError) and error.name == "pydicom":
+            raise InputError(source, MISSING) from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(source, unreadable(error)) from None
+        if isinstance(error, MemoryError):
+            raise InputError(source, NO_MEMORY) from None
+        words = _QUOTED.sub("...", plain(error, path))
+        raise InputError(source, f"damaged or truncated DICOM image ({words})") from None

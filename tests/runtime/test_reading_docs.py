@@ -1,0 +1,39 @@
+"""The document on reading states the limits and defaults that the code has."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from qfae_runtime import pipeline
+from qfae_runtime.readers import base, contained, window
+from qfae_runtime.readers.dicom import MISSING
+
+from . import fuzz
+
+ROOT = Path(__file__).parents[2]
+TEXT = " ".join((ROOT / "docs" / "reading.md").read_text(encoding="utf-8").split())
+
+
+def test_limits() -> None:
+    for said in (
+        f"{base.MAX_PIXELS:,} pixels, {base.MAX_SIDE:,} on a side",
+        f"{base.MAX_FRAMES:,} pictures; {base.MAX_DECODED_BYTES // 2**30} GiB of pixels, decompressed",
+        f"{base.MAX_VOLUME_BYTES // 2**30} GiB as stored, decompressed",
+        f"{contained.SECONDS_PER_PICTURE:.0f} seconds, {contained.MEMORY_BYTES // 2**30} GiB of address space",
+        f"decoded {pipeline.FRAMES_AT_ONCE} frames at a time",
+        f"within {fuzz.SECONDS_PER_FILE:.0f} seconds and {fuzz.MEMORY_BYTES // 2**30} GiB",
+        f"the {window.LOW_PERCENTILE}th and {window.HIGH_PERCENTILE}th percentile of the frame",
+        MISSING.partition("with: ")[2],
+    ):
+        assert said in TEXT, said
+
+
+def test_the_decoders_of_the_table_are_in_the_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = {re.split(r"[>=<]", one)[0] for one in project["optional-dependencies"]["medical"]}
+    for name in ("pylibjpeg-rle", "python-gdcm", "pyjpegls", "pylibjpeg-openjpeg"):
+        assert f"| {name} |" in TEXT
+        assert name in extra
+    assert "pylibjpeg-libjpeg" not in extra
