@@ -23,7 +23,7 @@ from qfae_export.precision import Precision
 from qfae_export.rounded import RoundedEngine
 from qfae_runtime.agreement import Scale
 from qfae_runtime.certificate import PYTORCH, Link
-from qfae_runtime.contract import CONTRACTS
+from qfae_runtime.contract import CONTRACTS, owed
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_train.autoencoder import AnomalyScorer
 
@@ -95,6 +95,20 @@ class Chain:
             self._add(step, report.contract.name, report.outputs, list(range(len(self.images))))
         links = (*self.links, *self._rounded(report.contract.name))
         return accepted(replace(report, links=links), file, backend)
+
+    def branch(self, engine: Engine, step: str) -> ParityReport:
+        """Measure another backend on the file of the last step, and pass no verdict; the chain stays as it is.
+
+        The report's links are the chain's and one from its last step to this.
+        """
+        contract = owed("fp32", engine.backend)
+        report = measure(engine, self.images, self.reference, CONTRACTS[contract], self.scale)
+        if report.outputs is None:
+            return report
+        labels = [self.images.labels[number] for number in self.numbers]
+        got = report.outputs.of(self.numbers)
+        step_link = link(self.last, step, self.outputs, got, contract, self.scale, labels)
+        return replace(report, links=(*self.links, step_link))
 
     def _rounded(self, precision: str) -> tuple[Link, ...]:
         return (self.rounded,) if self.rounded is not None and self.rounded.contract == precision else ()

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from qfae_export.errors import ExportError
-from qfae_export.options import DEFAULT_MAX_BATCH, PARTS, Options
+from qfae_export.options import DEFAULT_MAX_BATCH, PARTS, REFERENCE, Options
 from qfae_export.verify_cli import verify_command
 from qfae_runtime import __version__
 from qfae_runtime.command_line import (
@@ -25,6 +25,7 @@ from qfae_runtime.command_line import (
     unexpected,
     whole_number,
 )
+from qfae_runtime.engines import CPU_BACKENDS
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_runtime.manifest import FORMATS, MAX_BATCH
 from qfae_train.config import presets
@@ -46,6 +47,7 @@ Exit codes: 0 done; 1 failed (nothing is left under the engine's name); 2 wrong 
 Examples:
   qfae-export --ckpt demo.pt --out engines/
   qfae-export --ckpt brats.pt --fp16
+  qfae-export --ckpt brats.pt --backends onnxruntime,openvino,openvino-bf16
   qfae-export --onnx brats.fp16.onnx
   qfae-export verify --engine brats.onnx --ckpt brats.pt
 """
@@ -77,6 +79,13 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     metavar="|".join(FORMATS),
     help="Stop at ONNX, or insist on a plan: of TensorRT, or of TensorRT-RTX, which needs no GPU to build.  "
     "[default: with --fp16 a plan where one can be built, else onnx]",
+)
+@click.option(
+    "--backends",
+    metavar=",".join(CPU_BACKENDS),
+    default=REFERENCE,
+    show_default=True,
+    help="What the FP32 engine is measured on here; each that keeps its contract gets a certificate.",
 )
 @click.option("--bisect", is_flag=True, help="Where FP16 breaks its contract, find what must stay FP32.")
 @click.option("--part", metavar="|".join(PARTS), default=PARTS[0], show_default=True, help="The whole graph or a half.")
@@ -149,6 +158,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         fp16=given["fp16"],
         format=given["format"],
         bisect=given["bisect"],
+        backends=tuple(dict.fromkeys(given["backends"].split(","))),
         part=given["part"],
         onnx=Path(given["onnx"]) if given["onnx"] else None,
         random_weights=_seed(given["random_weights"], faults),
@@ -182,6 +192,8 @@ def _steps(console: Console) -> Iterator[Callable[[str], None]]:
 def _show(exported: Exported, options: Options, console: Console) -> None:
     for report in exported.reports.values():
         _show_report(report, console)
+    for backend, report in exported.others.items():
+        _show_other(backend, report, console)
     if exported.bisected is not None:
         console.print(exported.bisected.table())
     if exported.reports:
@@ -200,6 +212,20 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
         return  # the note says what to do next
     extra = "" if exported.reports else " --allow-uncertified"
     console.print(f"next: qfae-run IMAGES --engine {engine} --out results/{extra}", soft_wrap=True, markup=False)
+
+
+def _show_other(backend: str, report: ParityReport, console: Console) -> None:
+    console.print(f"the FP32 engine in {backend}:")
+    console.print(report.table())
+    if report:
+        console.print(f"{backend}: keeps its contract ({report.contract.name}) and is certified", soft_wrap=True)
+        return
+    for failure in report.failures():
+        console.print(f"{backend}: {failure}", soft_wrap=True, markup=False)
+    console.print(
+        f"{backend}: breaks its contract ({report.contract.name}) and is not certified; qfae-run does not take it",
+        soft_wrap=True,
+    )
 
 
 def _show_images(exported: Exported, options: Options, console: Console) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qfae_export.backends import measure_others
 from qfae_export.bisect import Bisected, bisect
 from qfae_export.chain import Chain
 from qfae_export.describe import bytes_of, manifest_of, provenance_of
@@ -28,7 +29,7 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
 from qfae_export.images import ParityImages, choose, largest_batch
 from qfae_export.onnx_file import write_onnx
-from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, Options
+from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, REFERENCE, Options
 from qfae_export.parity import ParityError, ParityReport, certificate_of, golden_of
 from qfae_export.plans import SUFFIXES, Planned, add_plan, rebuild, wanted
 from qfae_export.precision import FP16, FP32, Precision
@@ -36,10 +37,9 @@ from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.command_line import size_text
-from qfae_runtime.engines import open_engine
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
-from qfae_runtime.errors import OutputError, UsageError, cure_of_writing
+from qfae_runtime.errors import ManifestError, OutputError, UsageError, cure_of_writing
 from qfae_runtime.golden import save_golden
 from qfae_runtime.manifest import Manifest
 from qfae_train.autoencoder import AnomalyScorer
@@ -55,14 +55,16 @@ Say = Callable[[str], None]
 class Exported:
     """Certified engines of one model: their files, the manifest, and what was measured of each.
 
-    `reports` holds a report by engine file; engines of random weights have none. `chain` is None where no PyTorch was
-    at hand.
+    `reports` holds a report by engine file; engines of random weights have none. `others` are those of further backends
+    on the FP32 engine, by backend; one that broke its contract is among them, and is not certified. `chain` is None
+    where no PyTorch was at hand.
     """
 
     folder: Path
     manifest: Manifest
     engines: tuple[str, ...]
     reports: dict[str, ParityReport] = field(default_factory=dict)
+    others: dict[str, ParityReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     from_onnx: bool = False
     bisected: Bisected | None = None
@@ -115,6 +117,7 @@ class _Measurements:
 
     reports: dict[str, ParityReport] = field(default_factory=dict)
     certificates: list[CertificateEntry] = field(default_factory=list)
+    others: dict[str, ParityReport] = field(default_factory=dict)
     bisected: Bisected | None = None
 
 
@@ -203,10 +206,25 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
         manifest.precision[options.engine_name + FP16_SUFFIX]["bisected"] = measured.bisected.to_dict()
     manifest.save(folder / f"{manifest.name}.json")
     if golden is not None:
-        for engine in written.engines:  # the runtime's own door: files must open, their hashes and certificate fit
-            open_engine(folder / engine).close()
+        _check_as_written(folder, manifest.name)
     engines = tuple(written.engines)
-    return Exported(folder, manifest, engines, measured.reports, bisected=measured.bisected, chain=chain)
+    return Exported(
+        folder, manifest, engines, measured.reports, measured.others, bisected=measured.bisected, chain=chain
+    )
+
+
+def _check_as_written(folder: Path, name: str) -> None:
+    """Ask of the files as written what the runtime asks before it loads an engine: hashes, and certificates that fit.
+
+    Raises:
+        ManifestError: they do not fit one another.
+
+    """
+    manifest = Manifest.load(folder / f"{name}.json")
+    manifest.verify_files(folder)
+    for engine in (file for file, entry in manifest.files.items() if entry.role == "engine"):
+        if manifest.certified(engine, REFERENCE, "cpu") is None:
+            raise ManifestError(f"{engine}: its certificate does not fit it as written; export again, or report this")
 
 
 def _measure(written: _Written, chain: Chain, source: _Source, options: Options, say: Say) -> _Measurements:
@@ -232,6 +250,10 @@ def _measure(written: _Written, chain: Chain, source: _Source, options: Options,
         report = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
         measured.reports[engine] = report
         measured.certificates.append(certificate_of(files[0], opened, report))
+        if precision.name == "fp32":
+            others = measure_others(files[0], chain, source.max_batch, options.backends, say)
+            measured.others |= {one.backend: one.report for one in others}
+            measured.certificates += [one.entry for one in others if one.entry is not None]
     return measured
 
 

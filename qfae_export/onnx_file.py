@@ -23,6 +23,7 @@ import torch
 
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph, Reconstruction
+from qfae_export.simplify import simplify
 from qfae_runtime import __version__
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES
 from qfae_runtime.manifest import MAX_BATCH
@@ -92,15 +93,17 @@ def trace(graph: InferenceGraph) -> ir.Model:
                 input_names=inputs,
                 output_names=outputs,
                 dynamic_shapes=shapes,
+                optimize=False,
                 verbose=False,
             )
+            model: ir.Model = exported.model
+            simplify(model)
     except Exception as error:  # tracer, decompositions and translation raise a dozen kinds
         reason = (str(error).splitlines() or [""])[0][:300]
         raise ExportError(
             f"torch {torch.__version__} cannot express the model in ONNX: {type(error).__name__}: {reason}; "
             "export with the versions of torch and onnxscript this project is tested with, or report the configuration"
         ) from error
-    model: ir.Model = exported.model
     _name_nodes(model)
     _strip(model)
     return model

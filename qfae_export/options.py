@@ -6,11 +6,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qfae_runtime.engines import CPU_BACKENDS
+from qfae_runtime.engines.backends import NOT_INSTALLED, lacking, reference_of
 from qfae_runtime.manifest import FORMATS
 from qfae_train.weight_files import WeightFiles
 
 DEFAULT_MAX_BATCH = 32
 PARTS = ("full", "reconstruction", "scorer")
+REFERENCE = reference_of("onnx").name
 FP16_SUFFIX = ".fp16.onnx"
 
 _TAKEN = (".fp16", ".rtx", ".golden", ".reconstruction", ".scorer")
@@ -33,6 +36,7 @@ class Options:
     name            NAME of NAME.onnx, NAME.json, NAME.golden.npz; None: the checkpoint's name without suffix
     max_batch       largest batch of the engine; None: DEFAULT_MAX_BATCH, or as many as there are parity images
     fp16            write NAME.fp16.onnx as well
+    backends        CPU backends that the FP32 engine is measured on, "onnxruntime" among them; each gets a certificate
     format          "onnx", "plan" or "rtx-plan"; None: a plan with fp16 where one can be built, else ONNX
     part            "full", or one half of the graph
     bisect          where FP16 breaks its contract, find what must stay FP32
@@ -53,6 +57,7 @@ class Options:
     bisect: bool = False
     random_weights: int | None = None
     onnx: Path | None = None
+    backends: tuple[str, ...] = (REFERENCE,)
 
     @property
     def folder(self) -> Path:
@@ -103,6 +108,7 @@ class Options:
                 for name, given in (("--bisect", self.bisect), ("--parity-images", self.parity_images is not None))
                 if given
             ]
+        faults += self._faults_of_backends()
         if self.bisect and not self.fp16 and self.onnx is None:
             faults.append("--bisect: finds what must stay FP32 in an FP16 engine; pass --fp16 too")
         if self.onnx is not None:
@@ -121,6 +127,28 @@ class Options:
             faults.append(f"--out: {self.folder} is a file; name a folder")
         return faults
 
+    def _faults_of_backends(self) -> list[str]:
+        unknown = [
+            f"--backends: got {name!r}, accepted are {', '.join(CPU_BACKENDS)}"
+            for name in self.backends
+            if name not in CPU_BACKENDS
+        ]
+        if unknown:
+            return unknown
+        faults = []
+        if REFERENCE not in self.backends:
+            faults.append(f"--backends: {REFERENCE} is missing, the reference that every export is measured on; add it")
+        for name in self.backends:
+            reason = lacking(name, "cpu")
+            if reason is not None:
+                cure = ": pip install 'qfae[openvino]'" if reason == NOT_INSTALLED else ""
+                faults.append(f"--backends: {name}: {reason}{cure}")
+        if self.backends != (REFERENCE,) and self.part != "full":
+            faults.append("--backends: means nothing with --part, for half an engine scores nothing")
+        if self.backends != (REFERENCE,) and self.random_weights is not None:
+            faults.append("--backends: means nothing with --random-weights, which are measured on nothing")
+        return faults
+
     def _faults_of_rebuilding(self) -> list[str]:
         idle = (
             ("--out", self.out is not None),
@@ -130,6 +158,7 @@ class Options:
             ("--fp16", self.fp16),
             ("--part", self.part != "full"),
             ("--bisect", self.bisect),
+            ("--backends", self.backends != (REFERENCE,)),
         )
         faults = [
             f"{name}: means nothing with --onnx, whose plan is written beside it as its manifest says"

@@ -29,9 +29,9 @@ from qfae_runtime.golden import MAX_IMAGES, Golden
 from qfae_train.autoencoder import AnomalyScorer
 
 _REFERENCE_BATCH = 8
-_ODD_BATCHES = (7, 5, 3)
+_ODD_BATCH = 3
 
-# At batch 1 and the odd batch, some of the images tell whether the batch size matters; at the largest batch all are
+# At batch 1 and the odd batch, three of the images tell whether the batch size matters; at the largest batch all are
 # measured. All images at every size would take three times as long and say nothing more.
 _SINGLES = 3
 
@@ -179,7 +179,7 @@ def batch_sizes(max_batch: int, own: Iterable[int] = ()) -> tuple[int, ...]:
 
     A plan has kernels of its own for each of its sizes, and one of them may be wrong.
     """
-    odd = next((size for size in _ODD_BATCHES if size < max_batch), 1)
+    odd = _ODD_BATCH if max_batch > _ODD_BATCH else 1
     return tuple(sorted({1, odd, max_batch, *(size for size in own if size <= max_batch)}))
 
 

@@ -20,7 +20,8 @@ from qfae_export.parity import ParityReport, accepted, certificate_of, link, mea
 from qfae_export.tensorrt_plan import Plan, build_plan
 from qfae_runtime.certificate import Link
 from qfae_runtime.contract import CONTRACTS
-from qfae_runtime.engines import RUNS, open_engine
+from qfae_runtime.engines import open_engine
+from qfae_runtime.engines.backends import reference_of
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.tensorrt import TensorRtEngine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, cure_of_writing
@@ -181,7 +182,7 @@ def _against_fp32(options: Options, manifest: Manifest, onnx: Path, say: Say) ->
         )
     images = choose(options.parity_images, manifest.preprocess, manifest.max_batch)
     say(f"scoring {len(images)} images with {fp32.name}, the certified reference")
-    with open_engine(fp32) as opened:
+    with open_engine(fp32, backend=None) as opened:
         reference = run_in_batches(opened.engine, images.pixels, min(8, opened.engine.max_batch))
     scale, precision = scale_of(images, reference), manifest.files[onnx.name].precision or "fp32"
 
@@ -200,7 +201,7 @@ def _open(plan: Plan, manifest: Manifest) -> Engine:
         plan.path.read_bytes(),
         manifest.image_size,
         manifest.max_batch,
-        backend=RUNS[plan.kind][0],
+        backend=reference_of(plan.kind).name,
         name=str(plan.path),
     )
 

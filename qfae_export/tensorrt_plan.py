@@ -26,7 +26,7 @@ from qfae_export.onnx_facts import read_facts
 from qfae_export.tensorrt_session import Profile, Session
 from qfae_runtime.engines.cuda import Gpu
 from qfae_runtime.errors import OutputError
-from qfae_runtime.selftest import cache_folder
+from qfae_runtime.verdicts import cache_folder
 
 RTX_TARGETS = ("SM80", "SM86", "SM89", "SM120")
 """Compute capabilities of an rtx-plan by the library's names: Ampere, Ada and Blackwell cards.

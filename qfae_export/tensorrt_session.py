@@ -16,8 +16,9 @@ from typing import Any
 from qfae_export.builders import Builder
 from qfae_export.errors import ExportError
 from qfae_export.onnx_facts import OnnxFacts
+from qfae_runtime.engines.base import one_line
 from qfae_runtime.engines.cuda import Gpu
-from qfae_runtime.engines.plan import logger_of, one_line
+from qfae_runtime.engines.plan import logger_of
 
 
 @dataclass(frozen=True)

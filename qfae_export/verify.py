@@ -9,7 +9,7 @@ from pathlib import Path
 from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages, choose
 from qfae_export.parity import ParityReport, certificate_of, measure, reference_scores
-from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.errors import ManifestError, OutputError, cure_of_writing
@@ -28,18 +28,21 @@ def verify(
     config: str | None = None,
     weights: WeightFiles | None = None,
     parity_images: Path | None = None,
+    backend: str | None = None,
     device: str = "auto",
     record: bool = False,
     say: Callable[[str], None] = lambda step: None,
 ) -> ParityReport:
     """Measure an engine on this machine; with `record` and a kept contract, write the certificate into the manifest.
 
+    `backend` None: the one that the file is exported for.
+
     Raises:
         ExportError: the checkpoint is another than the engine's, or there is nothing to measure with.
         EngineError, ManifestError, CheckpointError: a file is missing, damaged, or does not fit the others.
 
     """
-    with open_engine(engine, device=device, allow_uncertified=True) as opened:
+    with open_engine(engine, backend=backend, device=device, allow_uncertified=True) as opened:
         precision = opened.manifest.files[engine.name].precision or "fp32"
         policy = opened.manifest.precision.get(engine.name, {}).get("policy")
         if policy != precision:
@@ -47,7 +50,7 @@ def verify(
                 f"{opened.manifest.name}.json: {engine.name} is {precision} in 'files' and {policy} in 'precision'; "
                 "export the engine again"
             )
-        contract = CONTRACTS[precision]
+        contract = CONTRACTS[owed(precision, opened.engine.backend)]
         if ckpt is None:
             if record:
                 raise ExportError(

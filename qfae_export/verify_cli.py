@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from qfae_runtime.command_line import CONTEXT, ended_in_order, fail, unexpected
-from qfae_runtime.engines import DEVICES
+from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_train.config import presets
 from qfae_train.options import config_source, needing_extra, weight_options
@@ -23,6 +23,7 @@ Exit codes: 0 the engine keeps its contract; 1 it does not, or could not be meas
 \b
 Examples:
   qfae-export verify --engine brats.onnx
+  qfae-export verify --engine brats.onnx --ckpt brats.pt --backend openvino --record
   qfae-export verify --engine brats.plan --ckpt brats.pt --parity-images scans/ --record
 """
 
@@ -35,6 +36,7 @@ Examples:
 @click.option("--preset", metavar="NAME", help=f"Architecture of the authors' checkpoint: {', '.join(presets())}.")
 @click.option("--config", metavar="FILE.toml", help="The same as a file of your own.")
 @click.option("--parity-images", metavar="DIR", help="Real images to measure on, normal and anomalous; with --ckpt.")
+@click.option("--backend", metavar="|".join(BACKENDS[1:]), help="What runs it.  [default: what it was exported for]")
 @click.option("--device", metavar="|".join(DEVICES), default=DEVICES[0], show_default=True, help="Where it runs.")
 @click.option("--record", is_flag=True, help="Write what was measured into the manifest, as its certificate here.")
 @weight_options
@@ -76,6 +78,8 @@ def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any
     faults = [unexpected(verify_command, text) for text in rest]
     if not given["engine"]:
         faults.append("--engine: missing; name the engine that qfae-export wrote")
+    if given["backend"] is not None and given["backend"] not in BACKENDS[1:]:
+        faults.append(f"--backend: got {given['backend']!r}, accepted are {', '.join(BACKENDS[1:])}")
     config = config_source(given, faults)
     if not given["ckpt"]:
         faults += [
@@ -92,6 +96,7 @@ def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any
         "config": config,
         "weights": weights,
         "parity_images": Path(given["parity_images"]) if given["parity_images"] else None,
+        "backend": given["backend"],
         "device": given["device"],
         "record": given["record"],
     }

@@ -9,8 +9,10 @@ from typing import Any
 
 from qfae_runtime.errors import ManifestError
 
+_CURE = "export the engine again"
 
-def parse_json(text: str | bytes, where: str) -> Any:
+
+def parse_json(text: str | bytes, where: str, cure: str = _CURE) -> Any:
     """Parse strict JSON: NaN, Infinity, duplicate keys and numbers that overflow are refused.
 
     Raises:
@@ -20,7 +22,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not valid JSON: {error}; export the engine again") from None
+        raise ManifestError(f"{where}: not valid JSON: {error}; {cure}") from None
 
 
 def _refuse(constant: str) -> Any:
@@ -44,8 +46,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class Fields:
     """One JSON object being taken apart. `finish` refuses keys that nobody asked for."""
 
-    def __init__(self, value: Any, where: str, key: str = "") -> None:
+    def __init__(self, value: Any, where: str, key: str = "", cure: str = _CURE) -> None:
         self._where = where
+        self._cure = cure
         self._key = key
         self._taken: set[str] = set()
         if not isinstance(value, dict):
@@ -111,7 +114,7 @@ class Fields:
 
     def inner(self, key: str) -> Fields:
         """Take an object to be taken apart in turn."""
-        return Fields(self._take(key), self._where, self._path(key))
+        return Fields(self._take(key), self._where, self._path(key), self._cure)
 
     def is_null(self, key: str) -> bool:
         """Say whether a key holds null, and count it as taken if so."""
@@ -130,7 +133,7 @@ class Fields:
 
     def _take(self, key: str) -> Any:
         if key not in self._values:
-            raise ManifestError(f"{self._where}: key {self._path(key)!r} is missing; export the engine again")
+            raise ManifestError(f"{self._where}: key {self._path(key)!r} is missing; {self._cure}")
         self._taken.add(key)
         return self._values[key]
 

@@ -12,23 +12,28 @@ from typing import Any
 import click
 
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, dispatch, fail, unknown_option, whole_number
-from qfae_runtime.engines import BACKENDS, DEVICES
+from qfae_runtime.calibrate_cli import calibrate_command
+from qfae_runtime.cli_options import (
+    engine_options,
+    parse_engine_options,
+    parse_images,
+    parse_reading_options,
+    reading_options,
+)
+from qfae_runtime.command_line import CONTEXT, dispatch, ended_in_order, fail
 from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
-from qfae_runtime.lists import read_list
 from qfae_runtime.progress import Reporter
-from qfae_runtime.readers.base import AXES, ReadOptions, parse_slices, parse_window
 from qfae_runtime.run import Options, Summary, execute
 
 PROGRAM = "qfae-run"
 SOME_INPUTS_FAILED = 3
-_MAX_WHOLE = 4096
 
 _EPILOG = """\b
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some files could not be scored (each has its row).
 
 \b
-Example:
+Examples:
+  qfae-run calibrate normal-scans/ --engine demo.onnx --fpr 0.05
   qfae-run scans/ --engine demo.onnx --out results/
 """
 
@@ -40,26 +45,27 @@ Example:
     context_settings=CONTEXT,
 )
 @click.argument("images", nargs=-1, metavar="IMAGES...", type=click.UNPROCESSED)
-@click.option("--engine", metavar="FILE", help="Engine file, e.g. demo.onnx; its manifest lies beside it.  [required]")
+@engine_options
 @click.option("--out", metavar="DIR", help=f"Folder for the results.  [default: {Options.out}]")
-@click.option("--batch-size", metavar="N", help="Images per run of the engine.  [default: 16, or what it takes]")
-@click.option("--backend", metavar="|".join(BACKENDS), help=f"What runs it.  [default: {Options.backend}]")
-@click.option("--device", metavar="|".join(DEVICES), help=f"Where it runs.  [default: {Options.device}]")
-@click.option("--threads", metavar="N", help="Compute threads of the engine.  [default: all cores]")
 @click.option("--no-maps", is_flag=True, help="Scores only: no heat maps, no pixel metrics.")
 @click.option(
     "--save-maps", is_flag=True, help="Keep every anomaly map in maps/, float16 .npy in the image's own size."
 )
 @click.option("--labels", metavar="FILE.csv", help="Labels (source,label) in place of the folder names good/Ungood.")
-@click.option(
-    "--window", metavar="CENTER,WIDTH", help="Grey window of DICOM and NIfTI, e.g. 40,400.  [default: the file's]"
-)
-@click.option("--axis", metavar="|".join(AXES), help=f"How NIfTI volumes are sliced.  [default: {ReadOptions.axis}]")
-@click.option("--slices", metavar="FROM:TO", help="Slices of NIfTI volumes, TO not included.  [default: all]")
+@reading_options
 @click.option("--overwrite", is_flag=True, help="Replace the results in --out; removes only what qfae-run wrote.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
-@click.option("--selftest", is_flag=True, help="Run the self-test even if it passed here before.")
-@click.option("--allow-uncertified", is_flag=True, help="Run an engine that was never compared with PyTorch.")
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="Threshold to decide by, from qfae-run calibrate.  [default: ENGINE.calibration.json, if there is one]",
+)
+@click.option(
+    "--deidentify",
+    metavar="KEYFILE",
+    help="Put keyed hashes in the place of paths and UIDs in all results; the file holds the key.",
+)
+@click.option("--hash-inputs", is_flag=True, help="Put a SHA-256 of all input files in run.json; reads them twice.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary; errors still go to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.version_option(__version__, prog_name=PROGRAM)
@@ -74,8 +80,8 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a file stands in its row
     try:
         options = parse_options(images, given)
-        with Reporter(sys.stderr, quiet=quiet) as reporter:
-            summary = execute(options, reporter.update)
+        with ended_in_order(), Reporter(sys.stderr, quiet=quiet) as reporter:
+            summary = execute(options, reporter.update, lambda line: reporter.say(f"{PROGRAM}: {line}"))
     except QfaeError as error:
         fail(PROGRAM, error)
     except KeyboardInterrupt:  # while the engine was opened or the report written
@@ -92,7 +98,7 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
 
 
 # Every further command of qfae-run has its entry here; anything else is an image to score.
-COMMANDS: dict[str, click.Command] = {}
+COMMANDS: dict[str, click.Command] = {"calibrate": calibrate_command}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,51 +113,33 @@ def parse_options(images: Sequence[str], given: dict[str, Any]) -> Options:
         UsageError: every fault at once: unknown options, missing ones, impossible values, contradictions.
 
     """
-    faults = [
-        unknown_option(run_command, text, f"; a file of that name is ./{text}")
-        for text in images
-        if text.startswith("-") and text != "-"
-    ]
-    lists = dict.fromkeys(text for text in images if text == "-" or text.startswith("@"))
-    paths = [text for text in images if not text.startswith(("-", "@"))]
-    listed = [path for text in lists for path in read_list(text, faults)]
-    if not images:
-        faults.append("IMAGES: missing; name the files or folders to score")
-    if not given["engine"]:
-        faults.append("--engine: missing; name the engine file that qfae-export wrote")
+    faults: list[str] = []
+    paths, listed = parse_images(run_command, images, "IMAGES", faults)
+    engine = parse_engine_options(given, faults)
+    reading = parse_reading_options(given, faults)
     if given["overwrite"] and given["resume"]:
         faults.append("--overwrite and --resume exclude each other; choose one")
     if given["no_maps"] and given["save_maps"]:
         faults.append("--no-maps and --save-maps exclude each other; choose one")
-    batch_size = whole_number("--batch-size", given["batch_size"], _MAX_WHOLE, faults)
-    threads = whole_number("--threads", given["threads"], _MAX_WHOLE, faults)
-    backend = _choice("--backend", given["backend"] or Options.backend, BACKENDS, faults)
-    window = parse_window(given["window"], faults)
-    slices = parse_slices(given["slices"], faults)
-    axis = _choice("--axis", given["axis"] or ReadOptions.axis, AXES, faults)
-    device = _choice("--device", given["device"] or Options.device, DEVICES, faults)
     out = Path(given["out"]) if given["out"] else Options.out
     if _is_file(out):
         faults.append(f"--out: {out} is a file; name a folder")
     if faults:
         raise UsageError(faults)
     return Options(
-        images=tuple(Path(text) for text in paths),
-        engine=Path(given["engine"]),
+        images=paths,
         out=out,
-        batch_size=batch_size,
-        backend=backend,
-        device=device,
-        threads=threads,
         maps=not given["no_maps"],
         save_maps=given["save_maps"],
         overwrite=given["overwrite"],
         resume=given["resume"],
-        selftest=given["selftest"],
-        allow_uncertified=given["allow_uncertified"],
         labels=Path(given["labels"]) if given["labels"] else None,
-        reading=ReadOptions(window, axis, slices),
-        listed=tuple(listed),
+        calibration=Path(given["calibration"]) if given["calibration"] else None,
+        deidentify=Path(given["deidentify"]) if given["deidentify"] else None,
+        hash_inputs=given["hash_inputs"],
+        reading=reading,
+        listed=listed,
+        **engine,
     )
 
 
@@ -160,12 +148,6 @@ def _is_file(out: Path) -> bool:
         return out.exists() and not out.is_dir()
     except OSError:  # out of reach: the run says so when it makes the folder
         return False
-
-
-def _choice(option: str, text: str, accepted: Sequence[str], faults: list[str]) -> str:
-    if text not in accepted:
-        faults.append(f"{option}: got {text!r}, accepted are {', '.join(accepted)}")
-    return text
 
 
 def _summary_values(summary: Summary) -> dict[str, Any]:

@@ -104,3 +104,10 @@ CONTRACTS = {
     "bf16": Contract("bf16", _HALF),
 }
 """What each precision promises. FP32 adds bounds on every single value; the others allow what rounding costs."""
+
+_OF_BACKEND = {"openvino-bf16": "bf16"}
+
+
+def owed(precision: str, backend: str) -> str:
+    """Name the contract that a backend owes on a file of this precision: the file's, or that of its own arithmetic."""
+    return _OF_BACKEND.get(backend, precision)

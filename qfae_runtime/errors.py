@@ -6,6 +6,7 @@
     ├── ManifestError    exit 1   a manifest is missing, damaged, or does not describe the files beside it
     ├── EngineError      exit 1   an engine cannot be opened or was handed what it does not take
     ├── SelfTestError    exit 1   an engine does not reproduce its golden outputs on this machine
+    ├── CalibrationError exit 1   a threshold cannot be found, or does not belong to the engine
     ├── OutputError      exit 1   the output folder cannot be used as asked
     └── RunInterruptedError  exit 130  the user stopped the run; what was written is whole
 
@@ -56,6 +57,10 @@ class EngineError(QfaeError):
 
 class SelfTestError(QfaeError):
     """An engine does not reproduce its golden outputs on this machine."""
+
+
+class CalibrationError(QfaeError):
+    """A threshold cannot be found, or a calibration is damaged or does not belong to the engine."""
 
 
 class OutputError(QfaeError):

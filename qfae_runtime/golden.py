@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import ManifestError
-from qfae_runtime.manifest import check_digest
+from qfae_runtime.manifest import Manifest, check_digest
 
 MAX_IMAGES = 16
 _RECOMPUTE = "export the engine again"
@@ -71,18 +71,23 @@ def load_golden(content: bytes, name: str, image_size: int) -> Golden:
 
 
 def golden_bytes(opened: OpenedEngine) -> bytes | None:
-    """Read the golden file beside an engine, held against the manifest; None if an uncertified engine has none.
+    """Read the golden file beside an engine; see read_golden."""
+    return read_golden(opened.manifest, opened.directory, certified=opened.certificate is not None)
+
+
+def read_golden(manifest: Manifest, directory: Path, *, certified: bool) -> bytes | None:
+    """Read the golden file of a manifest, held against it; None if an uncertified engine has none.
 
     Raises:
         ManifestError: it is missing, has other bytes, or a certified engine names none.
 
     """
-    name = opened.manifest.golden
+    name = manifest.golden
     if name is None:
-        if opened.certificate is not None:
-            raise ManifestError(f"{opened.manifest.name}.json: certified, but names no golden file; {_RECOMPUTE}")
+        if certified:
+            raise ManifestError(f"{manifest.name}.json: certified, but names no golden file; {_RECOMPUTE}")
         return None
-    path = opened.directory / name
+    path = directory / name
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -91,5 +96,5 @@ def golden_bytes(opened: OpenedEngine) -> bytes | None:
             "copy it beside the engine, the self-test needs it"
         ) from None
     digest = hashlib.sha256(content).hexdigest()
-    check_digest(path, opened.manifest.files[name], digest, f"{opened.manifest.name}.json")
+    check_digest(path, manifest.files[name], digest, f"{manifest.name}.json")
     return content

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from qfae_runtime.certificate import CertificateEntry, read_certificate
 from qfae_runtime.checked import Fields, parse_json
+from qfae_runtime.contract import owed
 from qfae_runtime.errors import ManifestError
 from qfae_runtime.hashing import sha256_of
 from qfae_runtime.preprocess import MAX_IMAGE_SIZE, PreprocessSpec
@@ -26,7 +27,6 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "TensorSpec",
-    "Threshold",
     "find_manifest",
     "sha256_of",
 ]
@@ -66,15 +66,6 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """A decision threshold on the score and how it was found."""
-
-    value: float
-    how: str
-    images: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     """Everything `NAME.json` says. `certificate` is empty for an engine that nobody measured.
 
@@ -93,7 +84,6 @@ class Manifest:
     probe: str | None = None
     precision: dict[str, Any] = field(default_factory=dict)
     certificate: tuple[CertificateEntry, ...] = ()
-    threshold: Threshold | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,7 +109,6 @@ class Manifest:
             },
             "precision": self.precision,
             "certificate": [entry.to_dict() for entry in self.certificate] or None,
-            "threshold": dataclasses.asdict(self.threshold) if self.threshold else None,
             "provenance": self.provenance,
         }
 
@@ -149,7 +138,6 @@ class Manifest:
             golden=fields.optional_text("golden"),
             precision=fields.mapping("precision"),
             certificate=read_certificate(fields, where),
-            threshold=None if fields.is_null("threshold") else _read_threshold(fields.inner("threshold")),
             provenance=fields.mapping("provenance"),
         )
         size = fields.whole("image_size", 1, MAX_IMAGE_SIZE)
@@ -218,10 +206,22 @@ class Manifest:
     def certified(self, engine: str, backend: str, device: str) -> CertificateEntry | None:
         """Return the passed certificate for these very bytes on a backend and device, if there is one."""
         entry = self.files.get(engine)
+        if entry is None:
+            return None
+        bound_to = (entry.sha256, owed(entry.precision or "fp32", backend))
         for one in self.certificate:
             same = (one.engine, one.backend, one.device) == (engine, backend, device)
-            mine = entry is not None and (one.engine_sha256, one.contract.name) == (entry.sha256, entry.precision)
+            mine = (one.engine_sha256, one.contract.name) == bound_to
             if same and mine and one.passed and max(one.batches) >= self.max_batch:
+                return one
+        return None
+
+    def broken(self, engine: str, backend: str, device: str) -> CertificateEntry | None:
+        """Return the measurement of these very bytes on a backend and device that broke its contract, if any."""
+        entry = self.files.get(engine)
+        for one in self.certificate:
+            same = (one.engine, one.backend, one.device) == (engine, backend, device)
+            if entry is not None and same and one.engine_sha256 == entry.sha256 and not one.passed:
                 return one
         return None
 
@@ -329,9 +329,3 @@ def _read_tensors(stored: list[Any], where: str, key: str) -> tuple[TensorSpec, 
         tensors.append(TensorSpec(fields.text("name"), fields.text("dtype"), tuple(shape)))
         fields.finish()
     return tuple(tensors)
-
-
-def _read_threshold(fields: Fields) -> Threshold:
-    threshold = Threshold(fields.number("value"), fields.text("how"), fields.whole("images", 1, 2**50))
-    fields.finish()
-    return threshold

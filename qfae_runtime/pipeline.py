@@ -10,6 +10,8 @@ a time, so that neither its pixels nor those of the files after it pile up.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,11 +19,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.calibration import Decider
 from qfae_runtime.errors import InputError
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, mask_path_for
@@ -83,6 +86,48 @@ class Outcome(NamedTuple):
     scored: Scored | None
 
 
+class Seconds:
+    """Where the time of a run goes. "decoding" and "drawing" add up over threads, "engine" is that of the caller's."""
+
+    def __init__(self) -> None:
+        self._spent = {"decoding": 0.0, "engine": 0.0, "drawing": 0.0}
+        self._lock = threading.Lock()
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count time for a stage; from any thread."""
+        with self._lock:
+            self._spent[stage] += seconds
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the seconds by stage."""
+        return dict(self._spent)
+
+
+class Pool(Protocol):
+    """What runs work in threads: an executor, or one that keeps the time."""
+
+    def submit(self, function: Callable[..., Result], /, *arguments: Any) -> Future[Result]:
+        """Run the function in a thread, as soon as one is free."""
+        ...
+
+
+class _Timed:
+    """An executor whose work is counted for a stage."""
+
+    def __init__(self, pool: ThreadPoolExecutor, seconds: Seconds, stage: str) -> None:
+        self._pool, self._seconds, self._stage = pool, seconds, stage
+
+    def submit(self, function: Callable[..., Result], /, *arguments: Any) -> Future[Result]:
+        return self._pool.submit(self._run, function, *arguments)
+
+    def _run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        start = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            self._seconds.add(self._stage, time.perf_counter() - start)
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """The settings of one run. `truth` asks for masks; jobs that ask for heat maps need a `scale`.
@@ -94,10 +139,11 @@ class Pipeline:
     maps: bool = True
     truth: bool = False
     scale: heatmap.ColourScale | None = None
-    threshold: float | None = None
+    decider: Decider | None = None
     inside: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     workers: int = min(4, os.cpu_count() or 1)
+    seconds: Seconds = field(default_factory=Seconds)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
         """Yield one outcome per picture, in the order of the jobs, after its heat map and map have been written.
@@ -111,12 +157,12 @@ class Pipeline:
         depth = 2 * self.scorer.batch_size
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qfae")
         try:
-            decoded = self._decoded(pool, jobs, depth + self.workers)
-            yield from in_order(pool, self._draw, self._score(decoded), depth)
+            decoded = self._decoded(_Timed(pool, self.seconds, "decoding"), jobs, depth + self.workers)
+            yield from in_order(_Timed(pool, self.seconds, "drawing"), self._draw, self._score(decoded), depth)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decoded(self, pool: ThreadPoolExecutor, jobs: Iterable[Job], depth: int) -> Iterator[list[Picture]]:
+    def _decoded(self, pool: Pool, jobs: Iterable[Job], depth: int) -> Iterator[list[Picture]]:
         spec = self.scorer.manifest.preprocess
         one = partial(decode, spec=spec, truth=self.truth, reading=self.reading)
         for job, pictures in in_order(pool, lambda job: (job, one(job)), jobs, depth):
@@ -140,7 +186,9 @@ class Pipeline:
 
     def _outcomes(self, pictures: list[Picture]) -> Iterator[Outcome]:
         images = [picture.prepared.image for picture in pictures if picture.prepared is not None]
+        start = time.perf_counter()
         results = iter(self.scorer.score_batch(images, self.maps) if images else [])
+        self.seconds.add("engine", time.perf_counter() - start)
         for picture in pictures:
             job = picture.job
             if picture.prepared is None:
@@ -148,7 +196,7 @@ class Pipeline:
                 yield Outcome(error_row(job.source, picture.frame, reason, job.label, picture.applied), picture, None)
                 continue
             scored = next(results)
-            row = scored_row(job.source, picture.frame, scored.score, self.threshold, job.label, picture.applied)
+            row = scored_row(job.source, picture.frame, scored.score, self.decider, job.label, picture.applied)
             yield Outcome(row, picture, scored if row.status == OK else None)
 
     def _draw(self, outcome: Outcome) -> Outcome:
@@ -230,20 +278,19 @@ def pixel_truth(job: Job, geometry: Geometry, frame: int | None = None) -> tuple
     if path is None:
         return (np.zeros((geometry.size, geometry.size), np.uint8) if job.label == GOOD else None), None
     if frame is not None:
-        return None, f"{path}: is the mask of a file with several pictures, expected one; give each a file of its own"
+        reason = "is that of a file with several pictures, expected one; give each a file of its own"
+        return None, f"the mask of {job.source}: {reason}"
     try:
         mask = read_mask(path)
     except InputError as error:
-        return None, f"{path}: {error.reason}"
+        return None, f"the mask of {job.source}: {error.reason}"
     if mask.shape != (geometry.height, geometry.width):
         sizes = [f"{width} x {height}" for height, width in (mask.shape, (geometry.height, geometry.width))]
-        return None, f"{path}: got {sizes[0]} pixels, expected {sizes[1]}, the size of its image"
+        return None, f"the mask of {job.source}: got {sizes[0]} pixels, expected {sizes[1]}, the size of its image"
     return geometry.warp_mask(mask), None
 
 
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
-) -> Iterator[Result]:
+def in_order(pool: Pool, function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
     """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way."""
     pending: deque[Future[Result]] = deque()
     for item in items:
@@ -254,9 +301,7 @@ def in_order(
         yield pending.popleft().result()
 
 
-def in_pieces(
-    pool: ThreadPoolExecutor, items: Generator[Item, None, None], size: int
-) -> Generator[list[Item], None, None]:
+def in_pieces(pool: Pool, items: Generator[Item, None, None], size: int) -> Generator[list[Item], None, None]:
     """Take items in lists of `size`, the next list in the pool while the last is used; closes `items` in the end."""
     pending = pool.submit(_take, items, size)
     try:

@@ -39,6 +39,11 @@ class Reporter:
             self._next_line = now + _SECONDS_BETWEEN_LINES
             self._console.print(_line(counts, rate), highlight=False)
 
+    def say(self, line: str) -> None:
+        """Print a line, unless quiet."""
+        if not self._quiet:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def __enter__(self) -> Self:
         return self
 

@@ -2,63 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy
-import PIL
-
-import qfae_runtime
+from qfae_runtime.calibration import Calibration, Decider, path_beside
+from qfae_runtime.calibration import load as load_calibration
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.golden import golden_bytes, load_golden
-from qfae_runtime.hashing import sha256_of
 from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, label_of, scan
 from qfae_runtime.metrics import PixelMetrics
-from qfae_runtime.pipeline import Job, Outcome, Pipeline
-from qfae_runtime.readers import ReadOptions
+from qfae_runtime.options import Options
+from qfae_runtime.pipeline import Job, Outcome, Pipeline, Seconds
+from qfae_runtime.pseudonyms import Pseudonyms
+from qfae_runtime.record import Clock, Subject, fingerprint_of, now, record_of
 from qfae_runtime.scorer import Scorer
-from qfae_runtime.selftest import Verdict, self_test
+from qfae_runtime.selftest import self_test
+from qfae_runtime.verdicts import Verdict
 from qfae_runtime.writers.folder import Finished, ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
 from qfae_runtime.writers.maps import map_name
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
-from qfae_runtime.writers.records import OK, RowWriter, read_rows, write_csv
+from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, write_csv
 from qfae_runtime.writers.report import write_report
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for; the defaults of the command line live here. `batch_size` and `threads` None: chosen.
-
-    `listed` are paths that a list named: unlike those of `images` they need not be there, each gets its row.
-    """
-
-    images: tuple[Path, ...]
-    engine: Path
-    out: Path = Path("results")
-    batch_size: int | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    maps: bool = True
-    save_maps: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    selftest: bool = False
-    allow_uncertified: bool = False
-    labels: Path | None = None
-    reading: ReadOptions = field(default_factory=ReadOptions)
-    listed: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -70,6 +40,16 @@ class Counts:
     done: int = 0
     errors: int = 0
     rows: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Return what run.json says of them."""
+        return {
+            "files": self.total,
+            "rows": self.rows,
+            "scored": self.rows - self.errors,
+            "errors": self.errors,
+            "resumed": self.resumed,
+        }
 
 
 @dataclass(frozen=True)
@@ -100,30 +80,35 @@ class _Truth:
 
 
 Progress = Callable[[Counts], None]
+Say = Callable[[str], None]
 
 
-def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
+def execute(options: Options, progress: Progress = lambda _: None, say: Say = lambda _: None) -> Summary:
     """Open and test the engine, find the images, score them, write everything; `progress` hears of every row.
+
+    `say` is told in one line what runs the engine and why, where that was left open.
 
     Raises:
         QfaeError: see errors.py; RunInterruptedError on Ctrl-C, with whole rows written.
 
     """
-    start = time.perf_counter()
-    found = find_inputs(options)
+    clock = Clock()
+    found = find_inputs(options.images, options.listed, options.out)
+    clock.lap("listing")
     with open_engine(
         options.engine,
         backend=options.backend,
         device=options.device,
         threads=options.threads,
+        batch_size=options.batch_size,
         allow_uncertified=options.allow_uncertified,
     ) as opened:
-        if options.batch_size is not None and options.batch_size > opened.engine.max_batch:
-            most = opened.engine.max_batch
-            raise UsageError(f"--batch-size: got {options.batch_size}, this engine takes 1..{most}")
-        verdict = self_test(opened, force=options.selftest)
+        check_batch_size(options, opened)
+        clock.lap("opening")
+        verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
+        clock.lap("self_test")
         try:
-            return _Run(options, opened, verdict, found).go(start, progress)
+            return _Run(options, opened, verdict, found).go(clock, progress, say)
         except OSError as error:
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
@@ -131,22 +116,34 @@ def execute(options: Options, progress: Progress = lambda _: None) -> Summary:
             ) from None
 
 
-def find_inputs(options: Options) -> Scan:
-    """List the images of a run; the output folder is not searched.
+def check_batch_size(options: Options, opened: OpenedEngine) -> None:
+    """Refuse a batch size that the engine does not take.
+
+    Raises:
+        UsageError: what it takes.
+
+    """
+    most = opened.engine.max_batch
+    if options.batch_size is not None and options.batch_size > most:
+        raise UsageError(f"--batch-size: got {options.batch_size}, this engine takes 1..{most}")
+
+
+def find_inputs(images: Sequence[Path], listed: Sequence[Path] = (), out: Path | None = None) -> Scan:
+    """List the images below the paths given; the output folder is not searched. Paths `listed` need not be there.
 
     Raises:
         QfaeError: an input does not exist, is the output folder itself, or there is no image at all.
 
     """
-    if same := [str(path) for path in (*options.images, *options.listed) if _is_same_folder(path, options.out)]:
-        raise UsageError(f"--out {options.out}: is the input folder {same[0]} itself; choose another --out")
+    if out is not None and (same := [str(path) for path in (*images, *listed) if _is_same_folder(path, out)]):
+        raise UsageError(f"--out {out}: is the input folder {same[0]} itself; choose another --out")
     try:
-        found = scan(options.images, exclude=[options.out], listed=options.listed)
+        found = scan(images, exclude=[out] if out is not None else [], listed=listed)
     except FileNotFoundError as error:
         raise QfaeError(f"{error}: no such file or folder; check the path of the images") from None
     if not found.images:
         passed_over = ", ".join(f"{count} x {name or 'without suffix'}" for name, count in found.ignored.items())
-        where = ", ".join(str(path) for path in options.images) or "the list"
+        where = ", ".join(str(path) for path in images) or "the list"
         raise QfaeError(
             f"{where}: no image in it (ignored: {passed_over or 'nothing'}; mask files: {found.mask_files}); "
             "pass a folder with PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI images"
@@ -161,16 +158,30 @@ class _Run:
         self.options, self.opened, self.verdict, self.found = options, opened, verdict, found
         self.folder = ResultsFolder(options.out)
         self.scorer = Scorer(opened.engine, opened.manifest, options.batch_size)
-        self.sources = [found.source_of(path) for path in found.images]
+        self.names = Pseudonyms.from_file(options.deidentify) if options.deidentify else None
+        self.sources = [self._named(found.source_of(path)) for path in found.images]
         content = golden_bytes(opened)
         golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size) if content else None
         self.scale = ColourScale.of(golden)
+        self.calibration = _calibration(options, opened)
+        self.spent = Seconds()
+        self.subject = Subject(
+            options,
+            opened,
+            verdict,
+            found,
+            self.sources,
+            self.scorer.batch_size,
+            self.scale,
+            self.calibration,
+            self.names,
+        )
         self.jobs = self._jobs()
 
-    def go(self, start: float, progress: Progress) -> Summary:
+    def go(self, clock: Clock, progress: Progress, say: Say) -> Summary:
         """Score what is left to score and write the results."""
         options, folder = self.options, self.folder
-        fingerprint = self._fingerprint()
+        fingerprint = fingerprint_of(self.subject)
         folder.prepare(overwrite=options.overwrite, resume=options.resume)
         before = folder.finished_sources(fingerprint, self.sources) if options.resume else Finished()
         done = before.files
@@ -178,21 +189,22 @@ class _Run:
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
         if done == len(self.jobs) and folder.is_finished():
-            return Summary(
-                folder, counts, time.perf_counter() - start, folder.read_metrics(), self.verdict, nothing_left=True
-            )
-        record = self._record(fingerprint)
+            return Summary(folder, counts, clock.total, folder.read_metrics(), self.verdict, nothing_left=True)
+        if self.opened.choice is not None:
+            say(self.opened.choice.sentence())
+        record = record_of(self.subject, fingerprint)
         folder.write_json(folder.run, {**record, "status": "running"})
         truth = _Truth() if self._wants_pixels() else None
+        clock.lap("preparing")
         try:
             self._score(done, counts, truth, progress)
         except KeyboardInterrupt:
-            folder.write_json(folder.run, {**record, "status": "interrupted", "counts": _counts(counts)})
+            folder.write_json(folder.run, {**record, "status": "interrupted", "counts": counts.to_dict()})
             raise RunInterruptedError(
                 f"stopped: {counts.done} of {counts.total} files have whole rows in {folder.jsonl}; "
                 "go on with the same command and --resume"
             ) from None
-        scored_seconds = time.perf_counter() - start
+        clock.lap("scoring")
         write_csv(folder.jsonl, folder.csv)
         metrics = compute_metrics(
             read_rows(folder.jsonl),
@@ -204,31 +216,52 @@ class _Run:
             folder.write_json(folder.metrics, metrics)
         record |= {
             "status": "done",
-            "finished": _now(),
-            "counts": _counts(counts),
-            "seconds": {"scoring": round(scored_seconds, 3)},
+            "finished": now(),
+            "counts": counts.to_dict(),
         }
-        write_report(folder, record, metrics, self.opened, self.scale, dict(zip(self.sources, self.jobs, strict=True)))
-        seconds = time.perf_counter() - start
-        record["seconds"] |= {"total": round(seconds, 3)}
+        clock.lap("results")
+        record["seconds"] = clock.seconds(self.spent)
+        write_report(
+            folder,
+            record,
+            metrics,
+            self.opened,
+            self.calibration,
+            self.scale,
+            dict(zip(self.sources, self.jobs, strict=True)),
+        )
+        clock.lap("results")
+        record["seconds"] = clock.seconds(self.spent)
         folder.write_json(folder.run, record)
-        return Summary(folder, counts, seconds, metrics, self.verdict)
+        return Summary(folder, counts, clock.total, metrics, self.verdict)
 
     def _jobs(self) -> list[Job]:
         labels = read_labels(self.options.labels) if self.options.labels else None
-        if labels is not None and (unknown := sorted(set(labels) - set(self.sources))):
+        known = {self.found.source_of(path) for path in self.found.images} if labels is not None else set()
+        if labels is not None and (unknown := sorted(set(labels) - known)):
             raise UsageError(
                 f"--labels {self.options.labels}: {len(unknown)} sources are not among the images, the first is "
                 f"{unknown[0]!r}; a source is a path below {self.found.root}"
             )
-        names = heatmap_names(self.sources) if self.options.maps else [None] * len(self.sources)
+        pictures = heatmap_names(self.sources) if self.options.maps else [None] * len(self.sources)
         jobs = []
-        for path, source, name in zip(self.found.images, self.sources, names, strict=True):
-            label = labels.get(source) if labels is not None else label_of(path, self.found.root)
+        for path, source, name in zip(self.found.images, self.sources, pictures, strict=True):
+            label = labels.get(self.found.source_of(path)) if labels is not None else label_of(path, self.found.root)
             heatmap = None if name is None else self.folder.heatmaps / name
             saved = self.folder.maps / map_name(source) if self.options.save_maps else None
             jobs.append(Job(path, source, label, heatmap, saved))
         return jobs
+
+    def _named(self, text: str) -> str:
+        """Return what stands for a name in the results."""
+        return self.names.of(text) if self.names is not None else text
+
+    def _row(self, outcome: Outcome) -> Row:
+        """Return the row as it is written: a reason may name the file it speaks of."""
+        row = outcome.row
+        if self.names is None or row.error is None:
+            return row
+        return replace(row, error=self.names.scrub(row.error, outcome.picture.job.path, row.source))
 
     def _score(self, finished: int, counts: Counts, truth: _Truth | None, progress: Progress) -> None:
         """Score and write the files after the `finished` ones, whose maps are made again if `truth` must count them.
@@ -237,14 +270,14 @@ class _Run:
         """
         again = finished if truth is not None else 0
         jobs = [replace(job, heatmap=None, saved_map=None) for job in self.jobs[:again]] + self.jobs[finished:]
-        threshold = self.opened.manifest.threshold
         pipeline = Pipeline(
             self.scorer,
             maps=self.options.maps,
             truth=truth is not None,
             scale=self.scale,
-            threshold=threshold.value if threshold else None,
+            decider=Decider(self.calibration) if self.calibration is not None else None,
             inside=self.folder.root,
+            seconds=self.spent,
             reading=self.options.reading,
         )
         rows = RowWriter(self.folder.jsonl)
@@ -254,7 +287,7 @@ class _Run:
                 files = 0
                 for outcome in outcomes:
                     if files >= again:
-                        rows.write(outcome.row)
+                        rows.write(self._row(outcome))
                         counts.rows += 1
                         counts.done += outcome.picture.last
                         counts.errors += outcome.row.status != OK
@@ -271,68 +304,13 @@ class _Run:
     def _pixel_note(self) -> str | None:
         return None if self.options.maps else "the pixel metrics need the anomaly maps; run without --no-maps"
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """Everything that decides what the rows hold: a run is resumed only if all of it is unchanged."""
-        options, opened = self.options, self.opened
-        threshold = opened.manifest.threshold
-        return {
-            "engine_sha256": opened.sha256,
-            "preprocess_sha256": opened.manifest.preprocess.sha256(),
-            "backend": opened.engine.backend,
-            "backend_version": opened.engine.version,
-            "device": opened.engine.device,
-            "batch_size": self.scorer.batch_size,
-            "maps": options.maps,
-            "save_maps": options.save_maps,
-            "window": list(options.reading.window) if options.reading.window else None,
-            "axis": options.reading.axis,
-            "slices": list(options.reading.slices) if options.reading.slices else None,
-            "threshold": threshold.value if threshold else None,
-            "labels_sha256": sha256_of(options.labels) if options.labels else None,
-            "root": str(self.found.root),
-            "inputs": len(self.sources),
-            "inputs_sha256": _digest_of_list(self.sources),
-            "inputs_state_sha256": _digest_of_list([_state_of(path) for path in self.found.images]),
-        }
 
-    def _record(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
-        opened, found = self.opened, self.found
-        return {
-            "qfae": qfae_runtime.__version__,
-            "started": _now(),
-            "engine": opened.path.name,
-            "model": opened.manifest.name,
-            "certified": opened.certificate is not None,
-            "allow_uncertified": self.options.allow_uncertified,
-            "self_test": self.verdict.to_dict(),
-            "fingerprint": fingerprint,
-            "threads": self.options.threads,
-            "colour_scale": {"low": self.scale.low, "high": self.scale.high, "origin": self.scale.origin},
-            "inputs": {"root": str(found.root), "ignored": found.ignored, "mask_files": found.mask_files},
-            "versions": {
-                "python": platform.python_version(),
-                "numpy": numpy.__version__,
-                "pillow": PIL.__version__,
-                "opencv": cv2.__version__,
-                opened.engine.backend: opened.engine.version,
-            },
-            "platform": platform.platform(),
-        }
-
-
-def _counts(counts: Counts) -> dict[str, int]:
-    return {
-        "files": counts.total,
-        "rows": counts.rows,
-        "scored": counts.rows - counts.errors,
-        "errors": counts.errors,
-        "resumed": counts.resumed,
-    }
-
-
-def _digest_of_list(sources: list[str]) -> str:
-    text = "\0".join(sources).encode("utf-8", errors="surrogateescape")
-    return hashlib.sha256(text).hexdigest()
+def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:
+    """Return the calibration that was named, or else the one beside the engine, if there is one."""
+    path = options.calibration or path_beside(opened.path)
+    if options.calibration is None and not path.is_file():
+        return None
+    return load_calibration(path, opened, options.reading.to_dict())
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:
@@ -342,14 +320,4 @@ def _is_same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-def _state_of(path: Path) -> str:
-    # Size and time of change instead of the content: a run must not read its inputs twice to find them unchanged.
-    try:
-        status = path.stat()
-    except OSError:
-        return "none"
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+__all__ = ["Counts", "Options", "Progress", "Summary", "check_batch_size", "execute", "find_inputs"]

@@ -21,6 +21,11 @@ from qfae_runtime.preprocess import Prepared
 DEFAULT_BATCH = 16
 
 
+def chosen_batch(batch_size: int | None, max_batch: int) -> int:
+    """Return the batch size that was asked for, or by default 16, or what the engine takes."""
+    return batch_size if batch_size is not None else min(DEFAULT_BATCH, max_batch)
+
+
 class Scored(NamedTuple):
     """One image's result. `anomaly_map` float32 (S, S), `reconstruction` uint8 (S, S, 3); None without maps."""
 
@@ -46,7 +51,7 @@ class Scorer:
             )
         self.engine = engine
         self.manifest = manifest
-        self.batch_size = batch_size if batch_size is not None else min(DEFAULT_BATCH, engine.max_batch)
+        self.batch_size = chosen_batch(batch_size, engine.max_batch)
         if not 1 <= self.batch_size <= engine.max_batch:
             raise EngineError(f"batch size: got {batch_size}, this engine takes 1..{engine.max_batch}")
 

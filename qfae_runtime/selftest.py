@@ -1,7 +1,7 @@
-"""Does this engine still compute, on this machine, what PyTorch computed? Golden images say so.
+"""Does this engine still compute, on this machine, what PyTorch computed? Golden images say so, and how fast it is.
 
-Runs on first use of an engine on a machine, backend and version. A passed verdict is remembered in a cache folder
-under a key made of the engine's real bytes and the environment: a changed engine is always tested again.
+Runs on first use of an engine on a machine: once for each backend, version, number of threads and batch size
+(`verdicts.py` remembers it).
 
 The bounds are the contract's, or tighter: an engine that was certified with errors far below the contract must stay
 near them, for another processor's rounding moves a score by as much as the certificate states, not by ten times that.
@@ -11,26 +11,34 @@ Rank correlation and AUROC are left out: on 16 images, one swapped pair of equal
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Scale, measure_agreement
 from qfae_runtime.certificate import CertificateEntry
-from qfae_runtime.contract import CONTRACTS, Contract
-from qfae_runtime.engines import OpenedEngine
+from qfae_runtime.contract import CONTRACTS, Contract, owed
 from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines.files import EngineFile
+from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import SelfTestError
-from qfae_runtime.golden import Golden, golden_bytes, load_golden
+from qfae_runtime.golden import Golden, load_golden, read_golden
+from qfae_runtime.manifest import Manifest
 from qfae_runtime.preprocess import probe
+from qfae_runtime.scorer import chosen_batch
+from qfae_runtime.verdicts import FAILED, PASSED, Runner, Verdict, environment_of, recall, remember
 
 _SHOWN_FAILURES = 6
+
+# On a CPU, a batch that takes longer than this was timed well enough by the test itself: more would cost minutes at
+# full size. On a GPU the first run of a batch size may compile kernels for as long as it likes.
+_LONG_SECONDS = 2.0
+_MOST_TIMED = 8
+_TIMED_SECONDS = 0.5
 _MARGIN = 10.0
 
 # Errors that another processor's rounding may give an engine whose certified error is 0.
@@ -45,44 +53,34 @@ _OTHER_LEAST = 5e-5
 NOT_ON_FEW_IMAGES = (*OF_ALL_IMAGES, "map_cosine_p1")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What was found. `status` is "passed", "passed before" (remembered) or "skipped" (no golden file)."""
-
-    status: str
-    summary: str
-    images: int
-    seconds: float
-    remembered: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values for run.json."""
-        return asdict(self)
-
-
-def self_test(opened: OpenedEngine, *, force: bool = False, cache: Path | None = None) -> Verdict:
+def self_test(
+    opened: OpenedEngine, *, batch_size: int | None = None, force: bool = False, cache: Path | None = None
+) -> Verdict:
     """Score the golden images and hold the outputs against the contract, unless that was done here before.
 
-    `cache` is the folder for remembered verdicts (None: see cache_folder); failing to write it is no fault.
+    `batch_size` is what the engine will be run with (None: what Scorer takes by default). `cache` is the folder for
+    remembered verdicts (None: see verdicts.cache_folder); failing to write it is no fault.
 
     Raises:
         SelfTestError: an output breaks its bound; the message holds the numbers.
         ManifestError: the golden file is missing, damaged, or not the one the manifest names.
 
     """
-    contract = contract_for(opened.certificate, opened.manifest.files[opened.path.name].precision or "fp32")
+    precision = opened.manifest.files[opened.path.name].precision or "fp32"
+    contract = contract_for(opened.certificate, owed(precision, opened.engine.backend))
     if opened.manifest.probe not in (None, probe(opened.manifest.preprocess)):
         raise SelfTestError(
             f"{opened.path}: self-test failed: this machine prepares images otherwise than the one that exported the "
             "engine; do not use its scores: install the numpy and qfae that the manifest names, or export again here"
         )
-    content = golden_bytes(opened)
+    content = read_golden(opened.manifest, opened.directory, certified=opened.certificate is not None)
     if content is None:
         return Verdict("skipped", "the manifest names no golden file", 0, 0.0, False)
-    environment = _environment(opened, hashlib.sha256(content).hexdigest(), contract)
-    memory = (cache or cache_folder()) / "selftest" / f"{_key_of(environment)}.json"
-    if not force and (before := _recall(memory, environment)) is not None:
-        return before
+    batch = _batch_of(batch_size, opened.manifest, opened.engine.max_batch)
+    golden_sha256 = hashlib.sha256(content).hexdigest()
+    environment = environment_of(opened.sha256, golden_sha256, contract, Runner.of(opened), batch)
+    if not force and (before := recall(environment, cache)) is not None and before.status == PASSED:
+        return replace(before, status="passed before")
     golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
     start = time.perf_counter()
     scale = opened.certificate.scale if opened.certificate is not None else None
@@ -91,17 +89,40 @@ def self_test(opened: OpenedEngine, *, force: bool = False, cache: Path | None =
             f"{opened.path}: self-test failed: the certificate's scale (interquartile range {scale.score_iqr:g}, maps "
             f"{scale.map_p999:g}) is beyond what its golden images span; export the engine again"
         )
-    agreement = measure_agreement(golden.scores, _run_golden(opened.engine, golden), scale=scale)
+    scores, rate = _run_golden(opened.engine, golden, batch)
+    agreement = measure_agreement(golden.scores, scores, scale=scale)
+    seconds = round(time.perf_counter() - start, 3)
+    verdict = Verdict(PASSED, agreement.summary(), len(golden.images), seconds, False, batch, rate)
     if shown := contract.failures(agreement)[:_SHOWN_FAILURES]:
+        # Remembered only so that --backend auto need not find it out again; this test is always run again.
+        remember(environment, replace(verdict, status=FAILED, summary=shown[0], images_per_second=None), cache)
         raise SelfTestError(
             f"{opened.path}: self-test failed on {environment['backend']} {environment['version']}, "
             f"{environment['device']}: {len(golden.images)} golden images do not give PyTorch's outputs:\n  "
             + "\n  ".join(shown)
             + "\ndo not use its scores; export the engine again, or use the backend version it was certified on"
         )
-    seconds = round(time.perf_counter() - start, 3)
-    verdict = Verdict("passed", agreement.summary(), len(golden.images), seconds, False)
-    return replace(verdict, remembered=_remember(memory, environment, verdict))
+    return replace(verdict, remembered=remember(environment, verdict, cache))
+
+
+def verdict_before(
+    file: EngineFile, certificate: CertificateEntry, runner: Runner, batch_size: int | None
+) -> Verdict | None:
+    """Return what a self-test found here before, "passed" or "failed", without opening the engine.
+
+    Raises:
+        ManifestError: the golden file is missing or damaged.
+
+    """
+    content = read_golden(file.manifest, file.path.parent, certified=True)
+    contract = contract_for(certificate)
+    batch = _batch_of(batch_size, file.manifest, file.manifest.max_batch)
+    golden_sha256 = hashlib.sha256(content or b"").hexdigest()
+    return recall(environment_of(file.sha256, golden_sha256, contract, runner, batch))
+
+
+def _batch_of(batch_size: int | None, manifest: Manifest, max_batch: int) -> int:
+    return min(chosen_batch(batch_size, manifest.max_batch), max_batch)
 
 
 def contract_for(certificate: CertificateEntry | None, precision: str = "fp32") -> Contract:
@@ -135,65 +156,31 @@ def _plausible(scale: Scale, golden: Scores) -> bool:
     return scale.score_iqr <= span * (1 + 1e-6) and scale.map_p999 <= 2 * float(golden.anomaly_map.max())
 
 
-def cache_folder() -> Path:
-    """Return where verdicts are remembered: $QFAE_CACHE, else $XDG_CACHE_HOME/qfae, else ~/.cache/qfae."""
-    chosen = os.environ.get("QFAE_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~").expanduser() / ".cache") / "qfae"
+def _run_golden(engine: Engine, golden: Golden, batch_size: int) -> tuple[Scores, float]:
+    """Return the outputs on the golden images, and the images a second at this batch size.
 
-
-def _run_golden(engine: Engine, golden: Golden) -> Scores:
-    # The first image alone, the others in batches as large as allowed: both shapes are tested.
+    The first image alone, the others at the batch size: both shapes are tested.
+    """
     count = len(golden.images)
-    cuts = [0, 1, *range(1 + engine.max_batch, count, engine.max_batch), count]
-    return Scores.joined(engine.run(golden.images[a:b]) for a, b in pairwise(cuts) if b > a)
+    cuts = [0, 1, *range(1 + batch_size, count, batch_size), count]
+    parts, seconds = [], 0.0
+    for begin, end in pairwise(cuts):
+        if end > begin:
+            start = time.perf_counter()
+            parts.append(engine.run(golden.images[begin:end]))
+            seconds = (time.perf_counter() - start) / (end - begin)
+    if engine.device != "cpu" or seconds * batch_size < _LONG_SECONDS:
+        seconds = _seconds_per_image(engine, golden, batch_size)
+    return Scores.joined(parts), round(1 / max(seconds, 1e-9), 3)
 
 
-def _environment(opened: OpenedEngine, golden_sha256: str, contract: Contract) -> dict[str, Any]:
-    return {
-        "engine_sha256": opened.sha256,
-        "golden_sha256": golden_sha256,
-        "contract": {"name": contract.name, "bounds": dict(contract.bounds)},
-        "backend": opened.engine.backend,
-        "version": opened.engine.version,
-        "device": opened.engine.device,
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def _key_of(environment: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
-
-
-def _recall(memory: Path, environment: dict[str, Any]) -> Verdict | None:
-    try:
-        stored = json.loads(memory.read_bytes())
-        if stored["environment"] != environment or stored["verdict"]["status"] != "passed":
-            return None
-        verdict = stored["verdict"]
-        return Verdict("passed before", str(verdict["summary"]), int(verdict["images"]), 0.0, True)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # nothing remembered, or nothing legible: test again
-
-
-def _remember(memory: Path, environment: dict[str, Any], verdict: Verdict) -> bool:
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_name(f"{memory.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"environment": environment, "verdict": asdict(verdict)}), "utf-8")
-        temporary.replace(memory)
-    except OSError:
-        return False
-    return True
+def _seconds_per_image(engine: Engine, golden: Golden, batch_size: int) -> float:
+    """Time full batches, the first not counted; the quickest tells the engine apart from what else the machine does."""
+    batch = golden.images[np.arange(batch_size) % len(golden.images)]
+    engine.run(batch)
+    times: list[float] = []
+    while len(times) < _MOST_TIMED and sum(times) < _TIMED_SECONDS:
+        start = time.perf_counter()
+        engine.run(batch)
+        times.append(time.perf_counter() - start)
+    return min(times) / batch_size

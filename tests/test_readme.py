@@ -24,7 +24,7 @@ from tests.export.tiny import checkpoint_file
 from tests.train.made_up import DINOV2, config, made_up, toml
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FEW = {("train", "good"): 8, ("valid", "good"): 3, ("valid", "Ungood"): 3, ("test", "good"): 3, ("test", "Ungood"): 3}
+FEW = {("train", "good"): 8, ("valid", "good"): 19, ("valid", "Ungood"): 3, ("test", "good"): 3, ("test", "Ungood"): 3}
 
 TESTED_HERE = (".", "python", "qfae-train", "qfae-export", "qfae-run", "make", "pip")
 
@@ -45,7 +45,7 @@ def test_no_command_is_left_untested() -> None:
 
 
 def test_train_export_run(tmp_path: Path) -> None:
-    [activate], [build], [score] = commands("."), commands("python"), commands("qfae-run")
+    [activate], [build], [calibrate, score] = commands("."), commands("python"), commands("qfae-run")
     train, export = commands("qfae-train")[0], commands("qfae-export")[0]
     assert activate == [".", ".venv/bin/activate"]
     assert run(*build, "--splits", "valid", cwd=tmp_path).returncode == 0
@@ -56,7 +56,7 @@ def test_train_export_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "demo.pt").is_file()
     shutil.copy(ROOT / "demo/weights/demo.pt", tmp_path)  # what an hour of training gives
-    for command in (export, score):
+    for command in (export, calibrate, score):
         done = run(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
@@ -149,6 +149,9 @@ def test_pip_install(tmp_path: Path) -> None:
     assert not any(re.match(r"torch|timm|onnx\b", name) for name in bare)
     assert any(name.startswith("qfae[train]") for name in export)
     assert lines[1][-1] == ".[export]"
+    assert lines[2][-1] == ".[openvino]"
+    assert [name for name in required if name.startswith("openvino") and 'extra == "openvino"' in name]
+    assert len(lines) == 3
     for package in ("qfae_train", "qfae_export", "qfae_runtime"):
         shipped = {
             path.name for path in (ROOT / package).rglob("*") if path.suffix in (".toml", ".safetensors", ".html")

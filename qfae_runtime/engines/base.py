@@ -5,7 +5,8 @@ Letters: B images in a batch, S the engine's `image_size`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -16,6 +17,31 @@ from qfae_runtime.errors import EngineError
 
 INPUT_NAME = "images"
 OUTPUT_NAMES = ("score", "anomaly_map", "reconstruction")
+_SHOWN_CHARACTERS = 300
+
+
+class Tensor(NamedTuple):
+    """An input or output: its name, numpy type, and shape without the batch."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Bytes that one image takes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def tensors_of(image_size: int) -> tuple[Tensor, ...]:
+    """Return the input and the outputs of every QFAE engine, the input first."""
+    square = (image_size, image_size)
+    return (
+        Tensor(INPUT_NAME, "uint8", (*square, 3)),
+        Tensor("score", "float32", ()),
+        Tensor("anomaly_map", "float32", square),
+        Tensor("reconstruction", "uint8", (*square, 3)),
+    )
 
 
 class Scores(NamedTuple):
@@ -41,7 +67,10 @@ class Scores(NamedTuple):
 
 
 class Engine(Protocol):
-    """A loaded engine. Not for use from two threads at once; `close` (or `with`) frees what it holds."""
+    """A loaded engine, to be used in a `with`: leaving it, or `close`, frees what it holds.
+
+    One thread at a time may use it. Engines that are open at the same time share nothing.
+    """
 
     @property
     def image_size(self) -> int:
@@ -55,7 +84,7 @@ class Engine(Protocol):
 
     @property
     def backend(self) -> str:
-        """What executes it, e.g. "onnxruntime"."""
+        """What executes it and how, as certificates name it, e.g. "openvino-bf16"."""
         ...
 
     @property
@@ -69,7 +98,10 @@ class Engine(Protocol):
         ...
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
-        """Score uint8 (B, S, S, 3), 1 <= B <= max_batch. The caller owns the returned arrays.
+        """Score uint8 (B, S, S, 3), 1 <= B <= max_batch; images need not lie in one piece.
+
+        Who owns what: the images stay the caller's, are only read, and may be changed as soon as this returns. The
+        returned arrays are the caller's too: writeable, and no later run, `close` or other engine touches them.
 
         With `maps=False` only the score is fetched; the other two outputs come back with B = 0.
 
@@ -108,3 +140,46 @@ def check_images(images: UInt8, image_size: int, max_batch: int) -> None:
             f"input {INPUT_NAME!r}: expected 1..{max_batch} images in a batch, got {len(images)}; "
             "Scorer cuts any number of images into batches"
         )
+
+
+def check_signature(found: Mapping[str, tuple[str, tuple[int | None, ...]]], image_size: int, what: str) -> None:
+    """Refuse a model whose inputs and outputs are not those of a QFAE engine; `what` names it.
+
+    `found` holds numpy type and shape by name, None for what is settled when the model runs: the batch always must be.
+
+    Raises:
+        EngineError: what was expected and what was got.
+
+    """
+    for tensor in tensors_of(image_size):
+        got = found.get(tensor.name)
+        if got is not None and _fits(tensor, *got):
+            continue
+        said = f"none, only {', '.join(sorted(found))}" if got is None else f"{got[0]} {_shape_text(got[1])}"
+        expected = f"{tensor.dtype} {_shape_text((None, *tensor.shape))}"
+        raise EngineError(
+            f"{what}: tensor {tensor.name!r}: expected {expected}, got {said}; "
+            "this is no engine that qfae-export wrote for this image size"
+        )
+
+
+def _fits(tensor: Tensor, dtype: str, shape: tuple[int | None, ...]) -> bool:
+    return (
+        dtype == tensor.dtype
+        and len(shape) == len(tensor.shape) + 1
+        and shape[0] is None
+        and all(have in (None, need) for have, need in zip(shape[1:], tensor.shape, strict=True))
+    )
+
+
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    sizes = [
+        "batch" if size is None and not axis else "?" if size is None else str(size) for axis, size in enumerate(shape)
+    ]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def one_line(error: object) -> str:
+    """Return what a library says, on one line and not too long."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} ..."

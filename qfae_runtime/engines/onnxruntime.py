@@ -1,8 +1,16 @@
-"""The ONNX Runtime backend (CPU): the reference every other engine is held against."""
+"""The ONNX Runtime backends: on a CPU, the reference every other engine is held against; on a GPU, by CUDA or TensorRT.
+
+    onnxruntime           cpu     CPUExecutionProvider
+    onnxruntime           cuda:0  CUDAExecutionProvider
+    onnxruntime-tensorrt  cuda:0  TensorrtExecutionProvider, which compiles the file whenever it is opened
+
+No provider may compute in another precision than the file's: TF32 is off, and nothing is cast to FP16.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +18,15 @@ from typing import Any, Self
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, check_images
+from qfae_runtime.engines.base import (
+    INPUT_NAME,
+    OUTPUT_NAMES,
+    Scores,
+    check_images,
+    check_signature,
+    one_line,
+)
+from qfae_runtime.engines.batches import cut_back, filled_up, next_size, sizes_up_to
 from qfae_runtime.errors import EngineError
 
 # From 1.32 on, ONNX Runtime gives the machine an identity in ~/.cache/Microsoft and keeps usage events there as soon
@@ -19,62 +35,101 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
+VERSION: str = ort.__version__
+_CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_PROVIDERS = {
+    ("onnxruntime", "cpu"): (_CPU,),
+    ("onnxruntime", "cuda:0"): (_CUDA, _CPU),
+    ("onnxruntime-tensorrt", "cuda:0"): (_TENSORRT, _CUDA, _CPU),
+}
+GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+"""Installs the build with GPU providers. It fills the same folder as onnxruntime: of the two, only one can be there."""
+
+_TF32 = "NVIDIA_TF32_OVERRIDE"
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity; warnings about the graph are the exporter's business
+_NUMPY_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+
+
+def has_provider(backend: str, device: str) -> bool:
+    """Say whether this build of ONNX Runtime has what a backend on a device needs; it may still not start."""
+    return _PROVIDERS[backend, device][0] in ort.get_available_providers()
 
 
 class OnnxRuntimeEngine:
-    """An ONNX file or its bytes, run by ONNX Runtime on the CPU. Needs no manifest; keeps to Engine.
+    """An ONNX file or its bytes, run by ONNX Runtime. Needs no manifest; keeps to Engine.
 
-    `model` as bytes cannot refer to external data; `threads` bounds the compute threads (None: all cores).
+    `model` as bytes cannot refer to external data; `threads` bounds the compute threads (None: all cores). `batches`
+    are the sizes that a batch is filled up to, ascending, the last of them `max_batch`; None: on a GPU powers of two
+    up to it, on a CPU none, and a batch runs as it comes.
 
     Raises:
-        EngineError: ONNX Runtime cannot load it, or its inputs and outputs are not those of a QFAE engine.
+        EngineError: the provider is not installed or falls back to the CPU, ONNX Runtime cannot load the model, or its
+            inputs and outputs are not those of a QFAE engine.
 
     """
 
-    backend = "onnxruntime"
-    device = "cpu"
-
-    def __init__(self, model: Path | str | bytes, image_size: int, max_batch: int, threads: int | None = None) -> None:
-        self.image_size = image_size
-        self.max_batch = max_batch
-        self.version: str = ort.__version__
-        options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.use_deterministic_compute = True
-        options.inter_op_num_threads = 1
-        if threads is not None:
-            options.intra_op_num_threads = threads
+    def __init__(
+        self,
+        model: Path | str | bytes,
+        image_size: int,
+        max_batch: int,
+        threads: int | None = None,
+        *,
+        backend: str = "onnxruntime",
+        device: str = "cpu",
+        batches: Sequence[int] | None = None,
+    ) -> None:
+        self.backend, self.device, self.version = backend, device, VERSION
+        self.image_size, self.max_batch = image_size, max_batch
+        self.batches = tuple(batches if batches is not None else () if device == "cpu" else sizes_up_to(max_batch))
         what = "the engine" if isinstance(model, bytes) else str(model)
+        providers = _PROVIDERS[backend, device]
+        if not has_provider(backend, device):
+            raise EngineError(
+                f"{what}: ONNX Runtime {VERSION} is installed without {providers[0]}; "
+                f"install the GPU build with: {GPU_BUILD}"
+            )
+        if device != "cpu":
+            _prepare_gpu(backend, what)
         try:
             self._session: Any = ort.InferenceSession(
-                model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+                model if isinstance(model, bytes) else str(model),
+                _session_options(threads),
+                providers=list(providers),
+                provider_options=[_options_of(one, image_size, max_batch) for one in providers],
             )
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise EngineError(
-                f"{what}: ONNX Runtime {ort.__version__} cannot load it: {_one_line(error)}; "
-                "export it again with qfae-export"
+                f"{what}: ONNX Runtime {VERSION} cannot load it: {one_line(error)}; {_cure(device)}"
             ) from None
-        _check_signature(self._session, image_size, what)
+        # A provider that cannot start is left out with a line in a log: scores would come from an engine that no
+        # certificate is about.
+        if self._session.get_providers()[:1] != [providers[0]]:
+            got = ", ".join(self._session.get_providers()) or "none"
+            self._session = None
+            raise EngineError(
+                f"{what}: {providers[0]} did not start, ONNX Runtime {VERSION} fell back to {got}; {_cure(device)}"
+            )
+        check_signature(_signature(self._session), image_size, what)
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
         """Score uint8 (B, S, S, 3); see Engine.run."""
         if self._session is None:
             raise EngineError("the engine is closed; open it again to score with it")
         check_images(images, self.image_size, self.max_batch)
+        batch = filled_up(images, next_size(self.batches, len(images))) if self.batches else images
         names = list(OUTPUT_NAMES if maps else OUTPUT_NAMES[:1])
         try:
-            outputs = self._session.run(names, {INPUT_NAME: np.ascontiguousarray(images)})
+            outputs = self._session.run(names, {INPUT_NAME: np.ascontiguousarray(batch)})
         except Exception as error:
             raise EngineError(
-                f"ONNX Runtime {self.version} failed on a batch of {len(images)}: {_one_line(error)}; "
+                f"ONNX Runtime {self.version} failed on a batch of {len(images)}: {one_line(error)}; "
                 "try a smaller --batch-size"
             ) from None
         if not maps:
             size = self.image_size
             outputs += [np.empty((0, size, size), np.float32), np.empty((0, size, size, 3), np.uint8)]
-        return Scores(*outputs)
+        return cut_back(Scores(*outputs), len(images))
 
     def close(self) -> None:
         """Free the session."""
@@ -89,30 +144,65 @@ class OnnxRuntimeEngine:
         self.close()
 
 
-def _check_signature(session: Any, size: int, what: str) -> None:
-    wanted = {
-        INPUT_NAME: ("tensor(uint8)", [size, size, 3]),
-        "score": ("tensor(float)", []),
-        "anomaly_map": ("tensor(float)", [size, size]),
-        "reconstruction": ("tensor(uint8)", [size, size, 3]),
-    }
-    found = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
-    for name, (dtype, shape) in wanted.items():
-        node = found.get(name)
-        got = f"{node.type} {node.shape}" if node is not None else f"none, only {', '.join(sorted(found))}"
-        # Symbolic dimensions (strings) of outputs are settled when the engine runs; fixed ones must fit.
-        fits = (
-            node is not None
-            and node.type == dtype
-            and len(node.shape) == len(shape) + 1
-            and all(isinstance(have, str) or have == need for have, need in zip(node.shape[1:], shape, strict=True))
+def _session_options(threads: int | None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.use_deterministic_compute = True
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _options_of(provider: str, image_size: int, max_batch: int) -> dict[str, str]:
+    if provider == _CUDA:
+        # HEURISTIC and EXHAUSTIVE choose an algorithm anew in every process, by a time measured there.
+        return {"device_id": "0", "use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+    if provider == _TENSORRT:
+        square = f"{image_size}x{image_size}x3"
+        return {
+            "device_id": "0",
+            "trt_fp16_enable": "0",
+            "trt_int8_enable": "0",
+            # Else it compiles the file again for each batch size that it has not seen.
+            "trt_profile_min_shapes": f"{INPUT_NAME}:1x{square}",
+            "trt_profile_opt_shapes": f"{INPUT_NAME}:{max_batch}x{square}",
+            "trt_profile_max_shapes": f"{INPUT_NAME}:{max_batch}x{square}",
+        }
+    return {}
+
+
+def _prepare_gpu(backend: str, what: str) -> None:
+    """Find NVIDIA's libraries where pip puts them, and switch TF32 off where no option of the provider does.
+
+    Raises:
+        EngineError: the environment asks for TF32.
+
+    """
+    # TensorRT's builder uses TF32 unless told otherwise, and its provider has no option for it.
+    if backend == "onnxruntime-tensorrt" and os.environ.setdefault(_TF32, "0") != "0":
+        raise EngineError(
+            f"{what}: {_TF32} is {os.environ[_TF32]!r}, expected '0': TensorRT would round FP32 to TF32; "
+            "unset it or set it to 0"
         )
-        if not fits:
-            raise EngineError(
-                f"{what}: tensor {name!r}: expected {dtype} {['batch', *shape]}, got {got}; "
-                "this is no engine that qfae-export wrote for this image size"
-            )
+    preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
+    if preload is not None:
+        preload(directory="")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _cure(device: str) -> str:
+    if device == "cpu":
+        return "export it again with qfae-export"
+    return "check that nvidia-smi shows a GPU, and that CUDA, cuDNN and TensorRT fit this build of ONNX Runtime"
+
+
+def _signature(session: Any) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """Return numpy type and shape by name; symbolic dimensions are settled when the engine runs."""
+    return {
+        node.name: (
+            _NUMPY_TYPES.get(node.type, node.type),
+            tuple(None if isinstance(size, str) else size for size in node.shape),
+        )
+        for node in (*session.get_inputs(), *session.get_outputs())
+    }

@@ -5,7 +5,6 @@ Letters: B images in a batch, S the engine's `image_size`. Needs the GPU to be t
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -14,9 +13,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from qfae_runtime.engines.base import INPUT_NAME
+from qfae_runtime.engines.base import INPUT_NAME, one_line, tensors_of
+from qfae_runtime.engines.batches import powers_of_two
 from qfae_runtime.errors import EngineError
 
 LIBRARIES = {
@@ -26,32 +24,7 @@ LIBRARIES = {
 """By backend: the library's name in sentences, its module, the package that installs it."""
 
 _TYPES = {"uint8": "UINT8", "float32": "FLOAT"}  # of numpy: of TensorRT
-_SHOWN_CHARACTERS = 300
 _KEPT_MESSAGES = 100
-
-
-class Tensor(NamedTuple):
-    """An input or output: its name, numpy type, and shape without the batch."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes_per_image(self) -> int:
-        """Bytes that one image takes."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def tensors_of(image_size: int) -> tuple[Tensor, ...]:
-    """Return the input and the outputs of every QFAE engine, the input first."""
-    square = (image_size, image_size)
-    return (
-        Tensor(INPUT_NAME, "uint8", (*square, 3)),
-        Tensor("score", "float32", ()),
-        Tensor("anomaly_map", "float32", square),
-        Tensor("reconstruction", "uint8", (*square, 3)),
-    )
 
 
 class Profile(NamedTuple):
@@ -76,9 +49,8 @@ def buckets_of(profiles: Sequence[Profile], max_batch: int) -> tuple[Bucket, ...
     each is served by the profile that was tuned nearest to it.
     """
     limit = min(max_batch, max(profile.most for profile in profiles))
-    powers = {2**exponent for exponent in range(limit.bit_length())}
     buckets: list[Bucket] = []
-    for batch in sorted(powers | {limit} | {profile.most for profile in profiles}):
+    for batch in sorted({*powers_of_two(limit)} | {limit} | {profile.most for profile in profiles}):
         fitting = [number for number, one in enumerate(profiles) if one.least <= batch <= one.most]
         if fitting:
             nearest = min(fitting, key=lambda number: (abs(profiles[number].best - batch), profiles[number].most))
@@ -330,9 +302,3 @@ class Plan:
 
 def _shape(image: Sequence[int]) -> str:
     return f"({', '.join(map(str, ('batch', *image)))}{'' if image else ','})"
-
-
-def one_line(text: str) -> str:
-    """Return what TensorRT says, on one line and not too long."""
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} ..."

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, check_images
+from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, Tensor, check_images
+from qfae_runtime.engines.batches import fill_up, next_size
 from qfae_runtime.engines.cuda import Cuda, Gpu
-from qfae_runtime.engines.plan import Bucket, Execution, Plan, Tensor, buckets_of, import_library
+from qfae_runtime.engines.plan import Bucket, Execution, Plan, buckets_of, import_library
 from qfae_runtime.errors import EngineError
 
 SLOTS = 2
@@ -163,7 +164,8 @@ class TensorRtEngine:
             raise EngineError(f"submit: {SLOTS} batches are on their way, expected fewer; collect one first")
         try:
             self._cuda.use()
-            bucket = next(one for one in self._buckets if one.batch >= len(images))
+            size = next_size(self.batches, len(images))
+            bucket = next(one for one in self._buckets if one.batch == size)
             ready = self._made_ready(plan, bucket)
             self._submit(ready, images)
         except BaseException:
@@ -289,16 +291,6 @@ class TensorRtEngine:
         self._cuda.settle(*self._streams)
         self._free.extend(submitted.slot for submitted in self._submitted)
         self._submitted.clear()
-
-
-def fill_up(buffer: UInt8, images: UInt8, batch: int) -> None:
-    """Write uint8 (B, S, S, 3) to the beginning of a flat buffer, and black images behind them up to `batch`.
-
-    Black, not what lies there: the plan is to see nothing of earlier patients.
-    """
-    rows = buffer[: batch * images[0].size].reshape(batch, *images.shape[1:])
-    rows[: len(images)] = images
-    rows[len(images) :] = 0
 
 
 def taken_out(buffer: UInt8, tensor: Tensor, images: int) -> Any:

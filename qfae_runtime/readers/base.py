@@ -6,6 +6,7 @@ import math
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import InputError, UsageError
@@ -71,6 +72,14 @@ class ReadOptions:
             faults.append(f"slices: got {self.slices!r}, expected (from, to) with 0 <= from < to")
         if faults:
             raise UsageError(faults)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values for records."""
+        return {
+            "window": list(self.window) if self.window else None,
+            "axis": self.axis,
+            "slices": list(self.slices) if self.slices else None,
+        }
 
 
 def parse_window(text: str | None, faults: list[str]) -> tuple[float, float] | None:

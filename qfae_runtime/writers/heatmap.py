@@ -25,6 +25,7 @@ from qfae_runtime.arrays import Float32, UInt8
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.golden import Golden
 from qfae_runtime.writers.colours import colour_table, overlay
+from qfae_runtime.writers.names import fitting
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
@@ -158,10 +159,10 @@ def heatmap_names(sources: Iterable[str]) -> list[str]:
     for source in sources:
         path = PurePosixPath(source)
         stem = str(path.with_suffix("") if path.suffix.lower() == ".png" else path)
-        name, number = f"{stem}.png", 1
+        name, number = fitting(f"{stem}.png"), 1
         while name in taken or _FRAME_NAME.search(name):
             number += 1
-            name = f"{stem}~{number}.png"
+            name = fitting(f"{stem}~{number}.png")
         taken.add(name)
         names.append(name)
     return names

@@ -15,6 +15,7 @@ import numpy as np
 
 from qfae_runtime.arrays import Float32
 from qfae_runtime.writers.heatmap import frame_path
+from qfae_runtime.writers.names import fitting
 
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(\d+, \d+\), \} *\n", re.DOTALL
@@ -28,7 +29,7 @@ def map_name(source: str, frame: int | None = None) -> str:
 
     A source that ends as the name of a frame does gets a ~ more.
     """
-    whole = f"{source}{'~' if _FRAME_NAME.search(source) else ''}.npy"
+    whole = fitting(f"{source}{'~' if _FRAME_NAME.search(source) else ''}.npy")
     return frame_path(PurePosixPath(whole), frame).as_posix()
 
 

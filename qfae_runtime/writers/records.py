@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qfae_runtime.calibration import Decider
 from qfae_runtime.errors import OutputError
 
 OK = "ok"
@@ -24,7 +25,7 @@ ERROR = "error"
 
 @dataclass(frozen=True)
 class Row:
-    """One picture's line. No threshold: `decision` is None. An error: `score` is None and `error` says why.
+    """One picture's line. Not calibrated: `threshold`, `decision`, `p_value` are None. An error: `error` says why.
 
     `source` is the path below the run's root, with forward slashes; `frame` the picture's number in a file of several;
     `label` is "good", "Ungood" or None; `applied` what was done to stored values ("window 40,400 (file)"), if anything.
@@ -35,6 +36,7 @@ class Row:
     score: float | None
     threshold: float | None
     decision: str | None
+    p_value: float | None
     status: str
     error: str | None
     label: str | None
@@ -48,7 +50,7 @@ def scored_row(
     source: str,
     frame: int | None,
     score: np.float32,
-    threshold: float | None,
+    decider: Decider | None,
     label: str | None,
     applied: str | None = None,
 ) -> Row:
@@ -57,13 +59,15 @@ def scored_row(
         reason = f"the engine returned a score that is not finite ({score}); report the image and the engine"
         return error_row(source, frame, reason, label, applied)
     exact = float(format(float(score), ".9g"))
-    decision = None if threshold is None else ("anomalous" if exact > threshold else "normal")
-    return Row(source, frame, exact, threshold, decision, OK, None, label, applied)
+    if decider is None:
+        return Row(source, frame, exact, None, None, None, OK, None, label, applied)
+    decision = "anomalous" if exact > decider.threshold else "normal"
+    return Row(source, frame, exact, decider.threshold, decision, decider.p_value(exact), OK, None, label, applied)
 
 
 def error_row(source: str, frame: int | None, reason: str, label: str | None, applied: str | None = None) -> Row:
     """Make the row of a picture that could not be scored."""
-    return Row(source, frame, None, None, None, ERROR, reason, label, applied)
+    return Row(source, frame, None, None, None, None, ERROR, reason, label, applied)
 
 
 class RowWriter:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from qfae_runtime.agreement import QUANTITIES
+from qfae_runtime.calibration import Calibration
 from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_runtime.metrics import TITLES
@@ -48,6 +49,7 @@ def write_report(
     record: dict[str, Any],
     metrics: dict[str, Any] | None,
     opened: OpenedEngine,
+    calibration: Calibration | None,
     scale: ColourScale,
     jobs: Mapping[str, Job],
 ) -> None:
@@ -60,7 +62,6 @@ def write_report(
         {"row": row, "rank": rank, "strip": _strip(jobs[row.source].heatmap, row.frame)}
         for rank, (_, _, row) in enumerate(gathered.top, start=1)
     ]
-    threshold = opened.manifest.threshold
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qfae_runtime", "writers"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -74,7 +75,7 @@ def write_report(
         manifest=opened.manifest,
         certificate=opened.certificate,
         quantities=QUANTITIES,
-        threshold=threshold,
+        calibration=calibration,
         scale=scale,
         scale_gradient=_gradient(),
         scale_marks=[scale.low, (scale.low + scale.high) / 2, scale.high],
@@ -84,7 +85,7 @@ def write_report(
         scored=sum(len(values) for values in gathered.scores.values()),
         errors=gathered.errors,
         error_count=gathered.error_count,
-        histogram=histogram.layout(gathered.scores, threshold.value if threshold else None),
+        histogram=histogram.layout(gathered.scores, calibration.threshold if calibration is not None else None),
     )
     folder.write_text(folder.report, page)
 

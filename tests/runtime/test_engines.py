@@ -53,7 +53,9 @@ def test_wrong_batches_are_refused_with_the_cure() -> None:
 def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"the engine: ONNX Runtime .* cannot load it: .*; export it again"):
         OnnxRuntimeEngine(b"no model", SIZE, MAX_BATCH)
-    with pytest.raises(EngineError, match=r"tensor 'images': expected tensor\(uint8\) \['batch', 64, 64, 3\], got"):
+    with pytest.raises(
+        EngineError, match=r"tensor 'images': expected uint8 \(batch, 64, 64, 3\), got uint8 \(batch, 32"
+    ):
         OnnxRuntimeEngine(model_bytes(), 64, MAX_BATCH)
 
 
@@ -156,7 +158,8 @@ def test_unknown_backend_and_device_are_told_together(engine_path: Path) -> None
     with pytest.raises(UsageError) as caught:
         open_engine(engine_path, backend="abacus", device="tpu")
     assert caught.value.faults == [
-        "backend: got 'abacus', accepted are auto, onnxruntime, tensorrt",
+        "backend: got 'abacus', accepted are "
+        "auto, onnxruntime, onnxruntime-tensorrt, openvino, openvino-bf16, tensorrt",
         "device: got 'tpu', accepted are auto, cpu, cuda:0",
     ]
 
@@ -178,3 +181,10 @@ def test_engine_that_may_not_be_read_is_told_in_words(
     assert str(caught.value) == (
         f"{engine_path}: cannot be read (Permission denied); check who may read the engine's files and their folder"
     )
+
+
+def test_without_onnx_runtime_the_package_is_named(engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qfae_runtime.engines.backends.find_spec", lambda name: None)
+    with pytest.raises(EngineError) as caught:
+        open_engine(engine_path)
+    assert str(caught.value) == "ONNX Runtime is not installed; install it with: pip install onnxruntime"

@@ -170,8 +170,8 @@ def test_labelled_frames_are_counted_once_when_resumed(engine_path: Path, tmp_pa
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["counts"]["masks_unusable"] == 5
     assert (
-        f"5 masks could not be used, the first is {mask}: is the mask of a file with several pictures, expected one; "
-        "give each a file of its own"
+        "5 masks could not be used, the first is the mask of Ungood/img/film: is that of a file with several pictures, "
+        "expected one; give each a file of its own"
     ) in metrics["notes"]
 
 

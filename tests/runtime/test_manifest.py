@@ -10,7 +10,7 @@ import pytest
 
 from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.errors import ManifestError
-from qfae_runtime.manifest import Manifest, Threshold, find_manifest
+from qfae_runtime.manifest import Manifest, find_manifest
 
 from .tiny import export_tiny
 
@@ -28,7 +28,7 @@ Change = Callable[[dict[str, Any]], None]
 
 def test_saves_and_loads_the_same(engine_path: Path) -> None:
     manifest = Manifest.load(engine_path.with_suffix(".json"))
-    richer = replace(manifest, threshold=Threshold(0.5, "by hand", 10), provenance={"checkpoint": "ab", "lr": 1e-3})
+    richer = replace(manifest, provenance={"checkpoint": "ab", "lr": 1e-3})
     richer.save(engine_path.with_suffix(".json"))
     assert Manifest.load(engine_path.with_suffix(".json")) == richer
     assert sorted(path.name for path in engine_path.parent.iterdir()) == ["tiny.golden.npz", "tiny.json", "tiny.onnx"]
@@ -121,7 +121,7 @@ def drop(*keys: Any) -> Change:
         ),
         (put("certificate", 0, "links", value=[{}]), "key 'certificate.0.links.0.source' is missing"),
         (put("certificate", 0, "batches", value=[]), "key 'certificate.0.batches': expected a list of batch sizes"),
-        (put("threshold", value={"value": "high"}), "key 'threshold.value': expected a finite number, got 'high'"),
+        (put("certificate", 0, "scale", "map_p999", value="high"), "expected a finite number, got 'high'"),
     ],
 )
 def test_hostile_manifests_are_refused(engine_path: Path, change: Change, says: str) -> None:

@@ -169,8 +169,8 @@ def test_resume_refuses_inputs_that_have_changed(
     elif change == "time":
         os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     else:  # between the search for images and the look at them
-        found = find_inputs(Options((dataset,), engine_path, out))
-        monkeypatch.setattr("qfae_runtime.run.find_inputs", lambda _: found)
+        found = find_inputs((dataset,), out=out)
+        monkeypatch.setattr("qfae_runtime.run.find_inputs", lambda images, listed, out: found)
         image.unlink()
     with pytest.raises(OutputError, match="inputs_state_sha256: the size or time of change of an input is not what"):
         run(dataset, engine_path, out, resume=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qfae_runtime import open_engine
+from qfae_runtime import open_engine, verdicts
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.errors import ManifestError, SelfTestError
 from qfae_runtime.golden import load_golden
 from qfae_runtime.manifest import FileEntry
-from qfae_runtime.selftest import cache_folder, contract_for, self_test
+from qfae_runtime.selftest import contract_for, self_test
+from qfae_runtime.verdicts import Runner, cache_folder
 
 from .tiny import SIZE, export_tiny, mend_hashes
 
@@ -177,3 +179,95 @@ def test_golden_entry_describes_the_file(engine_path: Path) -> None:
     golden = engine_path.with_name("tiny.golden.npz")
     with open_engine(engine_path) as opened:
         assert opened.manifest.files[golden.name] == FileEntry.of(golden, "golden")
+
+
+def environments(tmp_path: Path) -> list[dict[str, Any]]:
+    files = (tmp_path / "cache" / "selftest").iterdir()
+    return [json.loads(path.read_text())["environment"] for path in files]
+
+
+def test_each_number_of_threads_and_batch_size_is_tested_for_itself(engine_path: Path, tmp_path: Path) -> None:
+    for threads, batch in ((1, 4), (3, 4), (3, 2)):
+        with open_engine(engine_path, backend="onnxruntime", threads=threads) as opened:
+            for status in ("passed", "passed before"):
+                verdict = self_test(opened, batch_size=batch)
+                assert (verdict.status, verdict.batch_size) == (status, batch)
+    kept = {(one["threads"], one["batch_size"]) for one in environments(tmp_path)}
+    assert kept == {(1, 4), (3, 4), (3, 2)}
+
+
+@pytest.mark.parametrize("name", ["backend", "version", "device"])
+def test_what_runs_it_is_a_part_of_the_memory(engine_path: Path, name: str) -> None:
+    with open_engine(engine_path) as opened:
+        self_test(opened)
+        setattr(opened.engine, name, "another")
+        assert self_test(opened).status == "passed"
+        assert self_test(opened).status == "passed before"
+
+
+def test_the_rate_is_that_of_full_batches_without_the_first(engine_path: Path) -> None:
+    class Slow:
+        """10 ms an image; the first run of each batch size takes 0.3 s longer."""
+
+        def __init__(self, engine: Any) -> None:
+            self.engine, self.seen = engine, set[int]()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.engine, name)
+
+        def run(self, images: UInt8, maps: bool = True) -> Any:
+            time.sleep(0.01 * len(images) + 0.3 * (len(images) not in self.seen))
+            self.seen.add(len(images))
+            return self.engine.run(images, maps)
+
+    with open_engine(engine_path) as opened:
+        slow = Slow(opened.engine)
+        verdict = self_test(replace(opened, engine=slow), batch_size=8)
+        before = self_test(opened, batch_size=8)
+    assert slow.seen == {1, 4, 8}  # the first alone, the other four, and batches as the run will have them
+    assert verdict.images_per_second is not None
+    assert 50 < verdict.images_per_second <= 100
+    assert (before.status, before.images_per_second) == ("passed before", verdict.images_per_second)
+
+
+def test_a_slow_engine_is_not_run_again_for_its_rate(engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qfae_runtime.selftest._LONG_SECONDS", 0.0)
+    with open_engine(engine_path) as opened:
+        engine = opened.engine
+        run, runs = opened.engine.run, list[int]()
+
+        def counted(images: UInt8, maps: bool = True) -> Any:
+            runs.append(len(images))
+            return run(images, maps)
+
+        monkeypatch.setattr(engine, "run", counted)
+        verdict = self_test(opened)
+        assert runs == [1, 4]
+        assert verdict.images_per_second is not None
+        monkeypatch.setattr(engine, "device", "cuda:0")  # there, the first run says nothing of the second
+        self_test(opened)
+    assert runs[2:4] == [1, 4]
+    assert set(runs[4:]) == {16}
+
+
+def test_a_failure_is_never_recalled_as_a_verdict(engine_path: Path, tmp_path: Path) -> None:
+    change_one_weight(engine_path)
+    mend_hashes(engine_path, certificate_too=True)
+    for _ in range(2):
+        with open_engine(engine_path) as opened, pytest.raises(SelfTestError, match="score error, largest: "):
+            self_test(opened)
+    [memory] = (tmp_path / "cache" / "selftest").iterdir()
+    assert json.loads(memory.read_text())["verdict"]["status"] == "failed"
+
+
+def test_cards_are_a_part_of_the_memory_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "_NVIDIA", tmp_path)
+    card = tmp_path / "gpus" / "0000:01:00.0" / "information"
+    card.parent.mkdir(parents=True)
+    card.write_text("Model: \t NVIDIA H100\nIRQ: 5\n")
+    (tmp_path / "version").write_text("NVRM version: NVIDIA 580.1\nGCC\n")
+    contract = CONTRACTS["fp32"]
+    there = verdicts.environment_of("a", "b", contract, Runner("onnxruntime", "1", "cuda:0", 4), 16)
+    here = verdicts.environment_of("a", "b", contract, Runner("onnxruntime", "1", "cpu", 4), 16)
+    assert there["cards"] == ["Model: \t NVIDIA H100", "NVRM version: NVIDIA 580.1"]
+    assert (there["threads"], here["threads"], here["cards"]) == (None, 4, None)

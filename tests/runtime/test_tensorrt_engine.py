@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qfae_runtime.engines.base import Engine, Scores
-from qfae_runtime.engines.tensorrt import fill_up
+from qfae_runtime.engines.batches import fill_up
 from qfae_runtime.errors import EngineError
 
 from .doubles.tensorrt import SIZE, FakeTensorRt, batch_of, check_scores, expected_scores, open_engine

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfae_runtime.engines.plan import Bucket, Profile, buckets_of, logger_of, tensors_of
+from qfae_runtime.engines.base import tensors_of
+from qfae_runtime.engines.plan import Bucket, Profile, buckets_of, logger_of
 from qfae_runtime.engines.tensorrt import TensorRtEngine
 from qfae_runtime.errors import EngineError
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qfae_runtime.agreement import measure_agreement
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.contract import CONTRACTS, MIN_IMAGES
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, owed
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.golden import Golden, save_golden
@@ -146,3 +146,12 @@ def mend_hashes(engine_path: Path, *, certificate_too: bool) -> None:
     if certificate_too:
         stored["certificate"][0]["engine_sha256"] = fresh.sha256
     path.write_text(json.dumps(stored))
+
+
+def certify_too(engine_path: Path, backend: str, device: str = "cpu", **changes: Any) -> None:
+    """Copy the engine's first certificate for another backend, as if it had been measured there; `changes` in it."""
+    contract = CONTRACTS[owed("fp32", backend)]
+    bounds = {"name": contract.name, "bounds": dict(contract.bounds)}
+    entries = json.loads(engine_path.with_suffix(".json").read_text())["certificate"]
+    entry = {**entries[0], "backend": backend, "device": device, "contract": bounds, **changes}
+    edit_manifest(engine_path, certificate=[*entries, entry])

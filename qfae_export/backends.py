@@ -1,0 +1,41 @@
+"""Further backends on an FP32 engine: measured like the reference, each held against the contract that it owes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from qfae_export.chain import Chain
+from qfae_export.options import REFERENCE
+from qfae_export.parity import ParityReport, certificate_of
+from qfae_runtime.certificate import CertificateEntry
+from qfae_runtime.engines.backends import load_onnx
+
+
+class OnBackend(NamedTuple):
+    """What was measured of a backend; the entry certifies it if it passed, and is None if nothing can be compared."""
+
+    backend: str
+    report: ParityReport
+    entry: CertificateEntry | None
+
+
+def measure_others(
+    path: Path, chain: Chain, max_batch: int, backends: Iterable[str], say: Callable[[str], None]
+) -> list[OnBackend]:
+    """Measure an FP32 engine on the backends but the reference, which must have kept its contract before.
+
+    What one of them breaks is no fault of the export. Its entry stays in the manifest nevertheless, so that qfae-run
+    can say why it does not take that backend.
+    """
+    measured = []
+    for backend in backends:
+        if backend == REFERENCE:
+            continue
+        say(f"comparing {path.name} in {backend} with PyTorch")
+        with load_onnx(path, chain.images.pixels.shape[1], max_batch, backend) as engine:
+            report = chain.branch(engine, f"{path.name} in {backend}")
+            entry = certificate_of(path, engine, report) if report.worst.fault is None else None
+        measured.append(OnBackend(backend, report, entry))
+    return measured
