@@ -7,6 +7,7 @@ files are therefore read in a process of their own (contained.py); `is_simple` s
 from __future__ import annotations
 
 import logging
+import os
 import re
 import struct
 import warnings
@@ -26,6 +27,9 @@ _PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
+_ELEMENT_BYTES = 12  # of the head of a pixel data element, before its value
+_ITEM, _END_OF_IMAGE, _END_BYTES = b"\xfe\xff\x00\xe0", b"\xff\xd9", 64
 _NATIVE = (_IMPLICIT, _EXPLICIT, _BIG_ENDIAN)
 # Where several plug-ins can decode a syntax, the one whose results are known to be right is taken: GDCM converts
 # some JPEG colours twice, and fails on JPEG-LS of 6 or 7 bits.
@@ -70,6 +74,7 @@ def read_frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
         header = pydicom.dcmread(file, force=True, stop_before_pixels=syntax != _DEFLATED)
         syntax = syntax or _guessed_syntax(header)
         form, frames = _check(header, source)
+        start = file.tell()
         if not (any(name in header for name in _PIXEL_DATA) if syntax == _DEFLATED else file.read(1)):
             raise InputError(source, "no image to score: a DICOM header without the pixels it describes")
         options_of_pydicom: dict[str, Any] = {
@@ -82,6 +87,8 @@ def read_frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
         pixels: Any = header if syntax == _DEFLATED else file
         if pixels is file:
             options_of_pydicom["transfer_syntax_uid"] = pydicom.uid.UID(syntax)
+        if syntax in _JPEG_LS:
+            _check_ends(path, start + _ELEMENT_BYTES)
         number = 0
         for stored in pydicom.pixels.iter_pixels(pixels, **options_of_pydicom):
             if number == frames:
@@ -91,6 +98,24 @@ def read_frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
             number += 1
         if number < frames:
             raise InputError(source, f"damaged or truncated DICOM image ({number} of {frames} frames are there)")
+
+
+def _check_ends(path: Path, start: int) -> None:
+    """Hold the end of a JPEG-LS file's pixels, which begin at byte `start`, against the mark that ends them.
+
+    CharLS takes seconds of a core to find that even a small stream was cut short.
+    """
+    last = b""
+    with path.open("rb") as file:
+        file.seek(start)
+        while len(head := file.read(8)) == 8 and head.startswith(_ITEM):
+            length = int.from_bytes(head[4:], "little")
+            file.seek(max(0, length - _END_BYTES), os.SEEK_CUR)
+            last = file.read(min(length, _END_BYTES))
+            if len(last) < min(length, _END_BYTES):
+                raise UnreadableValuesError("its JPEG-LS stream is cut short")
+    if not last.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        raise UnreadableValuesError("its JPEG-LS stream is cut short")
 
 
 def _draw(stored: Any, header: Any, frame: int, form: Format, options: ReadOptions) -> tuple[Any, str | None]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pydicom
+import pydicom.data
+import pydicom.pixels
 import pytest
 from PIL import Image
 from pydicom.uid import RLELossless
@@ -214,6 +216,20 @@ def test_frames_before_a_damaged_one_are_given(tmp_path: Path) -> None:
         next(pieces)
     assert [piece.frame for piece in given] == [0, 1, 2, 3]
     np.testing.assert_array_equal(given[3].pixels[:, :, 1], frames[3])
+
+
+def test_a_jpeg_ls_stream_that_is_cut_short_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CharLS would take seconds to say so."""
+    whole = (Path(pydicom.data.__file__).parent / "test_files" / "MR_small_jpeg_ls_lossless.dcm").read_bytes()
+    end = whole.rindex(b"\xff\xd9")
+    monkeypatch.setattr(pydicom.pixels, "iter_pixels", lambda *_, **__: pytest.fail("was decoded"))
+    for content in (whole[: end - 500], whole[:end], whole[:end] + b"\0\0" + whole[end + 2 :]):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            list(dicom.read_frames(tmp_path / "x", "a/b", ReadOptions()))
+        assert caught.value.reason == "damaged DICOM image (its JPEG-LS stream is cut short)"
 
 
 def test_truncated_and_contradictory_headers(tmp_path: Path) -> None:
