@@ -13,19 +13,19 @@ from qfae_runtime.calibration import load as load_calibration
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.golden import golden_bytes, load_golden
+from qfae_runtime.jobs import Jobs
 from qfae_runtime.labels import read_labels
-from qfae_runtime.layout import Scan, label_of, scan
+from qfae_runtime.layout import Scan, scan
 from qfae_runtime.metrics import PixelMetrics
 from qfae_runtime.options import Options
-from qfae_runtime.pipeline import Job, Outcome, Pipeline, Seconds
+from qfae_runtime.pipeline import Outcome, Pipeline, Seconds
 from qfae_runtime.pseudonyms import Pseudonyms
 from qfae_runtime.record import Clock, Subject, fingerprint_of, now, record_of
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
 from qfae_runtime.writers.folder import Finished, ResultsFolder
-from qfae_runtime.writers.heatmap import ColourScale, heatmap_names
-from qfae_runtime.writers.maps import map_name
+from qfae_runtime.writers.heatmap import ColourScale
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
 from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, write_csv
 from qfae_runtime.writers.report import write_report
@@ -228,29 +228,25 @@ class _Run:
             self.opened,
             self.calibration,
             self.scale,
-            dict(zip(self.sources, self.jobs, strict=True)),
+            self.jobs.heatmaps_of,
         )
         clock.lap("results")
         record["seconds"] = clock.seconds(self.spent)
         folder.write_json(folder.run, record)
         return Summary(folder, counts, clock.total, metrics, self.verdict)
 
-    def _jobs(self) -> list[Job]:
+    def _jobs(self) -> Jobs:
         labels = read_labels(self.options.labels) if self.options.labels else None
-        known = {self.found.source_of(path) for path in self.found.images} if labels is not None else set()
-        if labels is not None and (unknown := sorted(set(labels) - known)):
-            raise UsageError(
-                f"--labels {self.options.labels}: {len(unknown)} sources are not among the images, the first is "
-                f"{unknown[0]!r}; a source is a path below {self.found.root}"
-            )
-        pictures = heatmap_names(self.sources) if self.options.maps else [None] * len(self.sources)
-        jobs = []
-        for path, source, name in zip(self.found.images, self.sources, pictures, strict=True):
-            label = labels.get(self.found.source_of(path)) if labels is not None else label_of(path, self.found.root)
-            heatmap = None if name is None else self.folder.heatmaps / name
-            saved = self.folder.maps / map_name(source) if self.options.save_maps else None
-            jobs.append(Job(path, source, label, heatmap, saved))
-        return jobs
+        if labels is not None:
+            known = {self.found.source_of(path) for path in self.found.images}
+            if unknown := sorted(set(labels) - known):
+                raise UsageError(
+                    f"--labels {self.options.labels}: {len(unknown)} sources are not among the images, the first is "
+                    f"{unknown[0]!r}; a source is a path below {self.found.root}"
+                )
+        heatmaps = self.folder.heatmaps if self.options.maps else None
+        maps = self.folder.maps if self.options.save_maps else None
+        return Jobs(self.found, self.sources, labels, heatmaps, maps)
 
     def _named(self, text: str) -> str:
         """Return what stands for a name in the results."""
@@ -269,7 +265,6 @@ class _Run:
         All of them are, in the batches of an uninterrupted run: the last digits of a map depend on its batch.
         """
         again = finished if truth is not None else 0
-        jobs = [replace(job, heatmap=None, saved_map=None) for job in self.jobs[:again]] + self.jobs[finished:]
         pipeline = Pipeline(
             self.scorer,
             maps=self.options.maps,
@@ -283,7 +278,7 @@ class _Run:
         rows = RowWriter(self.folder.jsonl)
         try:
             # closing(): an interruption ends the pipeline's threads before anything else is written.
-            with closing(pipeline.run(jobs)) as outcomes:
+            with closing(pipeline.run(self.jobs.from_number(finished, again))) as outcomes:
                 files = 0
                 for outcome in outcomes:
                     if files >= again:
@@ -299,7 +294,7 @@ class _Run:
             rows.close()
 
     def _wants_pixels(self) -> bool:
-        return self.options.maps and any(job.label is not None for job in self.jobs)
+        return self.options.maps and self.jobs.labelled()
 
     def _pixel_note(self) -> str | None:
         return None if self.options.maps else "the pixel metrics need the anomaly maps; run without --no-maps"

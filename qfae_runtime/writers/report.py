@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import heapq
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from qfae_runtime.calibration import Calibration
 from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_runtime.metrics import TITLES
-from qfae_runtime.pipeline import Job
 from qfae_runtime.writers import histogram
 from qfae_runtime.writers.colours import colour_table
 from qfae_runtime.writers.folder import ResultsFolder
@@ -51,15 +50,16 @@ def write_report(
     opened: OpenedEngine,
     calibration: Calibration | None,
     scale: ColourScale,
-    jobs: Mapping[str, Job],
+    heatmaps_of: Callable[[set[str]], Mapping[str, Path | None]],
 ) -> None:
     """Write report.html from scores.jsonl and the heat maps on disk, so that a resumed run shows all of it.
 
     The GALLERY_LIMIT highest-scored pictures are embedded; the page says so when there are more.
     """
     gathered = _gather(folder.jsonl)
+    heatmaps = heatmaps_of({row.source for _, _, row in gathered.top})
     cards = [
-        {"row": row, "rank": rank, "strip": _strip(jobs[row.source].heatmap, row.frame)}
+        {"row": row, "rank": rank, "strip": _strip(heatmaps[row.source], row.frame)}
         for rank, (_, _, row) in enumerate(gathered.top, start=1)
     ]
     environment = jinja2.Environment(
