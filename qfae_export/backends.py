@@ -11,14 +11,19 @@ from qfae_export.options import REFERENCE
 from qfae_export.parity import ParityReport, certificate_of
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.engines.backends import load_onnx
+from qfae_runtime.errors import EngineError
 
 
 class OnBackend(NamedTuple):
-    """What was measured of a backend; the entry certifies it if it passed, and is None if nothing can be compared."""
+    """What was measured of a backend; the entry certifies it if it passed, and is None if nothing can be compared.
+
+    `report` is None where it could not run the engine, and `failed` says why.
+    """
 
     backend: str
-    report: ParityReport
+    report: ParityReport | None
     entry: CertificateEntry | None
+    failed: str | None = None
 
 
 def measure_others(
@@ -34,8 +39,12 @@ def measure_others(
         if backend == REFERENCE:
             continue
         say(f"comparing {path.name} in {backend} with PyTorch")
-        with load_onnx(path, chain.images.pixels.shape[1], max_batch, backend) as engine:
-            report = chain.branch(engine, f"{path.name} in {backend}")
-            entry = certificate_of(path, engine, report) if report.worst.fault is None else None
+        try:
+            with load_onnx(path, chain.images.pixels.shape[1], max_batch, backend) as engine:
+                report = chain.branch(engine, f"{path.name} in {backend}")
+                entry = certificate_of(path, engine, report) if report.worst.fault is None else None
+        except EngineError as error:
+            measured.append(OnBackend(backend, None, None, f"{backend} is not certified: {error}"))
+            continue
         measured.append(OnBackend(backend, report, entry))
     return measured

@@ -30,7 +30,7 @@ from qfae_train.autoencoder import AnomalyScorer
 GRAPH = "graph FP32"
 
 # The graph in PyTorch is measured on a few images: it is there to tell a fault of the rewriting from one of the export.
-_LINK_IMAGES = 8
+_LINK_IMAGES = 6
 
 
 @dataclass

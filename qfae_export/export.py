@@ -27,6 +27,7 @@ from qfae_export.describe import bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
+from qfae_export.handover import put_in_place
 from qfae_export.images import ParityImages, choose, largest_batch
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, REFERENCE, Options
@@ -118,6 +119,7 @@ class _Measurements:
     reports: dict[str, ParityReport] = field(default_factory=dict)
     certificates: list[CertificateEntry] = field(default_factory=list)
     others: dict[str, ParityReport] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     bisected: Bisected | None = None
 
 
@@ -159,9 +161,15 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
     with _made_in(options) as made:
         exported = _engines(source, options, made, say)
         if kind is not None:
-            exported = _with_plan(exported, kind, say)
+            try:
+                exported = _with_plan(exported, kind, say)
+            except ExportError as error:
+                if options.format is not None:
+                    raise
+                note = f"no plan: {error}"  # nobody insisted on one, and the ONNX engines are proven
         if note is not None:
-            exported = replace(exported, notes=(note,))
+            exported = replace(exported, notes=(*exported.notes, note))
+        _refuse_existing(options)  # minutes have passed
         return hand_over(exported, options.folder)
 
 
@@ -209,7 +217,14 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
         _check_as_written(folder, manifest.name)
     engines = tuple(written.engines)
     return Exported(
-        folder, manifest, engines, measured.reports, measured.others, bisected=measured.bisected, chain=chain
+        folder,
+        manifest,
+        engines,
+        measured.reports,
+        measured.others,
+        tuple(measured.notes),
+        bisected=measured.bisected,
+        chain=chain,
     )
 
 
@@ -252,7 +267,8 @@ def _measure(written: _Written, chain: Chain, source: _Source, options: Options,
         measured.certificates.append(certificate_of(files[0], opened, report))
         if precision.name == "fp32":
             others = measure_others(files[0], chain, source.max_batch, options.backends, say)
-            measured.others |= {one.backend: one.report for one in others}
+            measured.others |= {one.backend: one.report for one in others if one.report is not None}
+            measured.notes += [one.failed for one in others if one.failed is not None]
             measured.certificates += [one.entry for one in others if one.entry is not None]
     return measured
 
@@ -346,6 +362,7 @@ def _refuse_full_disk(options: Options, weights: int) -> None:
     """Say now what would otherwise be found out after minutes of scoring."""
     needed = weights + (weights // 2 if options.fp16 else 0)
     needed += weights if options.bisect else 0  # a trial, and what stays FP32
+    needed += weights // 2 if options.fp16 and options.format != "onnx" else 0  # a plan
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise OutputError(
@@ -388,12 +405,10 @@ def _read(options: Options) -> _Source:
 
 def hand_over(exported: Exported, folder: Path) -> Exported:
     """Move the finished files to their final names, the manifest last: until then no engine there can be opened."""
-    for file in exported.files:
-        file.replace(folder / file.name)
-    for suffix in (".onnx", FP16_SUFFIX, *SUFFIXES.values(), ".golden.npz"):
-        for stale in (exported.manifest.name + suffix, f"{exported.manifest.name}{suffix}.data"):
-            if stale not in exported.manifest.files:
-                (folder / stale).unlink(missing_ok=True)
+    name, listed = exported.manifest.name, exported.manifest.files
+    suffixes = (".onnx", FP16_SUFFIX, *SUFFIXES.values(), ".golden.npz")
+    stale = [one for suffix in suffixes for one in (name + suffix, f"{name}{suffix}.data") if one not in listed]
+    put_in_place(exported.folder, folder, [file.name for file in exported.files], stale)
     return replace(exported, folder=folder)
 
 

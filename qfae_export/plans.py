@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from qfae_export.builders import available
+from qfae_export.builders import available, current_gpu
 from qfae_export.errors import ExportError
+from qfae_export.handover import put_in_place
 from qfae_export.images import choose
 from qfae_export.options import FP16_SUFFIX, Options
 from qfae_export.parity import ParityReport, accepted, certificate_of, link, measure, run_in_batches, scale_of
@@ -21,7 +22,7 @@ from qfae_export.tensorrt_plan import Plan, build_plan
 from qfae_runtime.certificate import Link
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines import open_engine
-from qfae_runtime.engines.backends import reference_of
+from qfae_runtime.engines.backends import lacking, reference_of
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.tensorrt import TensorRtEngine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, cure_of_writing
@@ -75,7 +76,7 @@ def add_plan(manifest: Manifest, onnx: Path, kind: str, say: Say, measured: Meas
     and no runtime takes it before it has one.
 
     Raises:
-        ExportError, OutputError: see build_plan.
+        ExportError, OutputError: see build_plan; or the plan cannot be opened on the card it was built for.
         ParityError: the plan does not compute what PyTorch computes.
 
     """
@@ -89,6 +90,8 @@ def add_plan(manifest: Manifest, onnx: Path, kind: str, say: Say, measured: Meas
     try:
         engine = _open(plan, manifest)
     except EngineError as error:
+        if not _of_another_card(plan):
+            raise ExportError(f"{path.name}: was built, but cannot be opened: {error}") from error
         command = f"qfae-export verify --engine {path.name} --ckpt CHECKPOINT --record"
         note = f"{path.name} cannot run here, so it is not certified yet: {error}\non its machine: {command}"
         return Planned(manifest, path.name, None, note)
@@ -97,6 +100,14 @@ def add_plan(manifest: Manifest, onnx: Path, kind: str, say: Say, measured: Meas
         report = measured(engine, path.name)
         certificates = (*manifest.certificate, certificate_of(path, engine, report))
     return Planned(replace(manifest, certificate=certificates), path.name, report, None)
+
+
+def _of_another_card(plan: Plan) -> bool:
+    """Say whether this machine lacks what runs the plan: library, driver, or a card that it was built for."""
+    gpu = current_gpu()
+    if gpu is None or lacking(reference_of(plan.kind).name, "cuda:0") is not None:
+        return True
+    return bool(plan.targets) and f"SM{gpu.compute_capability.replace('.', '')}" not in plan.targets
 
 
 def _with_file(manifest: Manifest, plan: Plan, onnx: str) -> Manifest:
@@ -126,6 +137,7 @@ def rebuild(options: Options, say: Say) -> Planned:
     assert onnx is not None
     kind = options.format or "plan"
     manifest, manifest_path = _exported(onnx, kind)
+    before = manifest_path.read_bytes()
     name = _plan_name(onnx.name, kind)
     if (onnx.parent / name).exists() and not options.overwrite:
         raise OutputError(f"{onnx.parent / name}: exists already; pass --overwrite to replace it")
@@ -138,8 +150,10 @@ def rebuild(options: Options, say: Say) -> Planned:
                 if part in manifest.files:
                     (Path(made) / part).symlink_to((onnx.parent / part).absolute())
             planned = add_plan(manifest, Path(made) / onnx.name, kind, say, measured)
-            (Path(made) / name).replace(onnx.parent / name)
-            planned.manifest.save(manifest_path)
+            if manifest_path.read_bytes() != before:
+                raise ExportError(f"{manifest_path}: was changed while the plan was built; run the command again")
+            planned.manifest.save(Path(made) / manifest_path.name)
+            put_in_place(Path(made), onnx.parent, [name, manifest_path.name])
     except OSError as error:
         cure = cure_of_writing(error, "another copy of the files")
         raise OutputError(f"{onnx.parent}: cannot be written ({error.strerror or error}); {cure}") from error

@@ -11,10 +11,10 @@ from qfae_export.images import ParityImages, choose
 from qfae_export.parity import ParityReport, certificate_of, measure, reference_scores
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
-from qfae_runtime.engines.base import Scores
+from qfae_runtime.engines.base import Scores, card_of
 from qfae_runtime.errors import ManifestError, OutputError, cure_of_writing
 from qfae_runtime.golden import golden_bytes, load_golden
-from qfae_runtime.manifest import find_manifest
+from qfae_runtime.manifest import Manifest, find_manifest
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
 from qfae_train.checkpoint import build_scorer
 from qfae_train.config import load as load_config
@@ -33,7 +33,9 @@ def verify(
     record: bool = False,
     say: Callable[[str], None] = lambda step: None,
 ) -> ParityReport:
-    """Measure an engine on this machine; with `record` and a kept contract, write the certificate into the manifest.
+    """Measure an engine on this machine; with `record`, write what was measured into the manifest.
+
+    A kept contract makes it a certificate; a broken one takes the certificate back that was there.
 
     `backend` None: the one that the file is exported for.
 
@@ -65,7 +67,7 @@ def verify(
         say(f"comparing {engine.name} on {opened.engine.backend} {opened.engine.version}, {opened.engine.device}")
         known = opened.certificate.scale if opened.certificate is not None and ckpt is None else None
         report = measure(opened.engine, images, reference, contract, known)
-        if report and record:
+        if record:
             _record(opened, report)
     return report
 
@@ -115,10 +117,20 @@ def _anew(
 
 
 def _record(opened: OpenedEngine, report: ParityReport) -> None:
-    entry = certificate_of(opened.path, opened.engine, report)
-    place = (entry.engine, entry.backend, entry.device)
-    others = [one for one in opened.manifest.certificate if (one.engine, one.backend, one.device) != place]
-    manifest = replace(opened.manifest, certificate=(*others, entry))
+    """Put the measurement in the place of what the manifest says of this engine on this backend, device and card."""
+    engine = opened.engine
+    place = (opened.path.name, engine.backend, engine.device, card_of(engine))
+    manifest = Manifest.load(find_manifest(opened.path))  # as it is now: measuring takes minutes
+    if manifest.engine_sha256(opened.path.name) != opened.sha256:
+        raise ManifestError(f"{opened.path}: was exported anew while it was measured; measure it again")
+    before = [one for one in manifest.certificate if (one.engine, one.backend, one.device, one.gpu) == place]
+    entries = [one for one in manifest.certificate if one not in before]
+    if report.worst.fault is None:
+        entry = certificate_of(opened.path, engine, report)
+        # The steps of the export are those of the same bytes; measuring the engine again says nothing new of them.
+        links = next((one.links for one in before if one.engine_sha256 == entry.engine_sha256), ())
+        entries.append(replace(entry, links=links))
+    manifest = replace(manifest, certificate=tuple(entries))
     path = find_manifest(opened.path)
     try:
         manifest.save(path)

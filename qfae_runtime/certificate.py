@@ -11,8 +11,8 @@ from typing import Any, Self
 from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale
 from qfae_runtime.checked import Fields
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract
-from qfae_runtime.engines.base import Engine
-from qfae_runtime.hashing import sha256_of
+from qfae_runtime.engines.base import Engine, card_of
+from qfae_runtime.hashing import sha256_of_engine
 
 PYTORCH = "PyTorch FP32"
 """The training modules in float32: the reference, and the beginning of every chain."""
@@ -35,7 +35,7 @@ class Link:
 
 @dataclass(frozen=True)
 class CertificateEntry:
-    """What was measured for one engine file on one backend and device; their hash binds it to its bytes.
+    """What was measured for one engine on one backend, device and card; a hash binds it to its bytes, weights included.
 
     `reference` is what it was measured against: PyTorch FP32, or, where a plan was built without the checkpoint, an
     engine that was. `measured` holds the worst of every quantity over all batch sizes, on the same images.
@@ -46,6 +46,7 @@ class CertificateEntry:
     backend: str
     backend_version: str
     device: str
+    gpu: str | None
     batches: tuple[int, ...]
     images: int
     images_from: str
@@ -69,8 +70,13 @@ class CertificateEntry:
         images_from: str,
         reference: str = PYTORCH,
         links: Iterable[Link] = (),
+        images: int | None = None,
+        passed: bool = True,
     ) -> Self:
         """Record an agreement with the reference on images taken from `images_from` (said in words).
+
+        `images` is how many different ones there were, where some ran several times. `passed` false: something beside
+        the numbers failed.
 
         Raises:
             ValueError: the outputs could not be compared, so there is nothing to record.
@@ -80,19 +86,20 @@ class CertificateEntry:
             raise ValueError(f"nothing was measured: {agreement.fault}")
         return cls(
             engine=engine_path.name,
-            engine_sha256=sha256_of(engine_path),
+            engine_sha256=sha256_of_engine(engine_path),
             backend=engine.backend,
             backend_version=engine.version,
             device=engine.device,
+            gpu=card_of(engine),
             batches=tuple(batches),
-            images=agreement.images,
+            images=agreement.images if images is None else images,
             images_from=images_from,
             reference=reference,
             contract=contract,
             scale=agreement.scale,
             measured=agreement.values,
             links=tuple(links),
-            passed=contract.holds(agreement.values),
+            passed=passed and contract.holds(agreement.values),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -121,6 +128,7 @@ def _read_entry(fields: Fields, where: str, number: int) -> CertificateEntry:
         backend=fields.text("backend"),
         backend_version=fields.text("backend_version"),
         device=fields.text("device"),
+        gpu=fields.optional_text("gpu"),
         batches=tuple(batches),
         images=fields.whole("images", 1, 2**50),
         images_from=fields.text("images_from"),

@@ -19,7 +19,7 @@ from qfae_runtime.certificate import CertificateEntry, read_certificate
 from qfae_runtime.checked import Fields, parse_json
 from qfae_runtime.contract import owed
 from qfae_runtime.errors import ManifestError
-from qfae_runtime.hashing import sha256_of
+from qfae_runtime.hashing import WEIGHTS_SUFFIX, joined, sha256_of
 from qfae_runtime.preprocess import MAX_IMAGE_SIZE, PreprocessSpec
 
 __all__ = [
@@ -161,10 +161,14 @@ class Manifest:
             raise ManifestError(f"{path.name}: cannot be written as JSON: {error}") from None
         Manifest.from_dict(parse_json(text, path.name), path.name)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -203,14 +207,23 @@ class Manifest:
                 raise ManifestError(f"{path}: listed in {self.name}.json but not there; copy it beside the engine")
             check_digest(path, entry, sha256_of(path), f"{self.name}.json")
 
-    def certified(self, engine: str, backend: str, device: str) -> CertificateEntry | None:
-        """Return the passed certificate for these very bytes on a backend and device, if there is one."""
+    def engine_sha256(self, engine: str) -> str | None:
+        """Return the hash that certificates bind an engine by, its weights included; None where it is not listed."""
+        entry, weights = self.files.get(engine), self.files.get(engine + WEIGHTS_SUFFIX)
+        return None if entry is None else joined(entry.sha256, weights.sha256 if weights is not None else None)
+
+    def certified(self, engine: str, backend: str, device: str, gpu: str | None = None) -> CertificateEntry | None:
+        """Return the passed certificate for these very bytes on a backend, device and card, if there is one.
+
+        `gpu` None: on any card.
+        """
         entry = self.files.get(engine)
         if entry is None:
             return None
-        bound_to = (entry.sha256, owed(entry.precision or "fp32", backend))
+        bound_to = (self.engine_sha256(engine), owed(entry.precision or "fp32", backend))
         for one in self.certificate:
             same = (one.engine, one.backend, one.device) == (engine, backend, device)
+            same = same and gpu in (None, one.gpu)
             mine = (one.engine_sha256, one.contract.name) == bound_to
             if same and mine and one.passed and max(one.batches) >= self.max_batch:
                 return one
@@ -218,10 +231,9 @@ class Manifest:
 
     def broken(self, engine: str, backend: str, device: str) -> CertificateEntry | None:
         """Return the measurement of these very bytes on a backend and device that broke its contract, if any."""
-        entry = self.files.get(engine)
         for one in self.certificate:
             same = (one.engine, one.backend, one.device) == (engine, backend, device)
-            if entry is not None and same and one.engine_sha256 == entry.sha256 and not one.passed:
+            if same and one.engine_sha256 == self.engine_sha256(engine) and not one.passed:
                 return one
         return None
 

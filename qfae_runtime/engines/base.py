@@ -122,6 +122,12 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+def card_of(engine: Engine) -> str | None:
+    """Name the GPU that an engine runs on, as certificates do; None on a processor, or where it does not say."""
+    card = getattr(engine, "gpu", None)
+    return None if card is None else str(card)
+
+
 def check_images(images: UInt8, image_size: int, max_batch: int) -> None:
     """Refuse a batch that is not uint8 (B, S, S, 3) with 1 <= B <= max_batch.
 

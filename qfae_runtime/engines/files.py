@@ -9,6 +9,7 @@ from typing import NamedTuple
 from qfae_runtime.engines.base import OUTPUT_NAMES
 from qfae_runtime.engines.external import external_files
 from qfae_runtime.errors import EngineError, ManifestError
+from qfae_runtime.hashing import WEIGHTS_SUFFIX, joined
 from qfae_runtime.manifest import FileEntry, Manifest, check_digest, find_manifest
 
 
@@ -81,7 +82,7 @@ def _verified_model(manifest: Manifest, path: Path, entry: FileEntry, manifest_n
     model = path.read_bytes()
     digest = hashlib.sha256(model).hexdigest()
     check_digest(path, entry, digest, manifest_name)
-    weights = f"{path.name}.data"
+    weights = path.name + WEIGHTS_SUFFIX
     listed = weights in manifest.files
     if (entry.format or "onnx") == "onnx":
         foreign = sorted(external_files(model, str(path)) - ({weights} if listed else set()))
@@ -94,4 +95,4 @@ def _verified_model(manifest: Manifest, path: Path, entry: FileEntry, manifest_n
         return model, digest
     # External data is read by the backend itself, from the folder of the engine.
     manifest.verify_files(path.parent, [weights])
-    return path, hashlib.sha256(f"{digest} {manifest.files[weights].sha256}".encode()).hexdigest()
+    return path, joined(digest, manifest.files[weights].sha256)

@@ -8,6 +8,7 @@ from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.engines.auto import choose
 from qfae_runtime.engines.backends import BACKENDS, DEVICES, load, measuring, reference_of, runner
+from qfae_runtime.engines.base import card_of
 from qfae_runtime.engines.files import EngineFile, check_engine_file
 from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import EngineError, UsageError
@@ -49,6 +50,15 @@ def open_engine(
     if certificate is None and not allow_uncertified:
         raise EngineError(_uncertified(file, chosen, device))
     engine = load(file, chosen, device, threads)
+    card = card_of(engine)
+    if certificate is not None and card is not None:
+        elsewhere, certificate = certificate, file.manifest.certified(file.path.name, chosen, device, card)
+        if certificate is None and not allow_uncertified:
+            engine.close()
+            raise EngineError(
+                f"{file.path}: certified on {elsewhere.gpu}, but this card is {card}, which computes with other "
+                f"kernels; measure it here: {measuring(file.path, chosen, device)}"
+            )
     return OpenedEngine(engine, file.manifest, file.path, file.sha256, certificate, choice, threads)
 
 

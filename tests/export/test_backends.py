@@ -179,5 +179,5 @@ def test_bf16_is_held_against_its_own_contract(
     )  # fmt: skip
     assert "contract bf16" in ran.out
     entries = json.loads((tmp_path / "tiny.json").read_text())["certificate"]
-    recorded = [entry["contract"]["name"] for entry in entries if entry["backend"] == "openvino-bf16"]
-    assert recorded == (["bf16"] if ran.code == 0 else [])
+    [recorded] = [entry for entry in entries if entry["backend"] == "openvino-bf16"]
+    assert (recorded["contract"]["name"], recorded["passed"]) == ("bf16", ran.code == 0)

@@ -102,9 +102,9 @@ def test_equal_outputs_pass_and_every_image_counts(images: ParityImages, referen
     assert report
     assert report.failures() == []
     assert report.batches == (1, 3, COUNT)
-    singles, odd = [0, 4, 9], [0, 4, 9]  # evenly spread
+    singles, odd = [0, 9], [0, 4, 9]  # evenly spread
     assert seen == [*range(COUNT), *singles, *odd]
-    assert [row.run_at_this_size for row in report.rows] == [3, 3, COUNT]
+    assert [row.run_at_this_size for row in report.rows] == [2, 3, COUNT]
     assert report.worst.values["map_abs"] == 0
     assert report.worst.values["auroc_change"] == 0
     assert report.outputs is not None
@@ -150,7 +150,7 @@ def test_planted_faults_are_named(images: ParityImages, reference: Scores, fault
 def test_relative_error_counts_where_values_are_small(images: ParityImages, reference: Scores) -> None:
     reference.anomaly_map[4, 2, 2] = 0.02
     report = report_of(images, reference, spoil("anomaly_map", 4, (2, 2), lambda value: value + 5e-5))
-    assert len(report.failures()) == 3  # the absolute bound holds; the relative one breaks at each batch size
+    assert len(report.failures()) == 2  # the absolute bound holds; the relative one breaks wherever image 4 is run
     assert "map error, relative: 0.0025 exceeds 0.001, worst at image 4, y 2, x 2" in report.failures()[0]
 
 
@@ -204,7 +204,7 @@ def test_a_largest_batch_beyond_the_images_is_really_run(images: ParityImages, r
         CONTRACTS["fp32"],
     )
     assert report
-    assert sizes == [25, 1, 1, 1, 3]
+    assert sizes == [25, 1, 1, 3]
     assert report.outputs is not None
     assert len(report.outputs.score) == COUNT
 

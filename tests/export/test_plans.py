@@ -20,6 +20,7 @@ from qfae_export.plans import wanted
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines import open_engine
 from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines.cuda import Gpu
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError
 from qfae_runtime.manifest import Manifest
@@ -226,3 +227,50 @@ def overflowing(states: list[dict[str, torch.Tensor]]) -> None:
     """Scale one encoder block's hidden layer out of float16's range; every weight stays inside it."""
     states[0]["blocks.1.mlp.fc1.weight"].mul_(3e4 / float(states[0]["blocks.1.mlp.fc1.weight"].abs().max()))
     states[0]["blocks.1.mlp.fc2.weight"].mul_(1e-4)
+
+
+def test_a_plan_that_does_not_open_on_its_own_card_is_not_handed_over(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (here / "tiny.json").read_bytes()
+    monkeypatch.setattr(qfae_export.plans, "current_gpu", lambda: Gpu("RTX 4090", "8.9", None, None))
+    monkeypatch.setattr(qfae_export.plans, "lacking", lambda backend, device: None)
+    with pytest.raises(ExportError, match=r"^tiny\.rtx\.plan: was built, but cannot be opened: device 'cuda:0'"):
+        export(Options(onnx=here / "tiny.fp16.onnx", format="rtx-plan"))
+    assert not (here / "tiny.rtx.plan").exists()
+    monkeypatch.setattr(qfae_export.plans, "current_gpu", lambda: Gpu("H200", "9.0", None, None))
+    assert "cannot run here" in export(Options(onnx=here / "tiny.fp16.onnx", format="rtx-plan")).notes[0]
+    assert (here / "tiny.json").read_bytes() != before
+
+
+def test_a_plan_that_nobody_insisted_on_costs_no_engine(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object, **more: object) -> None:
+        raise ExportError("TensorRT 10.7 is not used: it computes wrong")
+
+    monkeypatch.setattr(qfae_export.plans, "available", lambda kind, onnx: None)
+    monkeypatch.setattr(qfae_export.plans, "build_plan", fails)
+    done = export(Options(checkpoint, tmp_path / "out", fp16=True))
+    assert done.notes == ("no plan: TensorRT 10.7 is not used: it computes wrong",)
+    assert done.engines == ("tiny.onnx", "tiny.fp16.onnx")
+    open_engine(done.engine).close()
+    with pytest.raises(ExportError, match=r"TensorRT 10\.7 is not used"):
+        export(Options(checkpoint, tmp_path / "asked", fp16=True, format="plan"))
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_manifest_that_changed_while_a_plan_was_built_is_not_written_over(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = qfae_export.plans.add_plan
+
+    def slow(*arguments: Any) -> Any:
+        planned = genuine(*arguments)
+        (here / "tiny.json").write_text((here / "tiny.json").read_text() + "\n")
+        return planned
+
+    monkeypatch.setattr(qfae_export.plans, "add_plan", slow)
+    with pytest.raises(ExportError, match=r"tiny\.json: was changed while the plan was built; run the command again"):
+        export(Options(onnx=here / "tiny.fp16.onnx", format="rtx-plan"))
+    assert not (here / "tiny.rtx.plan").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,9 @@ from onnx import numpy_helper
 
 from qfae_export.cli import main
 from qfae_export.export import Exported
+from qfae_export.parity import measure
+from qfae_runtime.engines import open_engine
+from qfae_runtime.errors import EngineError
 from qfae_runtime.hashing import sha256_of
 from qfae_runtime.manifest import Manifest
 from tests.export.test_cli import Ran, run
@@ -79,7 +83,35 @@ def test_a_changed_engine_is_found_out(
     assert ran.code == 1
     assert "map error, largest: " in ran.err
     assert "the engine breaks its contract on this machine; do not use its scores" in ran.err
-    assert (here / "tiny.json").read_text() == before
+    if not with_checkpoint:
+        assert (here / "tiny.json").read_text() == before
+        return
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert not entry.passed  # the certificate that was there is taken back
+    with pytest.raises(EngineError, match="its comparison with PyTorch failed on onnxruntime, cpu"):
+        open_engine(here / "tiny.onnx")
+
+
+def test_steps_of_the_export_stay_in_the_certificate(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path
+) -> None:
+    before = Manifest.load(here / "tiny.json").certificate[0]
+    assert verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record").code == 0
+    [after] = Manifest.load(here / "tiny.json").certificate
+    assert after.links == before.links != ()
+
+
+def test_an_engine_exported_anew_meanwhile_is_not_certified(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, here: Path
+) -> None:
+    def later(*arguments: Any) -> Any:
+        report = measure(*arguments)
+        spoil(here, 1.5)
+        return report
+
+    monkeypatch.setattr("qfae_export.verify.measure", later)
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert (ran.code, "tiny.onnx: was exported anew while it was measured; measure it again" in ran.err) == (1, True)
 
 
 def test_what_is_refused(capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path) -> None:

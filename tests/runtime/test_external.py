@@ -105,3 +105,16 @@ def test_weights_that_nobody_holds_a_hash_of_are_refused(tmp_path: Path) -> None
     assert str(caught.value) == (
         f"{path}: takes weights from 'other.data', which tiny.json holds no hash of; export it again with qfae-export"
     )
+
+
+def test_a_certificate_does_not_pass_to_other_weights(tmp_path: Path) -> None:
+    """The graph is the same file and the manifest is mended: the certificate is still of other weights."""
+    path = with_external_data(tmp_path)
+    with open_engine(path, backend=None) as opened:
+        assert opened.certificate is not None
+        assert opened.certificate.engine_sha256 == opened.sha256 != opened.manifest.files["tiny.onnx"].sha256
+    weights = tmp_path / "tiny.onnx.data"
+    weights.write_bytes(bytes(reversed(weights.read_bytes())))
+    list_weights(path)
+    with pytest.raises(EngineError, match=r"the certificate in tiny\.json was issued for other bytes than this file's"):
+        open_engine(path, backend=None)

@@ -16,6 +16,7 @@ from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, owed
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.golden import Golden, save_golden
+from qfae_runtime.hashing import sha256_of_engine
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, TensorSpec
 from qfae_runtime.preprocess import PreprocessSpec, probe
 
@@ -144,7 +145,7 @@ def mend_hashes(engine_path: Path, *, certificate_too: bool) -> None:
     fresh = FileEntry.of(engine_path, "engine", "onnx", "fp32")
     stored["files"][engine_path.name] |= {"sha256": fresh.sha256, "bytes": fresh.bytes}
     if certificate_too:
-        stored["certificate"][0]["engine_sha256"] = fresh.sha256
+        stored["certificate"][0]["engine_sha256"] = sha256_of_engine(engine_path)
     path.write_text(json.dumps(stored))
 
 
