@@ -22,12 +22,10 @@ from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
 from qfae_runtime.writers.records import OK
 
-_SHOWN = 5
-
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration, where it was written, and the files that could not be scored, each with its reason."""
+    """A calibration, where it was written, and the reasons of the files that could not be scored, one each."""
 
     calibration: Calibration
     path: Path
@@ -77,7 +75,7 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
 def _scores(
     opened: OpenedEngine, options: Options, found: Scan, progress: Callable[[Counts], None]
 ) -> tuple[list[float], list[str]]:
-    """Return the scores of all normal images, and a line for each that could not be scored."""
+    """Return the scores of all normal images, and a reason for each that could not be scored."""
     scores: list[float] = []
     unreadable: list[str] = []
     pipeline = Pipeline(Scorer(opened.engine, opened.manifest, options.batch_size), maps=False, reading=options.reading)
@@ -88,7 +86,7 @@ def _scores(
             if row.status == OK and row.score is not None:
                 scores.append(row.score)
             else:
-                unreadable.append(f"{row.source}: {row.error}")
+                unreadable.append(row.error or "cannot be scored")
             counts.rows += 1
             counts.done += picture.last
             counts.errors = len(unreadable)
@@ -119,8 +117,8 @@ def _refuse_anomalous(found: Scan) -> None:
     anomalous = [path for path in found.images if label_of(path, found.root) == UNGOOD]
     if anomalous:
         raise CalibrationError(
-            f"{len(anomalous)} of {len(found.images)} images lie in a folder {UNGOOD}, the first is "
-            f"{found.source_of(anomalous[0])}; the threshold is found on normal images alone: name their folder"
+            f"{len(anomalous)} of {len(found.images)} images lie in a folder {UNGOOD}; the threshold is found on "
+            "normal images alone: name their folder"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -67,10 +68,10 @@ def calibrate_command(images: tuple[str, ...], quiet: bool, as_json: bool, **giv
         raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:
         fail(PROGRAM, error)
-    for line in done.unreadable[:_SHOWN]:
-        click.echo(f"{PROGRAM}: left out: {line}", err=True)
-    if len(done.unreadable) > _SHOWN:
-        click.echo(f"{PROGRAM}: left out: {len(done.unreadable) - _SHOWN} more", err=True)
+    for reason, count in Counter(done.unreadable).most_common(_SHOWN):
+        click.echo(f"{PROGRAM}: left out, {count} x: {reason}", err=True)
+    if done.unreadable:
+        click.echo(f"{PROGRAM}: which files these are, qfae-run on the same images says in its rows", err=True)
     for warning in done.calibration.warnings():
         click.echo(f"{PROGRAM}: warning: {warning}", err=True)
     if as_json:

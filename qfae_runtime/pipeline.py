@@ -39,6 +39,7 @@ from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_MOST_WAITING = 4  # times the batch size
 FRAMES_AT_ONCE = 16
 """So many frames of one file are decoded before they are scored, while as many more are being decoded."""
 
@@ -179,7 +180,8 @@ class Pipeline:
             for picture in pictures:
                 waiting.append(picture)
                 good += picture.prepared is not None
-                if good == self.scorer.batch_size or good == 0:
+                # A row is not kept back for long behind damaged files, of which there may be any number.
+                if good in (self.scorer.batch_size, 0) or len(waiting) >= _MOST_WAITING * self.scorer.batch_size:
                     yield from self._outcomes(waiting)
                     waiting, good = [], 0
         yield from self._outcomes(waiting)

@@ -68,7 +68,9 @@ class Reporter:
 
 
 def _line(counts: Counts, rate: float) -> str:
-    if counts.done == counts.resumed:  # a resumed run makes the maps of its first part again before it goes on
+    if counts.done == counts.resumed > 0:  # a resumed run makes the maps of its first part again before it goes on
         return f"{counts.done}/{counts.total} files, their maps are being made again for the pixel metrics"
+    if counts.done == 0:
+        return f"0/{counts.total} files, {counts.rows} pictures of the first one, {counts.errors} errors"
     left = (counts.total - counts.done) / rate
     return f"{counts.done}/{counts.total} files, {rate:.1f} a second, {left:.0f} s left, {counts.errors} errors"

@@ -65,9 +65,9 @@ class Pseudonyms:
 
     def scrub(self, text: str, path: Path, pseudonym: str) -> str:
         """Return a sentence about a file with its pseudonym in the place of its names, and pseudonyms for UIDs."""
-        text = text.replace(str(path), pseudonym).replace(path.name, pseudonym)
-        if len(path.stem) >= _LEAST_NAME:
-            text = re.sub(rf"(?<!\w){re.escape(path.stem)}(?!\w)", pseudonym, text)
+        names = [str(path), *(name for name in (path.name, path.stem) if len(name) >= _LEAST_NAME)]
+        longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+        text = re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", pseudonym, text)
         return _UID.sub(lambda found: self.of(found.group()), text)
 
     def of_ignored(self, ignored: dict[str, int]) -> dict[str, int]:

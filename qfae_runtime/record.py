@@ -6,14 +6,12 @@ import hashlib
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import cv2
-import numpy
-import PIL
 
 import qfae_runtime
 from qfae_runtime.calibration import Calibration
@@ -23,8 +21,19 @@ from qfae_runtime.layout import Scan
 from qfae_runtime.options import Options
 from qfae_runtime.pipeline import Seconds
 from qfae_runtime.pseudonyms import Pseudonyms
-from qfae_runtime.verdicts import Verdict
+from qfae_runtime.verdicts import Verdict, hardware
 from qfae_runtime.writers.heatmap import ColourScale
+
+_READERS = (
+    "numpy",
+    "pillow",
+    "opencv-python-headless",
+    "pydicom",
+    "nibabel",
+    "pyjpegls",
+    "pylibjpeg-openjpeg",
+    "python-gdcm",
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,9 @@ def fingerprint_of(run: Subject) -> dict[str, Any]:
         "backend": opened.engine.backend,
         "backend_version": opened.engine.version,
         "device": opened.engine.device,
+        "threads": options.threads,
+        "qfae": qfae_runtime.__version__,
+        "readers": reader_versions(),
         "batch_size": run.batch_size,
         "maps": options.maps,
         "save_maps": options.save_maps,
@@ -114,13 +126,21 @@ def record_of(run: Subject, fingerprint: dict[str, Any]) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "numpy": numpy.__version__,
-            "pillow": PIL.__version__,
-            "opencv": cv2.__version__,
+            **reader_versions(),
             opened.engine.backend: opened.engine.version,
         },
         "platform": platform.platform(),
+        "hardware": hardware(),
     }
+
+
+def reader_versions() -> dict[str, str]:
+    """Return the versions of what turns files into pixels; another may read a file otherwise."""
+    found = {}
+    for package in _READERS:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _digest_of_list(sources: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qfae_runtime.calibration import Calibration, Decider, path_beside
 from qfae_runtime.calibration import load as load_calibration
-from qfae_runtime.engines import OpenedEngine, open_engine
+from qfae_runtime.engines import BACKENDS, DEVICES, OpenedEngine, open_engine
 from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.golden import golden_bytes, load_golden
 from qfae_runtime.jobs import Jobs
@@ -93,6 +93,7 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
 
     """
     clock = Clock()
+    options = _as_begun(options)
     found = find_inputs(options.images, options.listed, options.out)
     clock.lap("listing")
     with open_engine(
@@ -108,7 +109,9 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
         verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
         clock.lap("self_test")
         try:
-            return _Run(options, opened, verdict, found).go(clock, progress, say)
+            run = _Run(options, opened, verdict, found)
+            with closing(run):
+                return run.go(clock, progress, say)
         except OSError as error:
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
@@ -177,6 +180,10 @@ class _Run:
             self.names,
         )
         self.jobs = self._jobs()
+
+    def close(self) -> None:
+        """Let other runs into the results folder."""
+        self.folder.release()
 
     def go(self, clock: Clock, progress: Progress, say: Say) -> Summary:
         """Score what is left to score and write the results."""
@@ -298,6 +305,19 @@ class _Run:
 
     def _pixel_note(self) -> str | None:
         return None if self.options.maps else "the pixel metrics need the anomaly maps; run without --no-maps"
+
+
+def _as_begun(options: Options) -> Options:
+    """Return the options of a run to go on with, on the backend it began on: `auto` may choose otherwise by now."""
+    if not options.resume or options.backend != "auto":
+        return options
+    begun = ResultsFolder(options.out).read_run().get("fingerprint")
+    backend, device = (begun.get(key) for key in ("backend", "device")) if isinstance(begun, dict) else (None, None)
+    if backend == "tensorrt-rtx":  # either kind of plan is asked for by one word
+        backend = "tensorrt"
+    if backend not in BACKENDS or device not in DEVICES:
+        return options
+    return replace(options, backend=backend, device=device)
 
 
 def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -123,6 +124,14 @@ def remember(environment: dict[str, Any], verdict: Verdict, cache: Path | None =
 def _memory(environment: dict[str, Any], cache: Path | None) -> Path:
     key = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
     return (cache or cache_folder()) / "selftest" / f"{key}.json"
+
+
+def hardware() -> dict[str, Any]:
+    """Return what this machine computes with, for records: processor, cores that may be used, memory, NVIDIA cards."""
+    memory = None
+    with suppress(AttributeError, OSError, ValueError):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"processor": _cpu_name(), "cores": _cores(), "memory_bytes": memory, "cards": _cards()}
 
 
 def _cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ MAX_VOLUME_BYTES = 2**30
 """Bytes of a NIfTI volume, which is held whole: its window comes from all of it."""
 
 NO_MEMORY = "decoding it takes more memory than there is"
+
+_QUOTED = re.compile(r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)")
 
 AXES = ("sagittal", "coronal", "axial")
 
@@ -181,7 +184,15 @@ def unreadable(error: OSError) -> str:
     return f"cannot be read ({error.strerror or 'unknown reason'})"
 
 
+def _without_values(words: str) -> str:
+    """Leave out what stands in quotation marks: a value of the file, a patient's name perhaps.
+
+    A mark without its partner, and an apostrophe, which cannot be told from one, end the sentence.
+    """
+    return re.sub(r"['\"].*", "...", _QUOTED.sub("...", words))
+
+
 def plain(error: BaseException, path: Path) -> str:
     """Return a library's own words on a fault, on one line, short, without the file's path."""
-    words = " ".join(str(error).split()).replace(str(path), "the file")
+    words = _without_values(" ".join(str(error).split()).replace(str(path), "the file"))
     return (words[:300] + " ...") if len(words) > 300 else (words or type(error).__name__)

@@ -37,6 +37,7 @@ class ResultsFolder:
         self.root = root
         self.csv, self.jsonl, self.report, self.run, self.metrics = (root / name for name in _FILES)
         self.heatmaps, self.maps = root / "heatmaps", root / "maps"
+        self._held: int | None = None
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
         """Make the folder ready: create it, or clear it of what this tool wrote, or leave it to be resumed.
@@ -49,10 +50,34 @@ class ResultsFolder:
         try:
             self._check(overwrite=overwrite, resume=resume)
             self.root.mkdir(parents=True, exist_ok=True)
+            self._lock()
             if overwrite:
                 self._clear()
         except OSError as error:
             raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def _lock(self) -> None:
+        """Keep other runs out of this folder until `release`; two that append to the same rows would spoil both."""
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # no Unix
+            return
+        self._held = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise OutputError(
+                f"{self.root}: another qfae-run is writing there; wait for it, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks: nothing can be said
+            self.release()
+
+    def release(self) -> None:
+        """Let other runs in."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def _check(self, *, overwrite: bool, resume: bool) -> None:
         for path in self._own_files():
@@ -166,7 +191,9 @@ class ResultsFolder:
         return [self.csv, self.jsonl, self.report, self.metrics, self.run]
 
     def _clear(self) -> None:
-        # Pictures go first: scores.jsonl says which maps are ours, and a clearing that is cut short can be repeated.
+        # A run without a report is not finished: what is half cleared cannot be taken for whole. Then the pictures:
+        # scores.jsonl says which maps are ours, and a clearing that is cut short can be repeated.
+        self.report.unlink(missing_ok=True)
         maps = listed_names(self.jsonl)
         _remove(self.heatmaps, is_ours)
         _remove(self.maps, lambda path: path.relative_to(self.maps).as_posix() in maps and is_map(path))

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,17 @@ def write_csv(rows_path: Path, csv_path: Path) -> None:
     temporary = csv_path.with_name(f".{csv_path.name}.part")
     # File names may hold any bytes; surrogateescape writes them as they are on disk.
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
+        file.write(_line(COLUMNS))
         for row in read_rows(rows_path):
-            table.writerow(_cell(value) for value in asdict(row).values())
+            file.write(_line(_cell(value) for value in asdict(row).values()))
     temporary.replace(csv_path)
+
+
+def _line(cells: Iterable[str]) -> str:
+    """Return one line of a table. A cell is quoted if it holds a line's end of any system, a lone CR included."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: Any) -> str:

@@ -18,6 +18,7 @@ from .test_run import run, table
 NAMES = [
     b"comma,semicolon;tab\t.png",
     b"line\nbreak\r\n.png",
+    b"cr\ronly.png",
     b"quote\"'`.png",
     b"<img src=x onerror=alert(1)>.png",
     b"<script>alert(1)<.png",

@@ -95,6 +95,7 @@ def test_sentences_lose_names_and_uids() -> None:
     uid = pseudonym("1.2.840.113619.2.55.3")
     assert names.scrub(text, path, "P") == f"P: P of series {uid}, pydicom 3.0.1: 7 frames"
     assert names.scrub("got 1 of 12 pixels", Path("1.png"), "P") == "got 1 of 12 pixels"
+    assert names.scrub("/d/2: got 12 of 22 frames, 2 cut", Path("/d/2"), "P2") == "P2: got 12 of 22 frames, 2 cut"
     assert repr(names) == "Pseudonyms()"
 
 

@@ -10,16 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from qfae_runtime.engines import open_engine
 from qfae_runtime.errors import OutputError, RunInterruptedError
+from qfae_runtime.pipeline import Job, Pipeline
 from qfae_runtime.progress import Reporter
 from qfae_runtime.run import Counts, Options, execute, find_inputs
+from qfae_runtime.scorer import Scorer
 
+from .conftest import write_png
 from .test_cli import qfae_run
 from .test_run import damage, run, table
 from .tiny import SIZE
@@ -215,3 +222,89 @@ def test_ctrl_c_leaves_whole_rows_and_can_be_resumed(engine_path: Path, tmp_path
     summary = run(images, engine_path, out, batch_size=4, resume=True)
     assert (summary.counts.resumed, summary.counts.done) == (len(done), 160)
     assert len({row["source"] for row in table(out)}) == 160
+
+
+def test_two_runs_do_not_write_into_one_folder(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    seen: list[int] = []
+
+    def again(counts: Counts) -> None:
+        if counts.done == 3:
+            for option in ("--resume", "--overwrite"):
+                shown = qfae_run(dataset, "--engine", engine_path, "--out", out, option)
+                assert shown.stderr == (
+                    f"qfae-run: {out}: another qfae-run is writing there; wait for it, or choose another --out\n"
+                )
+                seen.append(shown.exit_code)
+
+    execute(Options((dataset,), engine_path, out), again)
+    assert seen == [1, 1]
+    assert len(table(out)) == 12
+    assert run(dataset, engine_path, out, overwrite=True).counts.done == 12  # it is free again
+
+
+def test_a_resumed_run_stays_on_the_backend_it_began_on(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out, maps=False)
+    (out / "report.html").unlink()
+    asked: list[str | None] = []
+
+    def opening(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["backend"])
+        return open_engine(*arguments, **options)
+
+    monkeypatch.setattr("qfae_runtime.run.open_engine", opening)
+    run(dataset, engine_path, out, maps=False, resume=True)
+    run(dataset, engine_path, tmp_path / "new", maps=False, resume=True)
+    assert asked == ["onnxruntime", "auto"]
+
+
+def test_other_threads_or_readers_are_another_run(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(dataset, engine_path, out, maps=False)
+    with pytest.raises(OutputError, match=r"  threads: was None, now 1\n"):
+        run(dataset, engine_path, out, maps=False, resume=True, threads=1)
+    monkeypatch.setattr("qfae_runtime.record.reader_versions", lambda: {"pillow": "0.1"})
+    with pytest.raises(OutputError, match=r"  readers: was "):
+        run(dataset, engine_path, out, maps=False, resume=True)
+
+
+def test_progress_of_a_first_file_with_many_pictures() -> None:
+    shown = io.StringIO()
+    reporter = Reporter(shown, quiet=False)
+    reporter._next_line, reporter._start = 0.0, 0.0
+    reporter.update(Counts(total=2, rows=40))
+    assert shown.getvalue() == "0/2 files, 40 pictures of the first one, 0 errors\n"
+
+
+def test_one_good_file_before_many_bad_ones_keeps_no_row_back(engine_path: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "in" / "0.png", np.zeros((8, 8), np.uint8))
+    for number in range(100):
+        (tmp_path / "in" / f"bad{number:03}.png").touch()
+    rows_at: list[int] = []
+    execute(
+        Options((tmp_path / "in",), engine_path, tmp_path / "out", batch_size=4, maps=False),
+        lambda counts: rows_at.append(counts.rows),
+    )
+    pipeline = Pipeline(Scorer(*_opened(engine_path), 4), maps=False)
+    jobs = [Job(path, path.name) for path in sorted((tmp_path / "in").iterdir())]
+    taken: list[str] = []
+
+    def watched() -> Iterator[Job]:
+        for job in jobs:
+            taken.append(job.source)
+            yield job
+
+    with closing(pipeline.run(watched())) as outcomes:
+        next(outcomes)
+    assert len(taken) < 60
+    assert rows_at[-1] == 101
+
+
+def _opened(engine_path: Path) -> tuple[Any, Any]:
+    opened = open_engine(engine_path, backend="onnxruntime")
+    return opened.engine, opened.manifest
