@@ -200,6 +200,13 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
         _show_images(exported, options, console)
     elif options.random_weights is not None:
         console.print("nothing was measured: random weights are for benchmarks alone", soft_wrap=True)
+    for name, report in exported.reports.items():
+        if flips := report.worst.values.get("flips"):
+            console.print(
+                f"warning: {name} decides {flips:.0f} of {len(report.images)} images otherwise than PyTorch: their "
+                "scores lie within its error of the threshold",
+                soft_wrap=True,
+            )
     for file in exported.written:
         console.print(f"wrote {file} ({size_text(file.stat().st_size)})", soft_wrap=True, markup=False)
     for note in exported.notes:
@@ -208,7 +215,7 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     if options.part != "full":
         console.print("next: load it with ONNX Runtime; qfae-run takes whole engines", soft_wrap=True)
         return
-    if options.random_weights is None and not exported.reports:
+    if exported.notes and not exported.reports and options.random_weights is None:
         return  # the note says what to do next
     extra = "" if exported.reports else " --allow-uncertified"
     console.print(f"next: qfae-run IMAGES --engine {engine} --out results/{extra}", soft_wrap=True, markup=False)
@@ -235,6 +242,10 @@ def _show_images(exported: Exported, options: Options, console: Console) -> None
         console.print(
             f"and {images.coloured} of them in false colours, which grey images cannot stand for", soft_wrap=True
         )
+    known = {label for label in images.labels[: images.real] if label is not None}
+    if len(known) == 1:
+        kind = "anomalous" if known.pop() else "normal"
+        console.print(f"warning: all of these images are {kind}; add some that are not", soft_wrap=True)
     if images.stands_in:
         console.print(
             "warning: these are not images of your kind; pass --parity-images DIR to measure on your own",

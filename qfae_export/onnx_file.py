@@ -104,9 +104,27 @@ def trace(graph: InferenceGraph) -> ir.Model:
             f"torch {torch.__version__} cannot express the model in ONNX: {type(error).__name__}: {reason}; "
             "export with the versions of torch and onnxscript this project is tested with, or report the configuration"
         ) from error
+    _check_attentions(program, model)
     _name_nodes(model)
     _strip(model)
     return model
+
+
+def _check_attentions(program: torch.export.ExportedProgram, model: ir.Model) -> None:
+    """Hold the attentions of the file against those of the graph: what falls apart is no attention to any engine.
+
+    Raises:
+        ExportError: this torch writes them in another way than expected.
+
+    """
+    whole = torch.ops.aten.scaled_dot_product_attention.default
+    wanted = sum(node.target is whole for node in program.graph.nodes)
+    got = sum(node.op_type == "Attention" for node in model.graph)
+    if got != wanted:
+        raise ExportError(
+            f"torch {torch.__version__} writes {got} of {wanted} attentions as one operation: an engine built from the "
+            "file would be slow; export with the versions of torch and onnxscript this project is tested with"
+        )
 
 
 def save(model: ir.Model, path: Path, external_above_bytes: int = EXTERNAL_ABOVE_BYTES) -> list[Path]:

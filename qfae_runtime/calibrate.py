@@ -60,10 +60,10 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
     ) as opened:
         check_batch_size(options, opened)
         verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
-        scores, unreadable = _scores(opened, options, found, progress)
+        scores, unreadable, files = _scores(opened, options, found, progress)
         if len(scores) < conformal.least_images(fpr):
             raise _too_few(len(scores), len(unreadable), fpr)
-        calibration = _calibration(opened, options, scores, len(unreadable), fpr)
+        calibration = _calibration(opened, options, scores, files, len(unreadable), fpr)
     try:
         calibration.save(path)
     except OSError as error:
@@ -74,10 +74,11 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
 
 def _scores(
     opened: OpenedEngine, options: Options, found: Scan, progress: Callable[[Counts], None]
-) -> tuple[list[float], list[str]]:
-    """Return the scores of all normal images, and a reason for each that could not be scored."""
+) -> tuple[list[float], list[str], int]:
+    """Return the scores of all normal images, a reason for each that could not be scored, and the files scored."""
     scores: list[float] = []
     unreadable: list[str] = []
+    files: set[str] = set()
     pipeline = Pipeline(Scorer(opened.engine, opened.manifest, options.batch_size), maps=False, reading=options.reading)
     counts = Counts(total=len(found.images))
     jobs = (Job(path, found.source_of(path)) for path in found.images)
@@ -85,17 +86,18 @@ def _scores(
         for row, picture, _ in outcomes:
             if row.status == OK and row.score is not None:
                 scores.append(row.score)
+                files.add(row.source)
             else:
                 unreadable.append(row.error or "cannot be scored")
             counts.rows += 1
             counts.done += picture.last
             counts.errors = len(unreadable)
             progress(counts)
-    return scores, unreadable
+    return scores, unreadable, len(files)
 
 
 def _calibration(
-    opened: OpenedEngine, options: Options, scores: list[float], unreadable: int, fpr: float
+    opened: OpenedEngine, options: Options, scores: list[float], files: int, unreadable: int, fpr: float
 ) -> Calibration:
     ascending = np.sort(np.array(scores, dtype=np.float64))
     return Calibration(
@@ -108,6 +110,7 @@ def _calibration(
         fpr=fpr,
         threshold=conformal.threshold_of(ascending, fpr),
         scores=tuple(ascending.tolist()),
+        files=files,
         unreadable=unreadable,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -33,7 +33,8 @@ _CURE = "calibrate again with qfae-run calibrate"
 class Calibration:
     """A decision threshold for one engine and a promised rate of false positives.
 
-    `scores` are those of the normal images, ascending; `reading` says how they were read (options of the readers).
+    `scores` are those of the normal images, ascending, which came from so many `files`; `reading` says how they were
+    read (options of the readers).
     """
 
     engine: str
@@ -45,6 +46,7 @@ class Calibration:
     fpr: float
     threshold: float
     scores: tuple[float, ...]
+    files: int
     unreadable: int
     created: str
 
@@ -56,7 +58,8 @@ class Calibration:
     @property
     def how(self) -> str:
         """Where the threshold comes from, in words."""
-        return f"split-conformal for a false positive rate of {self.fpr:g}, from {self.images} normal images"
+        of = "" if self.files == self.images else f" in {self.files} files"
+        return f"split-conformal for a false positive rate of {self.fpr:g}, from {self.images} normal images{of}"
 
     def warnings(self) -> list[str]:
         """Say what a user should know before trusting it."""
@@ -66,6 +69,11 @@ class Calibration:
             told.append(
                 f"{self.images} images are few for a rate of {self.fpr:g}: the threshold's own rate lies between "
                 f"{low:.2g} and {high:.2g} (95 %); more normal images narrow that"
+            )
+        if self.files < 0.5 * self.images:
+            told.append(
+                f"the {self.images} images come from {self.files} files: slices of a volume resemble one another, "
+                "and are worth less than as many patients"
             )
         if len(set(self.scores)) < 0.9 * self.images:
             told.append(
@@ -179,6 +187,7 @@ def _read(fields: Fields) -> Calibration:
         fpr=fields.number("fpr"),
         threshold=fields.number("threshold"),
         scores=tuple(float(score) for score in scores),
+        files=fields.whole("files", 1, _MOST_IMAGES),
         unreadable=fields.whole("unreadable", 0, _MOST_IMAGES),
         created=fields.text("created"),
     )

@@ -59,6 +59,8 @@ NON_IMAGE_SUFFIXES = frozenset(
 RESULTS = "results of qfae-run"
 """What a results folder is counted as: its heat maps are pictures, but none to score."""
 
+HIDDEN = "hidden file"
+
 UNREADABLE_MASKS = "mask folder that cannot be listed"
 
 _LABELS = {GOOD.lower(): GOOD, UNGOOD.lower(): UNGOOD}
@@ -95,7 +97,7 @@ class Scan:
 
     root: Path
     images: list[Path]
-    ignored: dict[str, int] = field(default_factory=dict)  # suffix (or hidden name, or RESULTS) -> count
+    ignored: dict[str, int] = field(default_factory=dict)  # suffix, HIDDEN or RESULTS -> count
     mask_files: int = 0
 
     def source_of(self, image: Path) -> str:
@@ -122,9 +124,9 @@ def scan(inputs: Sequence[Path], exclude: Sequence[Path] = (), listed: Sequence[
         FileNotFoundError: an input does not exist.
 
     """
-    tops = [Path(os.path.normpath(path.absolute())) for path in (*inputs, *listed)]
+    tops = [_absolute(path) for path in (*inputs, *listed)]
     required = len(inputs)
-    walk = _Walk(frozenset(Path(os.path.normpath(path.absolute())) for path in exclude))
+    walk = _Walk(frozenset(_absolute(path) for path in exclude))
     anchors: dict[Path, None] = {}
     for number, top in enumerate(tops):
         is_folder = _is_dir(top)
@@ -188,11 +190,21 @@ class _Walk:
     def _file(self, path: Path) -> None:
         suffix = path.suffix.lower()
         if path.name.startswith("."):
-            self.ignored[path.name] += 1
+            self.ignored[HIDDEN] += 1  # not by its name: there may be one for each image, and it may say whose it is
         elif (suffix in NON_IMAGE_SUFFIXES or path.name == "Thumbs.db") and not _is_image_all_the_same(path):
             self.ignored[suffix] += 1
         else:
             self.found[path] = None
+
+
+def _absolute(path: Path) -> Path:
+    """Return a path from the root, without `..`; where a link comes before one, as the system reads it."""
+    whole = path.absolute()
+    if whole.name == "..":
+        return Path(os.path.realpath(whole))
+    if ".." in whole.parts:
+        return Path(os.path.realpath(whole.parent), whole.name)
+    return Path(os.path.normpath(whole))
 
 
 def _is_dir(place: Path | os.DirEntry[str]) -> bool:

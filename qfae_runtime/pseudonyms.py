@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qfae_runtime.errors import UsageError
-from qfae_runtime.layout import NON_IMAGE_SUFFIXES
 
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
 _DIGITS = 32
@@ -23,9 +21,6 @@ _LEAST_NAME = 3  # a file called 1.png: its 1 may be any number in the sentence
 
 # DICOM UIDs: numbers with dots between, at least five of them (versions of software have fewer), at most 64 characters.
 _UID = re.compile(r"(?<![\w.])\d+(?:\.\d+){4,}(?![\w.])")
-
-HIDDEN = "hidden file"
-"""What files passed over because of their names are counted as, for a name may say whose they are."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,6 @@ class Pseudonyms:
         longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
         text = re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", pseudonym, text)
         return _UID.sub(lambda found: self.of(found.group()), text)
-
-    def of_ignored(self, ignored: dict[str, int]) -> dict[str, int]:
-        """Return what was passed over without the names of hidden files; suffixes and kinds say nothing of anyone."""
-        counts: Counter[str] = Counter()
-        for name, count in ignored.items():
-            hidden = name.startswith(".") and name not in NON_IMAGE_SUFFIXES
-            counts[HIDDEN if hidden else name] += count
-        return dict(counts)
 
     def key_sha256(self) -> str:
         """Return what tells keys apart without giving them away."""

@@ -121,7 +121,7 @@ def record_of(run: Subject, fingerprint: dict[str, Any]) -> dict[str, Any]:
         "colour_scale": {"low": run.scale.low, "high": run.scale.high, "origin": run.scale.origin},
         "inputs": {
             "root": fingerprint["root"],
-            "ignored": run.names.of_ignored(found.ignored) if run.names is not None else found.ignored,
+            "ignored": found.ignored,
             "mask_files": found.mask_files,
         },
         "versions": {

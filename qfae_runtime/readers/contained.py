@@ -10,6 +10,7 @@ import atexit
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -43,7 +44,10 @@ def read_contained(kind: str, path: Path, source: str, options: ReadOptions) -> 
         InputError: the file, or the picture that is due, cannot be read; or decoding it crashed or took too long.
 
     """
-    child = _take()
+    try:
+        child = _take()
+    except OSError as error:  # too many processes, files or too little memory
+        raise InputError(source, f"its decoding process could not be started ({error.strerror or error})") from None
     unharmed = False
     try:
         child.ask(kind, path, options)
@@ -80,6 +84,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # what ends a whole group of processes is for the one that asks
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
         )
         self.late = False
@@ -148,6 +153,8 @@ class _Child:
         code = self.process.wait()
         if code == 1:  # Python ended in order, which it does not do at a damaged file
             return "the decoding process could not be started; see that qfae can be imported by its Python"
+        if -code in (signal.SIGKILL, signal.SIGTERM):
+            return "its decoding process was killed, for want of memory perhaps; score the file again by itself"
         return f"damaged image (its decoder crashed, exit {code})"
 
     @staticmethod

@@ -40,6 +40,7 @@ _BEST = {
     "1.2.840.10008.1.2.4.91": "pylibjpeg",
     "1.2.840.10008.1.2.5": "pylibjpeg",
 }
+_OTHER_COLOURS = ("HSV", "ARGB", "CMYK", "XYB", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
 _META_BYTES = 8192
 _RGB_AFTER_DECODING = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 
@@ -163,7 +164,9 @@ def _check(header: Any, source: str) -> tuple[Format, int]:
     if words := without_image(name):
         raise InputError(source, f"no image to score: {words}")
     if "Rows" not in header or "BitsAllocated" not in header:
-        what = f"a DICOM object ({name or 'of no stated class'})" if len(header) else "a DICOM header"
+        # What pydicom does not know is the header's own text, which may be anything.
+        known = "of no stated class" if not uid else "of an unknown class" if name == uid else name
+        what = f"a DICOM object ({known})" if len(header) else "a DICOM header"
         raise InputError(source, f"no image to score: {what} without pixels")
     missing = [
         key
@@ -181,7 +184,8 @@ def _check(header: Any, source: str) -> tuple[Format, int]:
     high = stored - 1 if high is None else int(high)
     photometric = str(header.PhotometricInterpretation).strip()
     if photometric not in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", *_RGB_AFTER_DECODING):
-        raise InputError(source, f"colours in {photometric} are not read; convert the file to RGB")
+        colours = photometric if photometric in _OTHER_COLOURS else "an unknown colour space"
+        raise InputError(source, f"colours in {colours} are not read; convert the file to RGB")
     if not (1 <= stored <= high + 1 <= allocated <= 64):
         raise InputError(
             source, f"damaged DICOM image (bits allocated {allocated}, stored {stored}, high bit {high} cannot be)"
@@ -194,7 +198,11 @@ def _frames(header: Any) -> int:
     try:
         return max(1, int(text or 1))
     except (TypeError, ValueError):
-        raise UnreadableValuesError(f"number of frames {str(text)[:20]!r}") from None
+        raise UnreadableValuesError("its number of frames is no number") from None
+
+
+def _syntax_in_words(uid: Any) -> str:
+    return "an unknown syntax" if uid.name == str(uid) else str(uid.name)
 
 
 def _plugin(syntax: str, form: Format, source: str) -> str:
@@ -209,11 +217,15 @@ def _plugin(syntax: str, form: Format, source: str) -> str:
     try:
         decoder = pydicom.pixels.get_decoder(uid)
     except NotImplementedError:
-        raise InputError(source, f"compressed as {uid.name}, which is not read; convert the file") from None
+        raise InputError(
+            source, f"compressed as {_syntax_in_words(uid)}, which is not read; convert the file"
+        ) from None
     if uid in (*_NATIVE, _DEFLATED):
         return ""
     if not decoder.is_available:
-        raise InputError(source, f"compressed as {uid.name}; its decoder comes with: pip install 'qfae[medical]'")
+        raise InputError(
+            source, f"compressed as {_syntax_in_words(uid)}; its decoder comes with: pip install 'qfae[medical]'"
+        )
     if syntax == _JPEG_EXTENDED and form.bits > 8 and "pylibjpeg" not in decoder.available_plugins:
         raise InputError(
             source,

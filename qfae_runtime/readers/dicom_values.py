@@ -217,8 +217,8 @@ def _table(sequence: Any, signed: bool, little: bool) -> Table | None:
             else np.atleast_1d(np.asarray(data))
         )
         values = values.astype(np.int64)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnreadableValuesError(f"its look-up table is damaged ({error})") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UnreadableValuesError("its look-up table is damaged") from None
     entries = entries or 65536
     if not 1 <= bits <= 16:
         raise UnreadableValuesError(f"its look-up table is damaged (entries of {bits} bits)")

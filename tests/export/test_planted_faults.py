@@ -120,6 +120,8 @@ def test_one_weight_matrix_perturbed_by_one_percent(
     graph = InferenceGraph(scorer)
     few = [int(number) for number in np.argsort(reference.score)[-9:]]
     scale, given = scale_of(images, reference), torch.from_numpy(images.pixels[few])
+    whole = Scores(*(output.numpy() for output in graph(given)))
+    assert not CONTRACTS["fp32"].failures(measure_agreement(reference.of(few), whole, scale=scale))  # without a fault
     unseen = []
     for name, module in graph.named_modules():
         if isinstance(module, Linear):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from qfae_runtime.calibrate_cli import calibrate_command
 from qfae_runtime.errors import OutputError
@@ -123,6 +124,16 @@ def test_copies_are_warned_of(normals: Path, engine_path: Path) -> None:
         (normals / f"copy{number}.png").write_bytes((normals / "03.png").read_bytes())
     shown = calibrate(normals, "--engine", engine_path, "--fpr", "0.1")
     assert "warning: only 38 of 49 scores differ: copies of an image are no further evidence; remove" in shown.stderr
+
+
+def test_pictures_of_one_file_are_told_from_images_of_many(normals: Path, engine_path: Path) -> None:
+    pages = [Image.open(path) for path in sorted(normals.iterdir())]
+    pages[0].save(normals / "all.tif", save_all=True, append_images=pages[1:])
+    for path in normals.glob("*.png"):
+        path.unlink()
+    shown = calibrate(normals, "--engine", engine_path, "--fpr", "0.1")
+    assert "from 39 normal images in 1 files\n" in shown.stdout
+    assert "warning: the 39 images come from 1 files: slices of a volume resemble one another" in shown.stderr
 
 
 def test_what_gives_no_threshold_is_refused_and_writes_nothing(

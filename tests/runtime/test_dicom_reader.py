@@ -17,6 +17,7 @@ from pydicom.uid import RLELossless
 
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers import ReadOptions, Slice, base, dicom, read_slices
+from qfae_runtime.readers.base import plain
 
 from .dicom_files import dicom_bytes, item, write_dicom
 
@@ -274,6 +275,40 @@ def test_no_patient_data_is_told(
     assert "Jane" not in reason_for(path)
     assert "Jane" not in caplog.text
     assert "Jane" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "could not convert string to float: 'Doe^Jane'",
+        "value doesn't fit: 'Doe^Jane' here",
+        "value 'Doe^Jane " + "x" * 400 + "' is too long",
+        'no "Doe^Jane',
+        "it's Doe^Jane's",
+    ],
+)
+def test_values_are_left_out_of_what_a_library_says(words: str) -> None:
+    assert "Jane" not in plain(ValueError(words), Path("/x"))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "reason"),
+    [
+        ("NumberOfFrames", "Jane", "damaged DICOM image (its number of frames is no number)"),
+        (
+            "PhotometricInterpretation",
+            "JANE",
+            "colours in an unknown colour space are not read; convert the file to RGB",
+        ),
+    ],
+)
+def test_header_text_is_not_repeated(tmp_path: Path, keyword: str, value: str, reason: str) -> None:
+    path = write_dicom(tmp_path / "x", RAMP, **{keyword: "MONOCHROME2" if keyword[0] == "P" else "1111"})
+    content = path.read_bytes()
+    before = b"MONOCHROME2 " if keyword[0] == "P" else b"1111"
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, value.encode().ljust(len(before))))
+    assert reason_for(path) == reason
 
 
 def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

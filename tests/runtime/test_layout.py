@@ -47,7 +47,7 @@ def test_masks_and_non_images_are_passed_over_and_counted(tmp_path: Path) -> Non
         "label/c.png",
         "noname",
     ]
-    assert found.ignored == {".DS_Store": 1, ".csv": 1, ".txt": 1}
+    assert found.ignored == {".csv": 1, ".txt": 1, "hidden file": 1}
     assert found.mask_files == 2
     assert find_images(test) == found.images
 
@@ -113,3 +113,12 @@ def test_mask_folder_that_cannot_be_listed_is_ignored(tmp_path: Path, monkeypatc
 def test_missing_input_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         scan([tmp_path / "none"])
+
+
+def test_a_path_through_a_link_is_what_the_system_takes_it_for(tmp_path: Path) -> None:
+    touch(tmp_path / "far" / "deep" / "x.png", tmp_path / "far" / "y.png", tmp_path / "here" / "y.png")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "far" / "deep")
+    way = tmp_path / "here" / "link" / ".." / "y.png"
+    assert scan([way]).images == [Path(os.path.realpath(tmp_path / "far" / "y.png"))]
+    far = Path(os.path.realpath(tmp_path / "far"))
+    assert scan([tmp_path / "here" / "link" / ".."]).images == [far / "deep" / "x.png", far / "y.png"]
