@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, spread
 from qfae_export.parity import (
-    GRAPH,
     ROUNDED,
     ParityReport,
     accepted,
@@ -27,6 +26,8 @@ from qfae_runtime.certificate import PYTORCH, Link
 from qfae_runtime.contract import CONTRACTS, owed
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_train.autoencoder import AnomalyScorer
+
+GRAPH = "graph FP32"
 
 # The graph in PyTorch is measured on a few images: it is there to tell a fault of the rewriting from one of the export.
 _LINK_IMAGES = 6
@@ -63,7 +64,7 @@ class Chain:
         if graph.part == "full":
             few = spread(len(images), _LINK_IMAGES)
             chain.of_graph, chain.few = pytorch_scores(graph, images.pixels[few]), tuple(few)
-            chain._add(GRAPH, "graph", chain.of_graph, few)
+            chain._add(GRAPH, "fp32", chain.of_graph, few)
         return chain
 
     def round(self, graph: InferenceGraph, precision: Precision) -> None:

@@ -88,25 +88,22 @@ _EVERY = {
 }
 _HALF = {**_EVERY, "reconstruction_p999": 2.0}
 
-_SINGLE = {
-    **_EVERY,
-    "score_abs": 1e-4,
-    "score_rel": 1e-3,
-    "map_abs": 1e-4,
-    "map_rel": 1e-3,
-    "reconstruction_levels": 1.0,
-}
-
 CONTRACTS = {
-    "fp32": Contract("fp32", _SINGLE),
+    "fp32": Contract(
+        "fp32",
+        {
+            **_EVERY,
+            "score_abs": 1e-4,
+            "score_rel": 1e-3,
+            "map_abs": 1e-4,
+            "map_rel": 1e-3,
+            "reconstruction_levels": 1.0,
+        },
+    ),
     "fp16": Contract("fp16", _HALF),
     "bf16": Contract("bf16", _HALF),
-    "graph": Contract("graph", {**_SINGLE, "score_abs": 1e-5, "map_abs": 1e-5, "score_rel": 1e-4}),
 }
-"""What each precision promises. FP32 adds bounds on every single value; the others allow what rounding costs.
-
-"graph" is for the rewritten graph in PyTorch, the same mathematics in the same program: no engine is certified by it.
-"""
+"""What each precision promises. FP32 adds bounds on every single value; the others allow what rounding costs."""
 
 _OF_BACKEND = {"openvino-bf16": "bf16"}
 
