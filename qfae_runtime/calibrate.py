@@ -12,11 +12,11 @@ import numpy as np
 
 from qfae_runtime import conformal
 from qfae_runtime.calibration import Calibration, path_beside
-from qfae_runtime.engines import OpenedEngine, open_engine
+from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.errors import CalibrationError, OutputError, cure_of_writing
 from qfae_runtime.layout import UNGOOD, Scan, label_of
 from qfae_runtime.pipeline import Job, Pipeline
-from qfae_runtime.run import Counts, Options, Progress, check_batch_size, find_inputs
+from qfae_runtime.run import Counts, Options, Progress, check_batch_size, find_inputs, open_asked
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
@@ -50,14 +50,7 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
         raise OutputError(f"{path}: exists already; pass --overwrite to replace it, or --calibration with another name")
     found = find_inputs(options.images, options.listed)
     _refuse_anomalous(found)
-    with open_engine(
-        options.engine,
-        backend=options.backend,
-        device=options.device,
-        threads=options.threads,
-        batch_size=options.batch_size,
-        allow_uncertified=options.allow_uncertified,
-    ) as opened:
+    with open_asked(options) as opened:
         check_batch_size(options, opened)
         verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
         scores, unreadable, files = _scores(opened, options, found, progress)

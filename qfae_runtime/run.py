@@ -96,14 +96,7 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
     options = _as_begun(options)
     found = find_inputs(options.images, options.listed, options.out)
     clock.lap("listing")
-    with open_engine(
-        options.engine,
-        backend=options.backend,
-        device=options.device,
-        threads=options.threads,
-        batch_size=options.batch_size,
-        allow_uncertified=options.allow_uncertified,
-    ) as opened:
+    with open_asked(options) as opened:
         check_batch_size(options, opened)
         clock.lap("opening")
         verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
@@ -117,6 +110,18 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
                 f"{options.out}: cannot be written ({error.strerror or error}); "
                 "the rows written so far are whole, go on with --resume"
             ) from None
+
+
+def open_asked(options: Options) -> OpenedEngine:
+    """Open the engine as the options ask; errors as in open_engine."""
+    return open_engine(
+        options.engine,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        batch_size=options.batch_size,
+        allow_uncertified=options.allow_uncertified,
+    )
 
 
 def check_batch_size(options: Options, opened: OpenedEngine) -> None:
@@ -335,4 +340,4 @@ def _is_same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-__all__ = ["Counts", "Options", "Progress", "Summary", "check_batch_size", "execute", "find_inputs"]
+__all__ = ["Counts", "Options", "Progress", "Summary", "check_batch_size", "execute", "find_inputs", "open_asked"]
