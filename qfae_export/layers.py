@@ -100,16 +100,15 @@ class Residual(Unit):
 class Attend(Unit):
     """softmax(q k^T) v for every head. The scale is part of the weights that made q.
 
-    FP32: as products and a softmax, which every ONNX runtime runs. FP16: as one attention operation. `widen` casts its
-    operands to FP32 first, which makes TensorRT take a fused kernel that accumulates in FP32. A constant q is
-    repeated for the batch before all that: repeated afterwards, its cast would be folded into the constant, and no
-    fused kernel fits what is left.
+    FP32: as products and a softmax, which every ONNX runtime runs. FP16: as one attention operation, its operands cast
+    to FP32 first, which makes TensorRT take a fused kernel that accumulates in FP32. A constant q is repeated for the
+    batch before all that: repeated afterwards, its cast would be folded into the constant, and no fused kernel fits
+    what is left.
     """
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.widen = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [B, Tq, H * K] from q [B, Tq, H * K] and k, v [B, Tk, H * K]; q may have B = 1."""
@@ -119,7 +118,7 @@ class Attend(Unit):
         if self.dtype == torch.float32:
             attended = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1), v)
         else:
-            attended = _one_operation(q, k, v, widen=self.widen)
+            attended = _one_operation(q, k, v)
         return self.given(attended.transpose(1, 2).flatten(2))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -171,7 +170,6 @@ class CausalAttend(Unit):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.widen = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [B, Q, H * K] from q [B, Q, H * K] and k, v [B, Q, K]."""
@@ -184,14 +182,12 @@ class CausalAttend(Unit):
         else:
             # Copied, for TensorRT finds no fused kernel for heads that share their memory.
             k, v = (part.repeat(1, self.heads, 1, 1) for part in (k, v))
-            attended = _one_operation(q, k, v, widen=self.widen, causal=True)
+            attended = _one_operation(q, k, v, causal=True)
         return self.given(attended.transpose(1, 2).flatten(2))
 
 
-def _one_operation(q: Tensor, k: Tensor, v: Tensor, *, widen: bool, causal: bool = False) -> Tensor:
-    if widen:
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal, scale=1.0).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0)
+def _one_operation(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal, scale=1.0).to(q.dtype)
 
 
 class Constant(Unit):
@@ -275,11 +271,10 @@ def is_plain(block: Any) -> TypeGuard[Block]:
     )
 
 
-def chained(second: nn.Linear, first: nn.Linear, added: Tensor | None = None) -> Linear:
-    """Return the one product that equals `second(first(x) + added)`, multiplied in double precision."""
+def chained(second: nn.Linear, first: nn.Linear) -> Linear:
+    """Return the one product that equals `second(first(x))`, multiplied in double precision."""
     outer, inner = second.weight.detach().double(), first.weight.detach().double()
-    shift = _bias(first).double() if added is None else _bias(first).double() + added.double()
-    bias = outer @ shift + _bias(second).double()
+    bias = outer @ _bias(first).double() + _bias(second).double()
     return Linear((outer @ inner).float(), bias.float())
 
 

@@ -24,7 +24,8 @@ from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale, 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.certificate import PYTORCH, CertificateEntry, Link
 from qfae_runtime.contract import CONTRACTS, Contract
-from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines.base import UNWRITTEN, Engine, Poisonable, Scores
+from qfae_runtime.errors import EngineError
 from qfae_runtime.golden import MAX_IMAGES, Golden
 from qfae_train.autoencoder import AnomalyScorer
 
@@ -234,6 +235,7 @@ def measure(
     # Every further round begins one image later: no place of the batch has the same image as another one round away.
     every = [(number + number // count) % count for number in range(max(count, largest))]
     whole = run_in_batches(engine, images.pixels[every], largest)
+    _refuse_unwritten(engine, images.pixels[every[:largest]], whole.reconstruction)
     labels = [images.labels[number] for number in every]
     rows = [Measured(largest, count, measure_agreement(reference.of(every), whole, labels, scale))]
     for size in smaller:
@@ -249,6 +251,33 @@ def measure(
 def run_in_batches(engine: Engine, images: UInt8, size: int) -> Scores:
     """Return the engine's outputs on uint8 (N, S, S, 3), `size` images at a time; the last batch may be smaller."""
     return Scores.joined(engine.run(images[start : start + size]) for start in range(0, len(images), size))
+
+
+def _refuse_unwritten(engine: Engine, images: UInt8, reconstruction: UInt8) -> None:
+    """Refuse an engine that leaves pixels as they were: a uint8 buffer shows it only when filled with another byte.
+
+    Scores and maps need no such run: what is not written of them is NaN.
+
+    Raises:
+        EngineError: some pixels are what the buffer was filled with, both times.
+
+    """
+    if not isinstance(engine, Poisonable):
+        return
+    engine.poison(0)
+    try:
+        again = engine.run(images).reconstruction
+    finally:
+        engine.poison()
+    before = reconstruction[: len(again)]
+    if before.shape != again.shape:
+        return  # a fault of its own
+    left = int(((again == 0) & (before == UNWRITTEN)).sum())
+    if left:
+        raise EngineError(
+            f"output 'reconstruction': {left} of {again.size} values were not written in a batch of {len(images)}; "
+            "do not use this plan: build it with another TensorRT, and report this line"
+        )
 
 
 def accepted(report: ParityReport, file: str, backend: str) -> ParityReport:

@@ -7,7 +7,7 @@ place: `perceptual`, `perceptual.7`, `perceptual.7.fc1`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,11 @@ class Precision:
         if self.name == "fp32" or any(covers(selector, unit) for selector in self.kept):
             return torch.float32
         return torch.float16
+
+    @classmethod
+    def described(cls, stored: Mapping[str, Any]) -> Precision:
+        """Return the policy that `describe` gave."""
+        return cls(stored["policy"], tuple(stored.get("kept_fp32", ())))
 
     def describe(self) -> dict[str, Any]:
         """Return plain JSON values for the manifest."""

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from qfae_export.chain import Chain
 from qfae_export.errors import ExportError
+from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, choose
-from qfae_export.parity import ParityReport, certificate_of, measure, reference_scores
+from qfae_export.parity import ParityReport, certificate_of, measure
+from qfae_export.precision import FP32, Precision
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores, card_of
@@ -53,6 +56,9 @@ def verify(
                 "export the engine again"
             )
         contract = CONTRACTS[owed(precision, opened.engine.backend)]
+        comparing = (
+            f"comparing {engine.name} on {opened.engine.backend} {opened.engine.version}, {opened.engine.device}"
+        )
         if ckpt is None:
             if record:
                 raise ExportError(
@@ -60,13 +66,14 @@ def verify(
                     "fewer; pass --ckpt"
                 )
             images, reference = _golden(opened)
-            contract = _for_few_images(contract)
+            known = opened.certificate.scale if opened.certificate is not None else None
+            say(comparing)
+            report = measure(opened.engine, images, reference, _for_few_images(contract), known)
         else:
             say("reading the checkpoint")
-            images, reference = _anew(opened, ckpt, config, weights or WeightFiles(), parity_images, say)
-        say(f"comparing {engine.name} on {opened.engine.backend} {opened.engine.version}, {opened.engine.device}")
-        known = opened.certificate.scale if opened.certificate is not None and ckpt is None else None
-        report = measure(opened.engine, images, reference, contract, known)
+            chain = _anew(opened, ckpt, config, weights or WeightFiles(), parity_images, say)
+            say(comparing)
+            report = chain.measure(opened.engine, contract.name)
         if record:
             _record(opened, report)
     return report
@@ -97,7 +104,8 @@ def _anew(
     weights: WeightFiles,
     folder: Path | None,
     say: Callable[[str], None],
-) -> tuple[ParityImages, Scores]:
+) -> Chain:
+    """Score images with PyTorch, and again with what the engine's policy rounds: no engine on a CPU shows it all."""
     checkpoint = open_checkpoint(ckpt, load_config(config) if config is not None else None, weights)
     said = opened.manifest.provenance.get("checkpoint", {}).get("sha256")
     if said != checkpoint.sha256:
@@ -113,7 +121,14 @@ def _anew(
         )
     images = choose(folder, spec, opened.engine.max_batch, stored, ckpt.name)
     say(f"scoring {len(images)} images with PyTorch float32, the reference")
-    return images, reference_scores(build_scorer(checkpoint, weights), images.pixels)
+    scorer = build_scorer(checkpoint, weights)
+    graph = InferenceGraph(scorer)
+    chain = Chain.begin(scorer, graph, images)
+    policy = Precision.described(opened.manifest.precision[opened.path.name])
+    if policy.name != FP32.name:
+        say("rounding the graph as FP16 rounds")
+        chain.round(graph, policy)
+    return chain
 
 
 def _record(opened: OpenedEngine, report: ParityReport) -> None:
@@ -128,8 +143,8 @@ def _record(opened: OpenedEngine, report: ParityReport) -> None:
     if report.worst.fault is None:
         entry = certificate_of(opened.path, engine, report)
         # The steps of the export are those of the same bytes; measuring the engine again says nothing new of them.
-        links = next((one.links for one in before if one.engine_sha256 == entry.engine_sha256), ())
-        entries.append(replace(entry, links=links))
+        links = next((one.links for one in before if one.engine_sha256 == entry.engine_sha256), entry.links)
+        entries.append(replace(entry, links=links) if entry.passed else entry)
     manifest = replace(manifest, certificate=tuple(entries))
     path = find_manifest(opened.path)
     try:

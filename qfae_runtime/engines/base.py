@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -66,6 +66,10 @@ class Scores(NamedTuple):
         return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
+UNWRITTEN = 0xFF
+"""The byte that buffers for outputs are filled with before a run; four of them are a NaN."""
+
+
 class Engine(Protocol):
     """A loaded engine, to be used in a `with`: leaving it, or `close`, frees what it holds.
 
@@ -120,6 +124,15 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class Poisonable(Protocol):
+    """An engine that writes into buffers of its own, and can be asked what it leaves in them unwritten."""
+
+    def poison(self, byte: int | None = UNWRITTEN) -> None:
+        """Fill the outputs with `byte` before every run from now on; None leaves what the run before wrote."""
+        ...
 
 
 def card_of(engine: Engine) -> str | None:

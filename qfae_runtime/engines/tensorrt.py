@@ -23,14 +23,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, Tensor, check_images
+from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, UNWRITTEN, Scores, Tensor, check_images
 from qfae_runtime.engines.batches import fill_up, next_size
 from qfae_runtime.engines.cuda import Cuda, Gpu
 from qfae_runtime.engines.plan import Bucket, Execution, Plan, buckets_of, import_library
 from qfae_runtime.errors import EngineError
 
 SLOTS = 2
-UNWRITTEN = 0xFF  # the byte that outputs are filled with before a run; four of them are a NaN
 
 
 class _Slot(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from qfae_export.export import Exported
 from qfae_export.graph import InferenceGraph
 from qfae_export.onnx_file import OPSETS, save, trace, write_onnx
 from qfae_export.parity import pytorch_scores
-from qfae_export.precision import FP16, FP32, Precision
+from qfae_export.precision import FP16, FP16_RULES, FP32, Precision
 from qfae_runtime.agreement import Scale, measure_agreement
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -30,6 +31,7 @@ def attentions(model: ir.Model) -> list[str]:
     return [node.name or "" for node in model.graph if node.op_type == "Attention"]
 
 
+TYPES = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 SCALE = Scale(score_iqr=0.05, map_p999=0.5, threshold=0.5, threshold_from="made up")
 
 
@@ -122,6 +124,30 @@ def test_types_of_the_fp16_file(rich_fp16: ir.Model) -> None:
     large = [one for one in weights if one.size > 300]
     assert large
     assert {one.dtype for one in large} == {half}
+
+
+def test_the_file_is_what_the_policy_says(rich_fp16: ir.Model) -> None:
+    """Every rule that the manifest repeats, read from the file."""
+    nodes = list(rich_fp16.graph.all_nodes())
+
+    def types(*operations: str, within: str = "") -> set[Any]:
+        chosen = [node for node in nodes if node.op_type in operations and within in (node.name or "")]
+        assert chosen, operations
+        return {one.dtype for node in chosen for one in node.outputs}
+
+    stash = {node.attributes["stash_type"].value for node in nodes if node.op_type == "LayerNormalization"}
+    embeds = [node for node in nodes if node.op_type == "MatMul" and "embed" in (node.name or "")]
+    assert embeds
+    found = {
+        "matrix products": types("MatMul"),
+        "residual streams": types("Add", within="residual"),
+        "pixels": {node.inputs[0].dtype for node in embeds if node.inputs[0] is not None},
+        "LayerNorm statistics": {ir.DataType(code) for code in stash},
+        "softmax and its sums": types("Attention"),
+        "features to score": types("ReduceL2", "Resize", "ReduceMax"),
+        "outputs": {one.dtype for one in rich_fp16.graph.outputs[:2]},
+    }
+    assert found == {name: {TYPES[rule["type"]]} for name, rule in FP16_RULES.items()}
 
 
 def test_fp16_file_runs_on_onnx_runtime(rich_scorer: AnomalyScorer, rich_fp16: ir.Model, tmp_path: Path) -> None:

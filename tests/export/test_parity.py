@@ -29,6 +29,7 @@ from qfae_export.parity import (
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.errors import EngineError
 from tests.export.tiny import config_of, pictures, scorer_of
 
 SIZE = 8
@@ -109,6 +110,36 @@ def test_equal_outputs_pass_and_every_image_counts(images: ParityImages, referen
     assert report.worst.values["auroc_change"] == 0
     assert report.outputs is not None
     np.testing.assert_array_equal(report.outputs.score, reference.score)
+
+
+class Buffered(Echo):
+    """An engine with buffers of its own, which leaves one pixel of every image as it was filled."""
+
+    byte: int | None = 0xFF
+
+    def poison(self, byte: int | None = 0xFF) -> None:
+        self.byte = byte
+
+
+@pytest.mark.parametrize("unwritten", [True, False])
+def test_a_pixel_that_is_never_written_is_found(images: ParityImages, reference: Scores, unwritten: bool) -> None:
+    reference.reconstruction[:, 2, 3, 1] = 0xFF  # what the buffer happens to hold
+    reference.reconstruction[:, 2, 3, 0] = 0x00
+
+    def leave(answer: Scores, numbers: list[int]) -> None:
+        if unwritten:
+            answer.reconstruction[:, 2, 3, 1] = engine.byte or 0
+
+    engine = Buffered(images, reference, leave)
+    if not unwritten:
+        assert measure(engine, images, reference, CONTRACTS["fp32"])
+        return
+    with pytest.raises(EngineError) as caught:
+        measure(engine, images, reference, CONTRACTS["fp32"])
+    assert str(caught.value).startswith(
+        "output 'reconstruction': 10 of 1920 values were not written in a batch of 10; do not use this plan: "
+    )
+    assert engine.byte == 0xFF
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,8 @@ def test_the_manifest_repeats_the_policy() -> None:
     assert stored["kept_fp32"] == ["encoder.3"]
     assert stored["rules"]["features to score"]["type"] == "float32"
     assert FP16.describe()["kept_fp32"] == []
+
+
+@pytest.mark.parametrize("policy", [FP32, FP16, Precision("fp16", ("encoder.3", "decoder.1.fc1"))])
+def test_a_policy_is_read_back_from_the_manifest(policy: Precision) -> None:
+    assert Precision.described(json.loads(json.dumps(policy.describe()))) == policy

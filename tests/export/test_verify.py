@@ -13,9 +13,13 @@ import pytest
 from onnx import numpy_helper
 
 from qfae_export.cli import main
-from qfae_export.export import Exported
+from qfae_export.export import Exported, Options, export
+from qfae_export.graph import InferenceGraph
 from qfae_export.parity import measure
-from qfae_runtime.engines import open_engine
+from qfae_export.precision import FP16, Precision
+from qfae_export.rounded import RoundedEngine
+from qfae_runtime.arrays import UInt8
+from qfae_runtime.engines import Scores, open_engine
 from qfae_runtime.errors import EngineError
 from qfae_runtime.hashing import sha256_of
 from qfae_runtime.manifest import Manifest
@@ -101,6 +105,51 @@ def test_steps_of_the_export_stay_in_the_certificate(
     assert after.links == before.links != ()
 
 
+@pytest.fixture(scope="session")
+def half(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Exported:
+    options = Options(checkpoint, out=tmp_path_factory.mktemp("half"), fp16=True, format="onnx", max_batch=4)
+    return export(options)
+
+
+def test_rounding_is_measured_again(capsys: pytest.CaptureFixture[str], checkpoint: Path, half: Exported) -> None:
+    ran = verify(capsys, "--engine", half.folder / "tiny.fp16.onnx", "--ckpt", checkpoint)
+    assert ran.code == 0, ran.err
+    assert "qfae-export verify: rounding the graph as FP16 rounds" in ran.err
+
+
+def test_rounding_that_a_processor_leaves_out_is_found(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    half: Exported,
+    tmp_path: Path,
+) -> None:
+    """ONNX Runtime's CPU computes this engine well; only the rounding of its policy gives it away."""
+    for file in half.files:
+        shutil.copy(file, tmp_path)
+    policies = []
+
+    class Overflowing(RoundedEngine):
+        def __init__(self, graph: InferenceGraph, precision: Precision, max_batch: int) -> None:
+            policies.append(precision)
+            super().__init__(graph, precision, max_batch)
+
+        def run(self, images: UInt8, maps: bool = True) -> Scores:
+            outputs = super().run(images, maps)
+            outputs.score[0] = np.inf
+            return outputs
+
+    monkeypatch.setattr("qfae_export.chain.RoundedEngine", Overflowing)
+    ran = verify(capsys, "--engine", tmp_path / "tiny.fp16.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 1
+    assert "graph FP16: rounded as FP16 rounds, the graph gives values that are not finite" in ran.err
+    assert policies == [FP16]
+    [entry] = [one for one in Manifest.load(tmp_path / "tiny.json").certificate if one.engine == "tiny.fp16.onnx"]
+    assert not entry.passed
+    with pytest.raises(EngineError, match="its comparison with PyTorch failed"):
+        open_engine(tmp_path / "tiny.fp16.onnx")
+
+
 def test_an_engine_exported_anew_meanwhile_is_not_certified(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, here: Path
 ) -> None:
@@ -109,7 +158,7 @@ def test_an_engine_exported_anew_meanwhile_is_not_certified(
         spoil(here, 1.5)
         return report
 
-    monkeypatch.setattr("qfae_export.verify.measure", later)
+    monkeypatch.setattr("qfae_export.chain.measure", later)
     ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
     assert (ran.code, "tiny.onnx: was exported anew while it was measured; measure it again" in ran.err) == (1, True)
 
