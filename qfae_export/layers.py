@@ -100,25 +100,27 @@ class Residual(Unit):
 class Attend(Unit):
     """softmax(q k^T) v for every head. The scale is part of the weights that made q.
 
-    FP32: as products and a softmax, which every ONNX runtime runs. FP16: as one attention operation, its operands cast
-    to FP32 first, which makes TensorRT take a fused kernel that accumulates in FP32. A constant q is repeated for the
-    batch before all that: repeated afterwards, its cast would be folded into the constant, and no fused kernel fits
-    what is left.
+    FP32: as products and a softmax, which every ONNX runtime runs. FP16: as one attention operation. `widen` casts its
+    operands to FP32 first, which makes TensorRT take a fused kernel that accumulates in FP32; PyTorch's own kernels
+    accumulate so anyway, and are slow on wide operands. A `constant_q` is repeated for the batch before all that:
+    repeated afterwards, its cast would be folded into the constant, and no fused kernel fits what is left.
     """
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, *, constant_q: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.constant_q = constant_q
+        self.widen = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return [B, Tq, H * K] from q [B, Tq, H * K] and k, v [B, Tk, H * K]; q may have B = 1."""
-        if self.dtype != torch.float32:
+        """Return [B, Tq, H * K] from q [B, Tq, H * K] and k, v [B, Tk, H * K]; a constant q has B = 1."""
+        if self.constant_q and self.dtype != torch.float32:
             q = q.expand(k.shape[0], -1, -1)
         q, k, v = (self._split(self.taken(part)) for part in (q, k, v))  # each [B, H, T, K]
         if self.dtype == torch.float32:
             attended = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1), v)
         else:
-            attended = _one_operation(q, k, v)
+            attended = _one_operation(q, k, v, widen=self.widen)
         return self.given(attended.transpose(1, 2).flatten(2))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -170,6 +172,7 @@ class CausalAttend(Unit):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.widen = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [B, Q, H * K] from q [B, Q, H * K] and k, v [B, Q, K]."""
@@ -182,12 +185,14 @@ class CausalAttend(Unit):
         else:
             # Copied, for TensorRT finds no fused kernel for heads that share their memory.
             k, v = (part.repeat(1, self.heads, 1, 1) for part in (k, v))
-            attended = _one_operation(q, k, v, causal=True)
+            attended = _one_operation(q, k, v, widen=self.widen, causal=True)
         return self.given(attended.transpose(1, 2).flatten(2))
 
 
-def _one_operation(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
-    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal, scale=1.0).to(q.dtype)
+def _one_operation(q: Tensor, k: Tensor, v: Tensor, *, widen: bool, causal: bool = False) -> Tensor:
+    if widen:
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal, scale=1.0).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0)
 
 
 class Constant(Unit):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfae_train.autoencoder import AnomalyScorer, assemble, perceptual_backbone
+from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries
 from qfae_train.backbone import create
+from qfae_train.checkpoint import Checkpoint, without_files
 from qfae_train.config import Backbone, Config
 
 
@@ -23,9 +24,38 @@ def random_scorer(config: Config, seed: int) -> AnomalyScorer:
     The same seed gives the same weights on every machine that has this version of torch. Weight files that the
     configuration names are not read.
     """
+    return _scorer(config, seed, _backbones(config, seed))
+
+
+def random_checkpoint(config: Config, seed: int) -> Checkpoint:
+    """Return the same weights as a checkpoint, the frozen ones embedded at full depth; there are no images in it."""
+    config = without_files(config)
+    backbones = _backbones(config, seed)
+    embedded = {f"random-{seed}-{number}": dict(one.state_dict()) for number, one in enumerate(backbones)}
+    entries = [entry for entry, _ in frozen_entries(config)]
+    frozen = [
+        {"timm": entry.timm, "source": "random", "sha256": digest}
+        for entry, digest in zip(entries, embedded, strict=True)
+    ]
     size = config.model.image_size
-    entries = [*config.model.encoders, perceptual_backbone(config)]
-    backbones = [_backbone(entry, size, f"{seed}/backbone{number}") for number, entry in enumerate(entries)]
+    return Checkpoint(
+        config,
+        trained=_scorer(config, seed, backbones).autoencoder.trained_state(),
+        frozen=frozen,
+        embedded=embedded,
+        parity_images=torch.zeros(0, size, size, 3, dtype=torch.uint8),
+        record={},
+    )
+
+
+def _backbones(config: Config, seed: int) -> list[nn.Module]:
+    size = config.model.image_size
+    return [
+        _backbone(entry, size, f"{seed}/backbone{number}") for number, (entry, _) in enumerate(frozen_entries(config))
+    ]
+
+
+def _scorer(config: Config, seed: int, backbones: list[nn.Module]) -> AnomalyScorer:
     with torch.random.fork_rng(devices=[]):  # what the modules draw for themselves is overwritten
         scorer = assemble(config, backbones[:-1], backbones[-1])
     for name, tensor in scorer.autoencoder.trained_state().items():

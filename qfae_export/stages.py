@@ -102,7 +102,7 @@ class CrossBlock(nn.Module):
         else:
             with torch.no_grad():
                 self.norm_q, self.q = nn.Identity(), Constant(cross.to_q(cross.norm(queries)) * scale)
-        self.attention = Attend(cross.heads)
+        self.attention = Attend(cross.heads, constant_q=queries is not None)
         self.out = Linear(cross.out.weight, None)
         self.norm_out = Norm(cross.out_norm)
 

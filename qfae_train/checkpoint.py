@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.hashing import sha256_of
@@ -230,6 +230,15 @@ def build_scorer(checkpoint: Checkpoint, files: WeightFiles = FROM_HUB) -> Anoma
 
     """
     config = checkpoint.config
+    backbones = frozen_backbones(checkpoint, files)
+    scorer = assemble(config, backbones[:-1], backbones[-1])
+    load_trained(scorer, checkpoint)
+    return scorer.eval()
+
+
+def frozen_backbones(checkpoint: Checkpoint, files: WeightFiles = FROM_HUB) -> list[nn.Module]:
+    """Return the frozen backbones at full depth, encoders first, the perceptual network last; errors as above."""
+    config = checkpoint.config
     entries = frozen_entries(files.applied_to(without_files(config)))
     if len(checkpoint.frozen) != len(entries):
         raise CheckpointError(
@@ -239,9 +248,7 @@ def build_scorer(checkpoint: Checkpoint, files: WeightFiles = FROM_HUB) -> Anoma
     for number, ((entry, option), record) in enumerate(zip(entries, checkpoint.frozen, strict=True)):
         state, source = _frozen_tensors(checkpoint, entry, option, record)
         backbones.append(frozen_model(config, number, state, source))
-    scorer = assemble(config, backbones[:-1], backbones[-1])
-    load_trained(scorer, checkpoint)
-    return scorer.eval()
+    return backbones
 
 
 def without_files(config: Config) -> Config:

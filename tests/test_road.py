@@ -14,6 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from qfae_train.checkpoint import load as load_checkpoint
+from qfae_train.checkpoint import portable_config
+from qfae_train.config import load as load_config
 from tests.commands import ROOT, run
 
 BATCHES = (1, 3, 32)
@@ -37,6 +40,12 @@ def scores(results: Path) -> dict[str, float]:
 def qfae_run(build: Path, out: Path, *arguments: object) -> tuple[int, str]:
     done = run("qfae-run", *arguments, "--out", out, cwd=build)
     return done.returncode, done.stderr
+
+
+def test_the_shipped_model_is_the_presets() -> None:
+    """`make demo-train` trains the preset: what it makes must be comparable with what is shipped."""
+    shipped = load_checkpoint(ROOT / "demo/weights/demo.pt").config
+    assert portable_config(shipped) == portable_config(load_config("demo"))
 
 
 def test_the_demo_finds_the_lesions(build: Path) -> None:

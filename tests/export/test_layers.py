@@ -95,10 +95,12 @@ def test_queries_attend_causally_with_one_key_head(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, plain(queries), atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0)
 
 
-def test_fp16_attention_takes_a_constant_q() -> None:
+@pytest.mark.parametrize("widen", [True, False])
+def test_fp16_attention_takes_a_constant_q(widen: bool) -> None:
     q, k, v = torch.randn(1, 4, 16), torch.randn(3, 6, 16), torch.randn(3, 6, 16)
-    exact, half = Attend(2), Attend(2)
+    exact, half = Attend(2, constant_q=True), Attend(2, constant_q=True)
     half.set_dtype(torch.float16)
+    half.widen = widen
     got = half(q, k, v)
     assert got.dtype == torch.float16
     torch.testing.assert_close(got.float(), exact(q, k, v), atol=5e-3, rtol=0)

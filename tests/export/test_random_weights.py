@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import from_slices
 from qfae_export.precision import FP16
-from qfae_export.random_weights import random_scorer
+from qfae_export.random_weights import random_checkpoint, random_scorer
 from qfae_train.autoencoder import AnomalyScorer, Result
+from qfae_train.checkpoint import build_scorer, frozen_backbones, load, save
 from qfae_train.config import presets
 from tests.export.small_presets import small
 from tests.export.tiny import config_of, vit
@@ -88,3 +90,15 @@ def test_numbers_are_those_of_a_real_model(preset: str) -> None:
     assert score.std() > 0.002 * score.mean()
     assert 20 < exact.reconstruction.float().std() < 120
     np.testing.assert_allclose(half.score.numpy(), score, rtol=0.02)
+
+
+def test_a_checkpoint_of_them_is_the_same_model(tmp_path: Path) -> None:
+    config = config_of(encoders=[vit(), vit(init_values=0.1)], qformer_blocks=2)
+    save(tmp_path / "random.pt", random_checkpoint(config, 7))
+    stored = load(tmp_path / "random.pt")
+    want, got = tensors(random_scorer(config, 7)), tensors(build_scorer(stored))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    # At full depth, so that what a plain model computes in vain can be computed too.
+    backbones: list[Any] = frozen_backbones(stored)
+    assert [len(backbone.blocks) for backbone in backbones] == [3, 3, 3]
