@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
@@ -134,11 +135,12 @@ def products_of(path: Path, batch: int = 1) -> list[Product]:
             if node.input[1] in stored:
                 found[math.prod(left[:-1]), left[-1], right[-1], True] += 1
             else:
-                found[left[-2], left[-1], right[-1], False] += math.prod(left[:-2])
+                outer = np.broadcast_shapes(left[:-2], right[:-2])
+                found[left[-2], left[-1], right[-1], False] += math.prod(outer)
         elif node.op_type == "Attention":
-            (*outer, queries, width), (*_, keys, _) = shapes[node.input[0]], shapes[node.input[1]]
-            found[queries, width, keys, False] += math.prod(outer)
-            found[queries, keys, width, False] += math.prod(outer)
+            (*heads, queries, width), (*_, keys, _) = shapes[node.input[0]], shapes[node.input[1]]
+            found[queries, width, keys, False] += math.prod(heads)
+            found[queries, keys, width, False] += math.prod(heads)
     return [
         Product(rows, inner, columns, times, kept)
         for (rows, inner, columns, kept), times in sorted(found.items(), reverse=True)
