@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.work import least_flop, products_of, stored_types
+from benchmarks.speed.work import least_flop, products_of, stored_types
 from qfae_export.graph import InferenceGraph
 from qfae_export.onnx_file import write_onnx
 from qfae_export.precision import FP16, FP32, Precision

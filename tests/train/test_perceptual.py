@@ -14,7 +14,7 @@ from qfae_train.backbone import create
 from qfae_train.config import Backbone
 from qfae_train.perceptual import PerceptualNetwork, distance_maps
 
-from .plain import PlainPerceptual
+from benchmarks.speed.plain import PlainPerceptual
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 # Finer and coarser kernels than the weights' own, an odd grid (56 / 8), LayerScale, another MLP.

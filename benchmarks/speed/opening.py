@@ -1,0 +1,141 @@
+"""How a candidate becomes something that can be timed, within its own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.speed.candidates import Candidate
+from benchmarks.speed.subject import NAME, Subject, images_of, opened
+from benchmarks.speed.work import Product
+from qfae_runtime.engines.base import Engine
+from qfae_runtime.errors import QfaeError
+
+PLANS = {"plan": "onnx", "plan-fp16": "fp16"}
+"""The file that a plan is built from."""
+
+
+class Ready(NamedTuple):
+    """`seconds` times one batch of a size; `engine` is None of matrix products alone, `disk` the bytes it was read."""
+
+    seconds: Callable[[int], float]
+    engine: Engine | None
+    disk: int
+    flop: int | None = None
+
+
+def build(candidate: Candidate, folder: Path, device: str, max_batch: int) -> None:
+    """Build what a candidate runs, where it is not there yet: a plan, or a package; may take minutes.
+
+    Raises:
+        QfaeError: it cannot be built.
+
+    """
+    path = built_file(candidate, folder, device)
+    if path is None or path.exists():
+        return
+    subject = Subject.load(folder)
+    if candidate.model in PLANS:
+        from qfae_export.tensorrt_plan import build_plan
+
+        build_plan(folder / subject.files[PLANS[candidate.model]], path, "plan", max_batch)
+    else:
+        from benchmarks.speed.torch_engine import package
+
+        package(_graph(candidate, folder), device, path)
+
+
+def built_file(candidate: Candidate, folder: Path, device: str) -> Path | None:
+    """Return what `build` writes for a candidate; None if there is nothing to build."""
+    if candidate.model in PLANS:
+        return folder / f"{NAME}.{candidate.precision}.plan"
+    if candidate.backend == "aot":
+        return folder / f"{NAME}.{candidate.precision}.{device.partition(':')[0]}.pt2"
+    return None
+
+
+def ready(candidate: Candidate, folder: Path, device: str, threads: int | None, batch: int, most: int) -> Ready:
+    """Open a candidate; `batch` is what matrix products are made for, `most` the largest batch to come.
+
+    Raises:
+        QfaeError: it cannot be opened.
+
+    """
+    subject = Subject.load(folder)
+    if candidate.model == "gemm":
+        return _gemm(candidate, subject, device, threads, batch)
+    engine, read = _engine(candidate, subject, folder, device, threads, most)
+    images, _, _ = images_of(folder)
+
+    def seconds(size: int) -> float:
+        import time
+
+        pixels = images[np.arange(size) % len(images)]
+        start = time.perf_counter()
+        engine.run(pixels)
+        return time.perf_counter() - start
+
+    return Ready(seconds, engine, sum(path.stat().st_size for path in read if path.exists()))
+
+
+def _gemm(candidate: Candidate, subject: Subject, device: str, threads: int | None, batch: int) -> Ready:
+    from benchmarks.speed.gemm import Gemm, maker
+
+    products = [Product(rows * batch, *rest) for rows, *rest in subject.products]  # type: ignore[arg-type]
+    library = candidate.backend.partition("-")[0]
+    gemm = Gemm(products, maker(library, candidate.precision, device, threads))
+    return Ready(lambda size: gemm.seconds(), None, 0, gemm.flop)
+
+
+def _engine(
+    candidate: Candidate, subject: Subject, folder: Path, device: str, threads: int | None, most: int
+) -> tuple[Engine, list[Path]]:
+    """Return the engine, and the files it was read from."""
+    size = subject.image_size
+    if candidate.model in ("onnx", "fp16", "int8"):
+        from qfae_runtime.engines.backends import load_onnx
+
+        path = folder / subject.files[candidate.model]
+        files = [path, path.with_name(path.name + ".data")]
+        return load_onnx(path, size, most, candidate.backend, device, threads), files
+    built = built_file(candidate, folder, device)
+    if candidate.model in PLANS and built is not None:
+        from qfae_runtime.engines.tensorrt import TensorRtEngine
+
+        plan = built.read_bytes()
+        return TensorRtEngine(plan, size, most, backend="tensorrt", device=device, name=built.name), [built]
+    import torch
+
+    from benchmarks.speed import torch_engine
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if built is not None:
+        return torch_engine.packaged(built, size, device), [built]
+    make = torch_engine.compiled if candidate.backend == "compile" else torch_engine.eager
+    return make(_graph(candidate, folder), size, device), _checkpoint_files(subject, folder)
+
+
+def _graph(candidate: Candidate, folder: Path) -> Any:
+    """Return the module that a candidate runs: the plain model, or the graph in its precision."""
+    from benchmarks.speed.plain import PlainScorer
+    from benchmarks.speed.torch_engine import in_precision
+    from qfae_export.graph import InferenceGraph
+    from qfae_train.checkpoint import build_scorer
+
+    checkpoint, weights = opened(Subject.load(folder).asked, folder)
+    if candidate.model == "plain":
+        return PlainScorer(checkpoint, weights)
+    return in_precision(InferenceGraph(build_scorer(checkpoint, weights)), candidate.precision)
+
+
+def _checkpoint_files(subject: Subject, folder: Path) -> list[Path]:
+    asked = subject.asked
+    named = [asked.ckpt or str(folder / "random.pt"), *asked.encoders.values(), asked.perceptual]
+    return [Path(one) for one in named if one is not None]
+
+
+__all__ = ["QfaeError", "Ready", "build", "built_file", "ready"]

@@ -1,0 +1,100 @@
+"""The measurement itself: candidates take turns, round after round, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.speed.candidates import Candidate
+from benchmarks.speed.statistics import Visit
+from benchmarks.speed.workers import WorkerError, Workers
+
+_QUICK = 1.0
+"""Where a batch takes less, each visit begins with a call that does not count: caches were others' meanwhile."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    batches   batch sizes of the sweep
+    rounds    how often every candidate is visited at every size
+    seconds   how long a visit lasts at least, after `calls` calls
+    longest   batches expected to take more seconds than this are left out
+    """
+
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    rounds: int = 5
+    seconds: float = 1.0
+    calls: int = 3
+    longest: float = 20.0
+
+
+@dataclass
+class Measured:
+    """All visits, the first call of every candidate at every size, what was left out and what failed, by name."""
+
+    visits: list[Visit] = field(default_factory=list)
+    first_calls: dict[tuple[str, int], float] = field(default_factory=dict)
+    left_out: dict[tuple[str, int], str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def of(self, candidate: str, batch: int) -> list[Visit]:
+        """Return the visits to a candidate at one batch size."""
+        return [one for one in self.visits if (one.candidate, one.batch) == (candidate, batch)]
+
+    def expected(self, candidate: str, batch: int) -> float | None:
+        """Return the seconds that a batch should take, by the nearest smaller size; None where nothing is known."""
+        known = [one for one in self.visits if one.candidate == candidate and one.batch <= batch]
+        if not known:
+            return None
+        nearest = max(known, key=lambda one: (one.batch, one.round))
+        return batch / nearest.rate
+
+
+def measure(
+    plan: Plan, candidates: Sequence[Candidate], workers: Workers, say: Callable[[str], None] = lambda step: None
+) -> Measured:
+    """Visit every candidate at every batch size in every round, beginning with another one each time."""
+    measured = Measured()
+    for number in range(plan.rounds):
+        start = number % max(1, len(candidates))
+        turn = [*candidates[start:], *candidates[:start]]
+        for batch in plan.batches:
+            say(f"round {number + 1} of {plan.rounds}, batch {batch}")
+            for candidate in turn:
+                if candidate.name not in measured.failed:
+                    _visit(plan, candidate, batch, number, workers, measured, say)
+    return measured
+
+
+def _visit(
+    plan: Plan,
+    candidate: Candidate,
+    batch: int,
+    number: int,
+    workers: Workers,
+    measured: Measured,
+    say: Callable[[str], None],
+) -> None:
+    gemm = candidate.model == "gemm"
+    if gemm and batch != workers.batch:
+        return  # its products are made for one size
+    expected = measured.expected(candidate.name, batch)
+    if expected is not None and expected > plan.longest:
+        measured.left_out[candidate.name, batch] = f"a batch would take about {expected:.0f} s"
+        return
+    try:
+        worker = workers.of(candidate)
+        new = not workers.settled(candidate, batch)
+        settle = new or (expected is not None and expected < _QUICK)
+        answer = worker.ask("time", batch=batch, seconds=plan.seconds, calls=plan.calls, settle=settle)
+        workers.note_memory(candidate)
+    except WorkerError as error:
+        measured.failed[candidate.name] = str(error)
+        workers.end(candidate.name)
+        say(f"{candidate.name}: {error}")
+        return
+    if new:
+        measured.first_calls.setdefault((candidate.name, batch), answer["settling"][0])
+    measured.visits.append(Visit(candidate.name, batch, number, tuple(answer["seconds"])))

@@ -1,0 +1,111 @@
+"""PyTorch as an engine, eager, compiled, or as an AOTInductor package: timed and measured like all the others.
+
+Letters: B images, S pixels per side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qfae_export.graph import InferenceGraph
+from qfae_export.layers import Attend, CausalAttend, Unit
+from qfae_export.precision import FP16
+from qfae_runtime.arrays import UInt8
+from qfae_runtime.engines.base import Scores, check_images
+from qfae_runtime.manifest import MAX_BATCH
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TorchEngine:
+    """A module from uint8 (B, S, S, 3) to score, map and reconstruction. Keeps to Engine.
+
+    `run` ends when the results are in the caller's memory, so that a GPU's work is timed whole.
+    """
+
+    backend, version = "torch", torch.__version__
+
+    def __init__(self, module: Callable[[Tensor], Any], image_size: int, device: str) -> None:
+        self.image_size, self.max_batch, self.device = image_size, MAX_BATCH, device
+        self._module: Callable[[Tensor], Any] | None = module
+
+    def run(self, images: UInt8, maps: bool = True) -> Scores:
+        """Score uint8 (B, S, S, 3); see Engine.run. The maps are always computed."""
+        check_images(images, self.image_size, self.max_batch)
+        assert self._module is not None
+        with torch.inference_mode():
+            outputs = self._module(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
+            # Copies: what a captured graph gives is overwritten by its next run.
+            return Scores(*(output.cpu().numpy().copy() for output in outputs))
+
+    def close(self) -> None:
+        """Free the model."""
+        self._module = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def eager(module: nn.Module, image_size: int, device: str) -> TorchEngine:
+    """Return a module as it is."""
+    _settle(device)
+    return TorchEngine(module.to(device), image_size, device)
+
+
+def compiled(module: nn.Module, image_size: int, device: str) -> TorchEngine:
+    """Return a module compiled by torch.compile, anew for every batch size, which its first run pays for."""
+    _settle(device)
+    torch._dynamo.config.recompile_limit = MAX_BATCH  # beyond it, torch falls back to eager without a word
+    mode = "default" if device == "cpu" else "reduce-overhead"  # on a GPU: captured CUDA graphs
+    return TorchEngine(torch.compile(module.to(device), dynamic=False, mode=mode), image_size, device)
+
+
+def package(module: InferenceGraph, device: str, path: Path) -> None:
+    """Compile a graph ahead of time, for any batch, into one AOTInductor package."""
+    size = module.image_size
+    example = (torch.zeros(3, size, size, 3, dtype=torch.uint8, device=device),)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    with torch.no_grad():
+        program = torch.export.export(module.to(device), example, dynamic_shapes=({0: batch},), strict=False)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def packaged(path: Path, image_size: int, device: str) -> TorchEngine:
+    """Return a package of `package` as an engine."""
+    _settle(device)
+    return TorchEngine(torch._inductor.aoti_load_package(str(path)), image_size, device)
+
+
+def in_precision(graph: InferenceGraph, precision: str) -> InferenceGraph:
+    """Give an FP32 graph the types of a precision for PyTorch's own kernels, in place; the tail stays FP32.
+
+    What stays FP32 is what the FP16 policy says. Attention takes its operands as they are: PyTorch's kernels
+    accumulate in FP32 whatever their type.
+    """
+    if precision == "fp32":
+        return graph
+    for name, module in graph.named_modules():
+        if isinstance(module, Unit) and FP16.dtype(name) == torch.float16:
+            module.set_dtype(DTYPES[precision])
+        if isinstance(module, Attend | CausalAttend):
+            module.widen = False
+    return graph
+
+
+def _settle(device: str) -> None:
+    """FP32 means FP32: no TF32, and no reduced sums."""
+    torch.set_grad_enabled(False)
+    if device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

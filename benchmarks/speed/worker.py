@@ -1,0 +1,134 @@
+"""The process that runs one candidate: commands come in on stdin, one JSON object a line, answers go out on stdout.
+
+    {"do": "prepare", "asked": {...}, "flavours": [...], "max_batch": 64}   write the model's files
+    {"do": "build", "candidate": "...", "device": "...", "max_batch": 64}   build what it runs
+    {"do": "open", "candidate": "...", "device": "...", "threads": 2, "batch": 8, "most": 64}
+    {"do": "time", "batch": 8, "seconds": 2.0, "calls": 3, "settle": true}  -> {"seconds": [...]}
+    {"do": "score", "out": "file.npz"}                                      the images' outputs, as a file
+    {"do": "memory"}                                                        -> peaks in bytes
+
+An answer has "error" where something failed. Whatever libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from benchmarks.speed.candidates import CANDIDATES, GEMMS, Candidate
+from benchmarks.speed.opening import Ready, build, ready
+from benchmarks.speed.subject import Asked, images_of, prepare
+from qfae_runtime.engines.base import Scores
+
+_SCORED_AT_ONCE = 8
+_KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
+
+
+class Work:
+    """What one process does for one folder."""
+
+    def __init__(self, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.tell = folder, tell
+        self.opened: Ready | None = None
+        self.device, self.free = "cpu", 0
+
+    def prepare(self, asked: dict[str, Any], flavours: list[str], max_batch: int) -> dict[str, Any]:
+        """Write the model's files, saying each step."""
+        prepare(Asked(**asked), self.folder, flavours, max_batch, lambda step: self.tell({"step": step}))
+        return {}
+
+    def build(self, candidate: str, device: str, max_batch: int) -> dict[str, Any]:
+        """Build what a candidate runs."""
+        start = time.perf_counter()
+        build(_known(candidate), self.folder, device, max_batch)
+        return {"seconds": time.perf_counter() - start}
+
+    def open(self, candidate: str, device: str, threads: int | None, batch: int, most: int) -> dict[str, Any]:
+        """Open a candidate and score one image; `at` is the system's monotonic clock after that."""
+        self.device, self.free = device, _device_free(device)
+        start = time.perf_counter()
+        self.opened = ready(_known(candidate), self.folder, device, threads, batch, most)
+        loaded = time.perf_counter() - start
+        first = self.opened.seconds(1)
+        version = self.opened.engine.version if self.opened.engine is not None else ""
+        return {
+            "load": loaded,
+            "first": first,
+            "at": time.monotonic(),
+            "version": version,
+            "disk": self.opened.disk,
+            "flop": self.opened.flop,
+        }
+
+    def time(self, batch: int, seconds: float, calls: int, settle: bool) -> dict[str, Any]:
+        """Time batches of a size until `seconds` have passed and `calls` were made; `settle` begins with one more."""
+        assert self.opened is not None
+        settling = [self.opened.seconds(batch)] if settle else []
+        found: list[float] = []
+        while len(found) < calls or sum(found) < seconds:
+            found.append(self.opened.seconds(batch))
+        return {"seconds": found, "settling": settling}
+
+    def score(self, out: str) -> dict[str, Any]:
+        """Score the model's images and leave the outputs in a file."""
+        assert self.opened is not None
+        assert self.opened.engine is not None
+        engine = self.opened.engine
+        images, _, _ = images_of(self.folder)
+        size = min(_SCORED_AT_ONCE, engine.max_batch)
+        parts = [engine.run(images[start : start + size]) for start in range(0, len(images), size)]
+        np.savez(out, **Scores.joined(parts)._asdict())
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """Return the peaks of this process; of a device, what it has less of now than before the candidate came."""
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"host": host, "device": max(0, self.free - _device_free(self.device)) if self.free else None}
+
+
+def _known(name: str) -> Candidate:
+    return _KNOWN[name]
+
+
+def _device_free(device: str) -> int:
+    """Return the free bytes of a CUDA device by torch; 0 where there is none to ask."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else 0
+
+
+def serve(folder: Path, commands: TextIO, answers: TextIO) -> None:
+    """Answer commands until there are none."""
+
+    def tell(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    work = Work(folder, tell)
+    for line in commands:
+        command: dict[str, Any] = json.loads(line)
+        try:
+            tell(getattr(work, command.pop("do"))(**command))
+        except Exception as error:  # any library may raise anything; the others are measured all the same
+            tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+
+
+def main() -> None:
+    """Serve on stdin and stdout; what libraries print on stdout joins stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(Path(sys.argv[1]), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

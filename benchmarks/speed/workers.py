@@ -1,0 +1,204 @@
+"""The processes of the candidates, seen from the one that measures: started fresh, kept while memory allows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.speed.candidates import Candidate
+from qfae_runtime.errors import QfaeError
+
+_ROOM = 0.15
+"""The share of the machine's memory that stays free; beyond it, the process that waited longest is ended."""
+
+
+class WorkerError(QfaeError):
+    """A candidate failed, or its process ended; the message is its own."""
+
+
+class Worker:
+    """One process of `worker.py`. What it prints goes to `log`."""
+
+    def __init__(self, folder: Path, log: Path, threads: int | None) -> None:
+        self.started = time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        variables = dict(os.environ)
+        if threads is not None:
+            variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        with log.open("ab") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "benchmarks.speed.worker", str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=variables,
+            )
+
+    def ask(self, do: str, say: Callable[[str], None] = lambda step: None, **arguments: Any) -> dict[str, Any]:
+        """Send a command and return its answer; steps on the way are said.
+
+        Raises:
+            WorkerError: it failed, or the process ended.
+
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerError(self._end()) from None
+        for line in self._process.stdout:
+            answer: dict[str, Any] = json.loads(line)
+            if "step" in answer:
+                say(answer["step"])
+                continue
+            if "error" in answer:
+                raise WorkerError(answer["error"])
+            return answer
+        raise WorkerError(self._end())
+
+    def _end(self) -> str:
+        code = self._process.wait()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"its process ended with {how}; see {self.log.name}"
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a fresh process came to its first score: seconds from its start, of loading, of the first image."""
+
+    cold_start: float
+    load: float
+    first: float
+    version: str
+    disk: int
+    flop: int | None
+
+
+@dataclass
+class Workers:
+    """One open process a candidate, by name; `openings` holds every fresh start, `peaks` the memory of each."""
+
+    folder: Path
+    logs: Path
+    device: str
+    threads: int | None
+    batch: int
+    most: int
+    openings: dict[str, list[Opening]] = field(default_factory=dict)
+    peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    _open: dict[str, Worker] = field(default_factory=dict)
+    _settled: set[tuple[str, int]] = field(default_factory=set)
+
+    def of(self, candidate: Candidate) -> Worker:
+        """Return the candidate's process, started and opened if it is not there.
+
+        Raises:
+            WorkerError: it cannot be opened.
+
+        """
+        worker = self._open.pop(candidate.name, None)
+        if worker is None:
+            self._make_room(candidate.name)
+            worker = self._start(candidate)
+        self._open[candidate.name] = worker  # the last of the dict is the one used last
+        return worker
+
+    def settled(self, candidate: Candidate, batch: int) -> bool:
+        """Say whether the open process has run this batch size, and note that it has."""
+        known = (candidate.name, batch) in self._settled
+        self._settled.add((candidate.name, batch))
+        return known
+
+    def _start(self, candidate: Candidate) -> Worker:
+        worker = Worker(self.folder, self.logs / f"{candidate.name}.log", self.threads)
+        try:
+            answer = worker.ask(
+                "open",
+                candidate=candidate.name,
+                device=self.device,
+                threads=self.threads,
+                batch=self.batch,
+                most=self.most,
+            )
+        except WorkerError:
+            worker.close()
+            raise
+        self.openings.setdefault(candidate.name, []).append(
+            Opening(
+                answer["at"] - worker.started,
+                answer["load"],
+                answer["first"],
+                answer["version"],
+                answer["disk"],
+                answer["flop"],
+            )
+        )
+        return worker
+
+    def _make_room(self, name: str) -> None:
+        needed = int(self.peaks.get(name, {}).get("host") or 0)
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        while self._open and memory_available() - needed < _ROOM * total:
+            self.end(next(iter(self._open)))
+
+    def note_memory(self, candidate: Candidate) -> None:
+        """Ask an open process for its peaks and keep the largest."""
+        answer = self._open[candidate.name].ask("memory")
+        before = self.peaks.get(candidate.name, {})
+        self.peaks[candidate.name] = {
+            key: max((one for one in (before.get(key), answer[key]) if one is not None), default=None)
+            for key in ("host", "device")
+        }
+
+    def end(self, name: str) -> None:
+        """End a candidate's process, if there is one."""
+        worker = self._open.pop(name, None)
+        self._settled = {one for one in self._settled if one[0] != name}
+        if worker is not None:
+            worker.close()
+
+    def close(self) -> None:
+        """End all of them."""
+        for name in list(self._open):
+            self.end(name)
+
+
+def memory_available() -> int:
+    """Return the bytes that processes can still take, as Linux estimates it; all of them on another system."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
