@@ -30,7 +30,7 @@ from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, mask_path_for
 from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import ReadOptions, Slice, holds_volume, read_mask, read_slices
-from qfae_runtime.readers.base import NO_MEMORY
+from qfae_runtime.readers.faults import foreign_faults_told
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap
 from qfae_runtime.writers.folder import make_parent
@@ -248,10 +248,9 @@ def pictures_of(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOption
     waiting: Picture | None = None
     try:
         for piece in read_slices(job.path, job.source, reading):
-            try:
+            # A fault of this program goes on from here and ends the run: see faults.py for the border.
+            with foreign_faults_told(job.path, job.source, "cannot be prepared"):
                 picture = _prepared(job, piece, spec, truth)
-            except MemoryError:
-                raise InputError(job.source, NO_MEMORY) from None
             if waiting is not None:
                 yield waiting
             waiting = picture._replace(last=False)

@@ -12,6 +12,7 @@ from qfae_runtime.errors import InputError
 from qfae_runtime.readers import dicom, nifti
 from qfae_runtime.readers.base import FileState, ReadOptions, Slice, check_regular_file, unreadable
 from qfae_runtime.readers.contained import read_contained
+from qfae_runtime.readers.faults import foreign_faults_told
 from qfae_runtime.readers.image import read_image, read_mask, read_pages
 from qfae_runtime.readers.recognise import DICOM, GZIP_MAGIC, HEAD_BYTES, NIFTI, RASTER, is_tiff, kind_of, kind_of_head
 
@@ -29,10 +30,11 @@ def read_slices(path: Path, source: str, options: ReadOptions | None = None) -> 
     """
     before = check_regular_file(path, source)
     try:
-        for piece in _pieces(path, source, options or ReadOptions()):
-            if _state(path, source) != before:
-                raise InputError(source, _CHANGED)
-            yield piece
+        with foreign_faults_told(path, source, "cannot be read"):
+            for piece in _pieces(path, source, options or ReadOptions()):
+                if _state(path, source) != before:
+                    raise InputError(source, _CHANGED)
+                yield piece
     except InputError as error:
         if error.reason != _CHANGED and _state(path, source) != before:
             raise InputError(source, _CHANGED) from None

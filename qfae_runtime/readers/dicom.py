@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers.base import NO_MEMORY, ReadOptions, Slice, check_frames, check_size, plain, unreadable
+from qfae_runtime.readers.base import ReadOptions, Slice, check_frames, check_size, unreadable
 from qfae_runtime.readers.dicom_objects import without_image
 from qfae_runtime.readers.dicom_values import Format, UnreadableValuesError, draw_colour, draw_grey, rule_of
+from qfae_runtime.readers.faults import faults_told
 
 MISSING = "DICOM files need pydicom; install it with: pip install 'qfae[medical]'"
 _PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -250,17 +251,8 @@ def _pydicom() -> Any:
 @contextmanager
 def _faults_told(path: Path, source: str) -> Iterator[None]:
     """Make an InputError of whatever pydicom and its plug-ins raise at a damaged file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except UnreadableValuesError as error:
-        raise InputError(source, f"damaged DICOM image ({error})") from None
-    except Exception as error:  # a damaged file makes pydicom raise anything, RecursionError and KeyError included
-        if isinstance(error, ModuleNotFoundError) and error.name == "pydicom":
-            raise InputError(source, MISSING) from None
-        if isinstance(error, OSError) and error.errno is not None:
-            raise InputError(source, unreadable(error)) from None
-        if isinstance(error, MemoryError):
-            raise InputError(source, NO_MEMORY) from None
-        raise InputError(source, f"damaged or truncated DICOM image ({plain(error, path)})") from None
+    with faults_told(path, source, "damaged or truncated DICOM image", needs=("pydicom", MISSING)):
+        try:
+            yield
+        except UnreadableValuesError as error:
+            raise InputError(source, f"damaged DICOM image ({error})") from None

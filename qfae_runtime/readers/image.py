@@ -26,16 +26,8 @@ from PIL import Image, ImageChops, TiffImagePlugin, UnidentifiedImageError
 
 from qfae_runtime.arrays import Bool, UInt8
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers.base import (
-    NO_MEMORY,
-    Slice,
-    check_frames,
-    check_regular_file,
-    check_size,
-    plain,
-    too_large,
-    unreadable,
-)
+from qfae_runtime.readers.base import Slice, check_frames, check_regular_file, check_size, too_large
+from qfae_runtime.readers.faults import faults_told
 from qfae_runtime.readers.window import grey
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -125,20 +117,13 @@ def _decoded(path: Path, source: str) -> Iterator[Image.Image]:
 @contextmanager
 def _faults_told(path: Path, source: str, unidentified: str = _NO_IMAGE) -> Iterator[None]:
     """Make an InputError of whatever Pillow throws at a damaged file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except UnidentifiedImageError:
-        raise InputError(source, unidentified) from None
-    except Image.DecompressionBombError:
-        raise InputError(source, too_large("its header asks for too many pixels")) from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, Pillow's own have no number
-            raise InputError(source, unreadable(error)) from None
-        if isinstance(error, MemoryError):
-            raise InputError(source, NO_MEMORY) from None
-        raise InputError(source, f"damaged or truncated image ({plain(error, path)})") from None
+    with faults_told(path, source, "damaged or truncated image"):
+        try:
+            yield
+        except UnidentifiedImageError:
+            raise InputError(source, unidentified) from None
+        except Image.DecompressionBombError:
+            raise InputError(source, too_large("its header asks for too many pixels")) from None
 
 
 def _has_page(image: Image.Image, number: int) -> bool:
