@@ -74,9 +74,13 @@ def read_volume(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
             wanted = _wanted(header, options, source)
             stored = _values(file, len(head), header, source)
         volume = _canonical(stored, header)
-        rule = _rule(stored, header, options)
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # of floating-point values; numpy would print a warning of it
+            rule = _rule(stored, header, options)
         for number in wanted:
-            drawn, how = _drawn(_plane(volume, options.axis, number), header, rule)
+            with np.errstate(over="ignore", invalid="ignore"):
+                drawn, how = _drawn(_plane(volume, options.axis, number), header, rule)
             applied = [options.axis, *([how] if how else [])]
             if header.scaled:
                 applied.insert(1, f"rescaled {header.slope:.6g},{header.intercept:.6g}")
