@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,6 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
     report.html and run.json, metrics.json where labels are known from folders named good and Ungood, and maps/ on
     request. For research use; not a medical device.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # what matters about a file stands in its row
     try:
         options = parse_options(images, given)
         with ended_in_order(), Reporter(sys.stderr, quiet=quiet) as reporter:

@@ -6,6 +6,7 @@ import difflib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -34,8 +35,11 @@ def dispatch(
 ) -> None:
     """Run the command of `others` that the first word names, else `command`; leaves through SystemExit.
 
+    What Pillow warns of does not come between the lines of a command.
+
     `arguments` None: those of the process.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # what matters about a picture is said of its file
     given = list(sys.argv[1:] if arguments is None else arguments)
     other = others.get(given[0]) if given else None
     if other is None:

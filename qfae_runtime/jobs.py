@@ -9,6 +9,7 @@ from qfae_runtime.layout import Scan, label_of
 from qfae_runtime.pipeline import Job
 from qfae_runtime.writers.heatmap import heatmap_names
 from qfae_runtime.writers.maps import map_name
+from qfae_runtime.writers.places import Place
 
 
 class Jobs:
@@ -36,8 +37,9 @@ class Jobs:
     def of(self, number: int) -> Job:
         """Return the job of one file."""
         path, source = self._found.images[number], self._sources[number]
-        saved = self._maps / map_name(source) if self._maps is not None else None
-        return Job(path, source, self._label(path), self._heatmap(number), saved)
+        drawn = Place(self._heatmaps, self._pictures[number], source) if self._heatmaps is not None else None
+        saved = Place(self._maps, map_name(source), source) if self._maps is not None else None
+        return Job(path, source, self._label(path), drawn, saved)
 
     def from_number(self, first: int, again: int = 0) -> Iterator[Job]:
         """Yield the jobs from number `first` on; before them the first `again` ones, of which nothing is drawn."""
@@ -51,14 +53,7 @@ class Jobs:
         """Say whether any file has a label."""
         return any(self._label(path) is not None for path in self._found.images)
 
-    def heatmaps_of(self, sources: set[str]) -> dict[str, Path | None]:
-        """Return where the heat maps of some sources are; those of single frames, see frame_path."""
-        return {source: self._heatmap(number) for number, source in enumerate(self._sources) if source in sources}
-
     def _label(self, path: Path) -> str | None:
         if self._labels is not None:
             return self._labels.get(self._found.source_of(path))
         return label_of(path, self._found.root)
-
-    def _heatmap(self, number: int) -> Path | None:
-        return self._heatmaps / self._pictures[number] if self._heatmaps is not None else None

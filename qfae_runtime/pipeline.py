@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,11 +30,11 @@ from qfae_runtime.geometry import Geometry
 from qfae_runtime.layout import GOOD, mask_path_for
 from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import ReadOptions, Slice, holds_volume, read_mask, read_slices
-from qfae_runtime.readers.base import NO_MEMORY
+from qfae_runtime.readers.faults import foreign_faults_told
 from qfae_runtime.scorer import Scored, Scorer
 from qfae_runtime.writers import heatmap
-from qfae_runtime.writers.folder import make_parent
 from qfae_runtime.writers.maps import save_map
+from qfae_runtime.writers.places import Place
 from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 
 Item = TypeVar("Item")
@@ -49,14 +49,14 @@ FRAMES_AT_ONCE = 16
 class Job:
     """One file to score: where it is, its name in rows, its label if known, where its pictures go if wanted.
 
-    `heatmap` and `saved_map` are those of a file of one picture; frames are named after them by `frame_path`.
+    `heatmap` and `saved_map` are the places of the heat maps and maps of all its pictures.
     """
 
     path: Path
     source: str
     label: str | None = None
-    heatmap: Path | None = None
-    saved_map: Path | None = None
+    heatmap: Place | None = None
+    saved_map: Place | None = None
 
 
 class Picture(NamedTuple):
@@ -132,17 +132,13 @@ class _Timed:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The settings of one run. `truth` asks for masks; jobs that ask for heat maps need a `scale`.
-
-    `inside` is the folder that no heat map or map may leave, not even by a link; needed where jobs ask for them.
-    """
+    """The settings of one run. `truth` asks for masks; jobs that ask for heat maps need a `scale`."""
 
     scorer: Scorer
     maps: bool = True
     truth: bool = False
     scale: heatmap.ColourScale | None = None
     decider: Decider | None = None
-    inside: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     workers: int = min(4, os.cpu_count() or 1)
     seconds: Seconds = field(default_factory=Seconds)
@@ -153,7 +149,7 @@ class Pipeline:
         Raises:
             EngineError: the backend failed.
             OSError: a heat map or map cannot be written.
-            OutputError: a link would lead one out of the folder `inside`.
+            OutputError: a link would lead one out of the results folder.
 
         """
         depth = 2 * self.scorer.batch_size
@@ -204,11 +200,10 @@ class Pipeline:
 
     def _draw(self, outcome: Outcome) -> Outcome:
         row, picture, scored = outcome
-        path, prepared, image = picture.job.heatmap, picture.prepared, picture.thumbnail
-        saved = picture.job.saved_map
+        job, prepared, image = picture.job, picture.prepared, picture.thumbnail
         if prepared is None or scored is None or scored.anomaly_map is None or scored.reconstruction is None:
             return outcome
-        if path is not None and image is not None and self.scale is not None and row.score is not None:
+        if job.heatmap is not None and image is not None and self.scale is not None and row.score is not None:
             figure = heatmap.draw(
                 image,
                 prepared.geometry,
@@ -218,16 +213,11 @@ class Pipeline:
                 row.score,
                 row.label,
             )
-            path = heatmap.frame_path(path, picture.frame)
-            if self.inside is not None:
-                make_parent(path, self.inside)
-            heatmap.save(figure, path)
-        if saved is not None:
-            saved = heatmap.frame_path(saved, picture.frame)
-            if self.inside is not None:
-                make_parent(saved, self.inside)
-            save_map(prepared.geometry.map_back(scored.anomaly_map), saved)
-        return outcome
+            row = replace(row, heatmap=job.heatmap.write(picture.frame, partial(heatmap.save, figure)))
+        if job.saved_map is not None:
+            back = prepared.geometry.map_back(scored.anomaly_map)
+            row = replace(row, anomaly_map=job.saved_map.write(picture.frame, partial(save_map, back)))
+        return Outcome(row, picture, scored)
 
 
 def decode(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOptions) -> list[Picture] | None:
@@ -248,10 +238,9 @@ def pictures_of(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOption
     waiting: Picture | None = None
     try:
         for piece in read_slices(job.path, job.source, reading):
-            try:
+            # A fault of this program goes on from here and ends the run: see faults.py for the border.
+            with foreign_faults_told(job.path, job.source, "cannot be prepared"):
                 picture = _prepared(job, piece, spec, truth)
-            except MemoryError:
-                raise InputError(job.source, NO_MEMORY) from None
             if waiting is not None:
                 yield waiting
             waiting = picture._replace(last=False)

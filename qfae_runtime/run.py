@@ -240,7 +240,6 @@ class _Run:
             self.opened,
             self.calibration,
             self.scale,
-            self.jobs.heatmaps_of,
         )
         clock.lap("results")
         record["seconds"] = clock.seconds(self.spent)
@@ -283,7 +282,6 @@ class _Run:
             truth=truth is not None,
             scale=self.scale,
             decider=Decider(self.calibration) if self.calibration is not None else None,
-            inside=self.folder.root,
             seconds=self.spent,
             reading=self.options.reading,
         )

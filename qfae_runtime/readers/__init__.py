@@ -12,6 +12,8 @@ from qfae_runtime.errors import InputError
 from qfae_runtime.readers import dicom, nifti
 from qfae_runtime.readers.base import FileState, ReadOptions, Slice, check_regular_file, unreadable
 from qfae_runtime.readers.contained import read_contained
+from qfae_runtime.readers.dicom_header import SHORT_HEADER_BYTES, LongHeaderError
+from qfae_runtime.readers.faults import foreign_faults_told
 from qfae_runtime.readers.image import read_image, read_mask, read_pages
 from qfae_runtime.readers.recognise import DICOM, GZIP_MAGIC, HEAD_BYTES, NIFTI, RASTER, is_tiff, kind_of, kind_of_head
 
@@ -29,10 +31,11 @@ def read_slices(path: Path, source: str, options: ReadOptions | None = None) -> 
     """
     before = check_regular_file(path, source)
     try:
-        for piece in _pieces(path, source, options or ReadOptions()):
-            if _state(path, source) != before:
-                raise InputError(source, _CHANGED)
-            yield piece
+        with foreign_faults_told(path, source, "cannot be read"):
+            for piece in _pieces(path, source, options or ReadOptions()):
+                if _state(path, source) != before:
+                    raise InputError(source, _CHANGED)
+                yield piece
     except InputError as error:
         if error.reason != _CHANGED and _state(path, source) != before:
             raise InputError(source, _CHANGED) from None
@@ -61,7 +64,7 @@ def _pieces(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
     if kind == RASTER and not is_tiff(head):
         return read_pages(path, source)
     if kind == DICOM and dicom.is_simple(path, source):
-        return dicom.read_frames(path, source, options)
+        return _frames(path, source, options)
     if kind in (RASTER, DICOM):
         return read_contained(kind, path, source, options)
     if kind == NIFTI:
@@ -69,6 +72,13 @@ def _pieces(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
     if head.startswith(GZIP_MAGIC):
         raise InputError(source, "a gzip file, and what is in it is not a NIfTI volume; unpack it")
     raise InputError(source, "not a PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI image, whatever its name says")
+
+
+def _frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
+    try:
+        yield from dicom.read_frames(path, source, options, SHORT_HEADER_BYTES)
+    except LongHeaderError:  # it comes before the first frame
+        yield from read_contained(DICOM, path, source, options)
 
 
 def _state(path: Path, source: str) -> FileState:

@@ -22,6 +22,8 @@ MAX_DECODED_BYTES = 4 * 2**30
 """Bytes of all pictures of one file together, as stored, decompressed."""
 MAX_VOLUME_BYTES = 2**30
 """Bytes of a NIfTI volume, which is held whole: its window comes from all of it."""
+MAX_HEADER_BYTES = 64 * 2**20
+"""Bytes of a DICOM header that are read; what is not needed of it is passed over, however long."""
 
 NO_MEMORY = "decoding it takes more memory than there is"
 

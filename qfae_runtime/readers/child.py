@@ -10,13 +10,15 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers.base import NO_MEMORY, ReadOptions, Slice
+from qfae_runtime.readers.base import ReadOptions, Slice
 from qfae_runtime.readers.dicom import read_frames
+from qfae_runtime.readers.faults import foreign_faults_told
 from qfae_runtime.readers.image import read_pages
 from qfae_runtime.readers.recognise import DICOM
 
@@ -37,32 +39,39 @@ def main() -> None:
         options = ReadOptions(tuple(window) if window else None, request["axis"], tuple(slices) if slices else None)
         path = Path(request["path"])
         pieces = read_frames(path, "", options) if request["kind"] == DICOM else read_pages(path, "")
-        _serve(pieces, answers, seconds)
+        _serve(pieces, path, answers, seconds)
 
 
-def _serve(pieces: Iterator[Slice], answers: IO[bytes], seconds: int) -> None:
+def _serve(pieces: Iterator[Slice], path: Path, answers: IO[bytes], seconds: int) -> None:
     """Answer one request: a picture each time one is asked for, then how it ended."""
     while True:
         pixels = b""
         answer: dict[str, Any]
         _alarm(seconds)
         try:
-            piece = next(pieces, None)
-            if piece is None:
-                answer = {"end": True}
-            else:
-                pixels = piece.pixels.tobytes()
-                answer = {"shape": piece.pixels.shape, "frame": piece.frame, "applied": piece.applied}
+            with foreign_faults_told(path, "", "cannot be read"):
+                piece = next(pieces, None)
+                if piece is None:
+                    answer = {"end": True}
+                else:
+                    pixels = piece.pixels.tobytes()
+                    answer = {"shape": piece.pixels.shape, "frame": piece.frame, "applied": piece.applied}
         except InputError as error:
-            answer = {"end": True, "error": error.reason}
-        except MemoryError:
-            answer = {"end": True, "error": NO_MEMORY}
+            pixels, answer = b"", {"end": True, "error": error.reason}
+        except Exception as error:  # a fault of this program: the process that asks raises it again
+            pixels, answer = b"", {"end": True, "fault": _in_words(error)}
         _alarm(0)
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.write(pixels)
         answers.flush()
         if "end" in answer or sys.stdin.buffer.readline() != NEXT:
             return
+
+
+def _in_words(error: Exception) -> str:
+    """Return what was raised and where, without values: they may be the patient's."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
 
 
 def _alarm(seconds: int) -> None:

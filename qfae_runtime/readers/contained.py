@@ -30,6 +30,7 @@ MEMORY_BYTES = 4 * 2**30
 """Address space of a decoding process; what asks for more fails."""
 
 _NEXT, _STOP = b"next\n", b"stop\n"
+_SECONDS_TO_END = 5.0
 _PACKAGES = str(Path(__file__).parents[2])
 _idle: list[_Child] = []
 _lock = threading.Lock()
@@ -72,6 +73,39 @@ class _ToldError(Exception):
     """The child said what is wrong with the file; it is well itself."""
 
 
+class _LostError(Exception):
+    """The child ended in the middle of an answer, or before it."""
+
+
+class _Deadline:
+    """Kills a process that is not done in time, unless that was called off: one or the other, never both.
+
+    Only who waits for the process takes note of its end, and calls the deadline off before. So no process is killed
+    that has answered in time, nor another one that was given the number of one that is gone.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        self._process = process
+        self._lock = threading.Lock()
+        self._passed = self._called_off = False
+        self._timer = threading.Timer(seconds, self._pass)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def kept(self) -> bool:
+        """Call the deadline off; False if it has passed and the process was killed."""
+        with self._lock:
+            self._called_off = True
+        self._timer.cancel()
+        return not self._passed
+
+    def _pass(self) -> None:
+        with self._lock:
+            if not self._called_off:
+                self._passed = True
+                self._process.kill()
+
+
 class _Child:
     """A decoding process and the pipes to it."""
 
@@ -87,7 +121,6 @@ class _Child:
             start_new_session=True,  # what ends a whole group of processes is for the one that asks
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
         )
-        self.late = False
 
     def ask(self, kind: str, path: Path, options: ReadOptions) -> None:
         request = {
@@ -106,29 +139,37 @@ class _Child:
 
     def answer(self, source: str) -> Slice | None:
         """Wait for the next picture; None after the last."""
-        self.late = False
-        timer = threading.Timer(SECONDS_PER_PICTURE, self._too_late)
-        timer.daemon = True
-        timer.start()
+        deadline = _Deadline(self.process, SECONDS_PER_PICTURE)
         try:
-            answers = self._pipe(self.process.stdout)
-            line = answers.readline()
-            if not line.endswith(b"\n"):
-                raise InputError(source, self._fate())
-            answer: dict[str, Any] = json.loads(line)
-            if "error" in answer:
-                raise _ToldError(answer["error"])
-            if "end" in answer:
-                return None
-            height, width, channels = answer["shape"]
-            size = height * width * channels
-            content = bytearray(size)
-            if answers.readinto(content) != size:  # type: ignore[attr-defined]
-                raise InputError(source, self._fate())
-            pixels = np.frombuffer(content, np.uint8).reshape(height, width, channels)
-            return Slice(pixels, source, answer["frame"], answer["applied"])
+            return self._read(source)
+        except _LostError:
+            pass
         finally:
-            timer.cancel()
+            # Whatever came meanwhile: a process that was killed gives no further picture, and must not be kept.
+            if not deadline.kept():
+                reason = f"damaged image (decoding was given up after {SECONDS_PER_PICTURE:.0f} s)"
+                raise InputError(source, reason)
+        raise InputError(source, self._fate())
+
+    def _read(self, source: str) -> Slice | None:
+        answers = self._pipe(self.process.stdout)
+        line = answers.readline()
+        if not line.endswith(b"\n"):
+            raise _LostError
+        answer: dict[str, Any] = json.loads(line)
+        if "fault" in answer:
+            raise RuntimeError(f"the decoding process failed: {answer['fault']}")
+        if "error" in answer:
+            raise _ToldError(answer["error"])
+        if "end" in answer:
+            return None
+        height, width, channels = answer["shape"]
+        size = height * width * channels
+        content = bytearray(size)
+        if answers.readinto(content) != size:  # type: ignore[attr-defined]
+            raise _LostError
+        pixels = np.frombuffer(content, np.uint8).reshape(height, width, channels)
+        return Slice(pixels, source, answer["frame"], answer["applied"])
 
     def back(self) -> None:
         """Keep the process for the next file."""
@@ -143,14 +184,12 @@ class _Child:
                 self._pipe(pipe).close()
         self.process.wait()
 
-    def _too_late(self) -> None:
-        self.late = True
-        self.process.kill()
-
     def _fate(self) -> str:
-        if self.late:
-            return f"damaged image (decoding was given up after {SECONDS_PER_PICTURE:.0f} s)"
-        code = self.process.wait()
+        try:
+            code = self.process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:  # it closed its pipe and lives on
+            self.process.kill()
+            code = self.process.wait()
         if code == 1:  # Python ended in order, which it does not do at a damaged file
             return "the decoding process could not be started; see that qfae can be imported by its Python"
         if -code in (signal.SIGKILL, signal.SIGTERM):

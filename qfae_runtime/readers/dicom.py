@@ -6,25 +6,24 @@ files are therefore read in a process of their own (contained.py); `is_simple` s
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers.base import NO_MEMORY, ReadOptions, Slice, check_frames, check_size, plain, unreadable
+from qfae_runtime.readers.base import MAX_HEADER_BYTES, ReadOptions, Slice, check_frames, check_size, unreadable
+from qfae_runtime.readers.dicom_header import DEFLATED, load_pydicom, read_header, syntax_of
 from qfae_runtime.readers.dicom_objects import without_image
 from qfae_runtime.readers.dicom_values import Format, UnreadableValuesError, draw_colour, draw_grey, rule_of
+from qfae_runtime.readers.faults import faults_told
 
 MISSING = "DICOM files need pydicom; install it with: pip install 'qfae[medical]'"
-_PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_FLOATS = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}
+_PIXEL_DATA = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
 _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
-_DEFLATED = "1.2.840.10008.1.2.1.99"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 _ELEMENT_BYTES = 12  # of the head of a pixel data element, before its value
@@ -41,7 +40,6 @@ _BEST = {
     "1.2.840.10008.1.2.5": "pylibjpeg",
 }
 _OTHER_COLOURS = ("HSV", "ARGB", "CMYK", "XYB", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
-_META_BYTES = 8192
 _RGB_AFTER_DECODING = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 
 
@@ -54,27 +52,30 @@ def is_simple(path: Path, source: str) -> bool:
     """
     try:
         with path.open("rb") as file:
-            return (_syntax(file) or _IMPLICIT) in _NATIVE
+            return (syntax_of(file) or _IMPLICIT) in _NATIVE
     except OSError as error:
         raise InputError(source, unreadable(error)) from None
 
 
-def read_frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice]:
+def read_frames(path: Path, source: str, options: ReadOptions, header_bytes: int = MAX_HEADER_BYTES) -> Iterator[Slice]:
     """Read a DICOM file frame by frame, in this process; `frame` counts them where there are several.
 
     Raises:
         InputError: the file, or the frame that is due, cannot be read; the frames before it have been given.
+        LongHeaderError: more than `header_bytes` of its header would have to be read.
 
     """
     with _faults_told(path, source), path.open("rb") as file:
-        pydicom = _pydicom()
-        syntax = _syntax(file)
-        # A deflated data set is one stream: its pixels cannot be left where they are.
-        header = pydicom.dcmread(file, force=True, stop_before_pixels=syntax != _DEFLATED)
+        pydicom = load_pydicom()
+        syntax = syntax_of(file)
+        header = read_header(file, source, syntax, header_bytes)
         syntax = syntax or _guessed_syntax(header)
-        form, frames = _check(header, source)
         start = file.tell()
-        if not (any(name in header for name in _PIXEL_DATA) if syntax == _DEFLATED else file.read(1)):
+        kept_in = _pixels_in(header, None if syntax == DEFLATED else file)
+        form, frames = _check(header, source, kept_in)
+        if form.floating and syntax not in (*_NATIVE, DEFLATED):
+            raise UnreadableValuesError("floating-point pixels in a compressed syntax, which DICOM does not have")
+        if kept_in is None:
             raise InputError(source, "no image to score: a DICOM header without the pixels it describes")
         options_of_pydicom: dict[str, Any] = {
             "correct_unused_bits": False,  # Format.cut does it, for every high bit
@@ -83,7 +84,7 @@ def read_frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
             "decoding_plugin": _plugin(syntax, form, source),
             "number_of_frames": frames,
         }
-        pixels: Any = header if syntax == _DEFLATED else file
+        pixels: Any = header if syntax == DEFLATED else file
         if pixels is file:
             options_of_pydicom["transfer_syntax_uid"] = pydicom.uid.UID(syntax)
         if syntax in _JPEG_LS:
@@ -97,6 +98,22 @@ def read_frames(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
             number += 1
         if number < frames:
             raise InputError(source, f"damaged or truncated DICOM image ({number} of {frames} frames are there)")
+
+
+def _pixels_in(header: Any, file: IO[bytes] | None) -> str | None:
+    """Return the keyword of the element that holds the pixels: the next in the file, which stays there.
+
+    None where there is none. Without a file, the header has been read with its pixels.
+    """
+    if file is None:
+        return next((keyword for keyword in _PIXEL_DATA.values() if keyword in header), None)
+    start = file.tell()
+    head = file.read(4)
+    file.seek(start)
+    if not head:
+        return None
+    group, element = struct.unpack("<HH" if header.original_encoding[1] else ">HH", head.ljust(4, b"\0"))
+    return _PIXEL_DATA.get(group << 16 | element, "PixelData")
 
 
 def _check_ends(path: Path, start: int) -> None:
@@ -123,7 +140,7 @@ def _draw(stored: Any, header: Any, frame: int, form: Format, options: ReadOptio
             raise UnreadableValuesError(f"expected grey values (H, W), got {stored.shape}")
         return draw_grey(stored, form, rule_of(header, frame, form), options.window)
     if form.photometric == "PALETTE COLOR":
-        coloured = _pydicom().pixels.apply_color_lut(form.cut(stored), header)[..., :3]
+        coloured = load_pydicom().pixels.apply_color_lut(form.cut(stored), header)[..., :3]
         bits = 8 * coloured.dtype.itemsize
         drawn, applied = draw_colour(coloured, Format(bits, bits - 1, False, "RGB"))
         return drawn, "; ".join(filter(None, ("palette", applied)))
@@ -132,33 +149,14 @@ def _draw(stored: Any, header: Any, frame: int, form: Format, options: ReadOptio
     return drawn, "; ".join(filter(None, (converted, applied))) or None
 
 
-def _syntax(file: Any) -> str:
-    """Read the transfer syntax from the head of a file, which is left at its start; empty where it has none.
-
-    pydicom's own way there inflates a deflated file on its way, however large it becomes.
-    """
-    head = file.read(_META_BYTES)
-    file.seek(0)
-    at = 132 if head[128:132] == b"DICM" else 0
-    while head[at : at + 2] == b"\x02\x00" and at + 12 <= len(head):
-        element, representation = head[at + 2 : at + 4], head[at + 4 : at + 6]
-        wide = representation in (b"OB", b"OW", b"UN", b"SQ", b"UT")
-        length = struct.unpack_from("<I" if wide else "<H", head, at + (8 if wide else 6))[0]
-        at += 12 if wide else 8
-        if element == b"\x10\x00":
-            return str(head[at : at + length].decode("ascii", errors="replace").strip(" \0"))
-        at += length
-    return ""
-
-
 def _guessed_syntax(header: Any) -> str:
     implicit, little = header.original_encoding
     return _IMPLICIT if implicit else (_EXPLICIT if little else _BIG_ENDIAN)
 
 
-def _check(header: Any, source: str) -> tuple[Format, int]:
-    """Hold a header against what can be read, before any pixel is."""
-    pydicom = _pydicom()
+def _check(header: Any, source: str, kept_in: str | None) -> tuple[Format, int]:
+    """Hold a header against what can be read, before any pixel is; those are in the element `kept_in`."""
+    pydicom = load_pydicom()
     uid = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     name = pydicom.uid.UID(uid).name
     if words := without_image(name):
@@ -166,12 +164,11 @@ def _check(header: Any, source: str) -> tuple[Format, int]:
     if "Rows" not in header or "BitsAllocated" not in header:
         # What pydicom does not know is the header's own text, which may be anything.
         known = "of no stated class" if not uid else "of an unknown class" if name == uid else name
-        what = f"a DICOM object ({known})" if len(header) else "a DICOM header"
-        raise InputError(source, f"no image to score: {what} without pixels")
+        raise InputError(source, f"no image to score: a DICOM object ({known}) without pixels")
     missing = [
         key
         for key in ("Columns", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
-        if header.get(key) is None and not (key == "PixelRepresentation" and header.BitsAllocated > 32)
+        if header.get(key) is None and not (key == "PixelRepresentation" and kept_in in _FLOATS)
     ]
     if header.Rows is None or header.BitsAllocated is None or missing:
         raise InputError(source, f"damaged DICOM image (its header lacks {', '.join(missing or ['Rows'])})")
@@ -179,10 +176,12 @@ def _check(header: Any, source: str) -> tuple[Format, int]:
     frames = _frames(header)
     allocated, samples = int(header.BitsAllocated), int(header.SamplesPerPixel)
     check_frames(frames, int(header.Columns) * int(header.Rows) * max(1, allocated // 8) * samples, source)
+    photometric = str(header.PhotometricInterpretation).strip()
+    if kept_in in _FLOATS:
+        return _check_floats(allocated, _FLOATS[kept_in], photometric, source), frames
     stored = int(header.get("BitsStored") or allocated)
     high = header.get("HighBit")
     high = stored - 1 if high is None else int(high)
-    photometric = str(header.PhotometricInterpretation).strip()
     if photometric not in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", *_RGB_AFTER_DECODING):
         colours = photometric if photometric in _OTHER_COLOURS else "an unknown colour space"
         raise InputError(source, f"colours in {colours} are not read; convert the file to RGB")
@@ -191,6 +190,20 @@ def _check(header: Any, source: str) -> tuple[Format, int]:
             source, f"damaged DICOM image (bits allocated {allocated}, stored {stored}, high bit {high} cannot be)"
         )
     return Format(stored, high, header.get("PixelRepresentation") == 1, photometric), frames
+
+
+def _check_floats(allocated: int, bits: int, photometric: str, source: str) -> Format:
+    """Hold floating-point pixels against PS3.3 C.7.6.24: grey, and all of their bits count."""
+    if allocated != bits:
+        raise InputError(
+            source, f"damaged DICOM image (bits allocated {allocated}, where floating-point pixels have {bits})"
+        )
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise InputError(
+            source,
+            "floating-point pixels that are not grey are not read, nor does DICOM allow them; convert the file to grey",
+        )
+    return Format(bits, bits - 1, True, photometric, floating=True)
 
 
 def _frames(header: Any) -> int:
@@ -212,7 +225,7 @@ def _plugin(syntax: str, form: Format, source: str) -> str:
         InputError: no plug-in is installed that can.
 
     """
-    pydicom = _pydicom()
+    pydicom = load_pydicom()
     uid = pydicom.uid.UID(syntax)
     try:
         decoder = pydicom.pixels.get_decoder(uid)
@@ -220,7 +233,7 @@ def _plugin(syntax: str, form: Format, source: str) -> str:
         raise InputError(
             source, f"compressed as {_syntax_in_words(uid)}, which is not read; convert the file"
         ) from None
-    if uid in (*_NATIVE, _DEFLATED):
+    if uid in (*_NATIVE, DEFLATED):
         return ""
     if not decoder.is_available:
         raise InputError(
@@ -236,31 +249,11 @@ def _plugin(syntax: str, form: Format, source: str) -> str:
     return best if best in decoder.available_plugins else ""
 
 
-@lru_cache(maxsize=1)
-def _pydicom() -> Any:
-    """Import pydicom and keep it silent: what it says of a damaged file may hold the patient's data."""
-    import pydicom
-    import pydicom.pixels
-
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module="pydicom")
-    return pydicom
-
-
 @contextmanager
 def _faults_told(path: Path, source: str) -> Iterator[None]:
     """Make an InputError of whatever pydicom and its plug-ins raise at a damaged file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except UnreadableValuesError as error:
-        raise InputError(source, f"damaged DICOM image ({error})") from None
-    except Exception as error:  # a damaged file makes pydicom raise anything, RecursionError and KeyError included
-        if isinstance(error, ModuleNotFoundError) and error.name == "pydicom":
-            raise InputError(source, MISSING) from None
-        if isinstance(error, OSError) and error.errno is not None:
-            raise InputError(source, unreadable(error)) from None
-        if isinstance(error, MemoryError):
-            raise InputError(source, NO_MEMORY) from None
-        raise InputError(source, f"damaged or truncated DICOM image ({plain(error, path)})") from None
+    with faults_told(path, source, "damaged or truncated DICOM image", needs=("pydicom", MISSING)):
+        try:
+            yield
+        except UnreadableValuesError as error:
+            raise InputError(source, f"damaged DICOM image ({error})") from None

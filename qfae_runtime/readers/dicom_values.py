@@ -26,12 +26,16 @@ class UnreadableValuesError(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How the values of a file are stored: `bits` of them count, the highest is number `high_bit`."""
+    """How the values of a file are stored: `bits` of them count, the highest is number `high_bit`.
+
+    `floating` ones are IEEE 754 numbers; they have no bits to cut.
+    """
 
     bits: int
     high_bit: int
     signed: bool
     photometric: str
+    floating: bool = False
 
     def cut(self, stored: Values) -> Values:
         """Return stored integers with their unused bits removed and their sign extended; floats as they are."""
@@ -56,7 +60,7 @@ class Rule:
     modality_table: Table | None = None
     voi_table: Table | None = None
     window: Window | None = None
-    padding: tuple[int, int] | None = None
+    padding: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ class Table:
 
 def draw_grey(stored: Values, form: Format, rule: Rule, asked: tuple[float, float] | None) -> tuple[UInt8, str | None]:
     """Return the stored values (H, W) of a frame as uint8 (H, W, 3), and what was applied."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of floating-point values; numpy would print a warning of it
+        return _drawn_grey(stored, form, rule, asked)
+
+
+def _drawn_grey(
+    stored: Values, form: Format, rule: Rule, asked: tuple[float, float] | None
+) -> tuple[UInt8, str | None]:
     cut = form.cut(stored)
     padded = _padded(cut, rule.padding)
     applied = []
@@ -90,6 +101,8 @@ def draw_grey(stored: Values, form: Format, rule: Rule, asked: tuple[float, floa
     applied += [how] if how else []
     if form.photometric == "MONOCHROME1":
         levels = 255 - levels
+        if form.floating:
+            levels[np.isnan(values)] = 0  # what has no value is black, as padding is
         applied.append("inverted")
     if padded is not None and padded.any():
         levels[padded] = 0
@@ -128,7 +141,7 @@ def _windowed(
     return span.levels(values), str(span)
 
 
-def _padded(values: Values, padding: tuple[int, int] | None) -> Bool | None:
+def _padded(values: Values, padding: tuple[float, float] | None) -> Bool | None:
     if padding is None:
         return None
     low, high = min(padding), max(padding)
@@ -188,13 +201,15 @@ def _window(item: Dataset) -> Window | None:
     return window if window.usable() else None
 
 
-def _padding(header: Dataset, form: Format) -> tuple[int, int] | None:
-    low = header.get("PixelPaddingValue")
-    if low is None or form.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+def _padding(header: Dataset, form: Format) -> tuple[float, float] | None:
+    if form.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         return None
-    high = header.get("PixelPaddingRangeLimit")
-    one, other = (_as_stored(value, form) for value in (low, low if high is None else high))
-    return one, other
+    kind = "" if not form.floating else "Float" if form.bits == 32 else "DoubleFloat"
+    low, high = (header.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
+    if low is None:
+        return None
+    high = low if high is None else high
+    return (float(low), float(high)) if form.floating else (_as_stored(low, form), _as_stored(high, form))
 
 
 def _as_stored(value: Any, form: Format) -> int:

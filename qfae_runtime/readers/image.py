@@ -17,25 +17,19 @@ Rules, stated once:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from qfae_runtime.arrays import Bool, UInt8
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers.base import (
-    NO_MEMORY,
-    Slice,
-    check_frames,
-    check_regular_file,
-    check_size,
-    plain,
-    too_large,
-    unreadable,
-)
+from qfae_runtime.readers.base import Slice, check_frames, check_regular_file, check_size, too_large
+from qfae_runtime.readers.faults import faults_told
 from qfae_runtime.readers.window import grey
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -55,7 +49,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 258, 262, 0
-_BITS_KEY, _WHITE_KEY = "qfae bits", "qfae white is zero"  # entries of Image.info, which stays with a turned image
+_COLOURS_IN_WORDS = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "YCbCr": "from YBR"}
 _NO_IMAGE = "not a PNG, JPEG, BMP, TIFF or WebP image, whatever its name says"
 _UNKNOWN_KIND = (
     "begins as a PNG, JPEG, BMP, TIFF or WebP image, but is damaged, or of a kind of pixels that is not read"
@@ -72,7 +66,7 @@ def read_image(path: Path | str, source: str | None = None) -> Slice:
     name = source or str(path)
     with _decoded(Path(path), name) as image:
         pixels, applied = _to_rgb(image, name)
-        return Slice(pixels, name, applied=applied)
+        return Slice(pixels, name, applied="; ".join(applied) or None)
 
 
 def read_pages(path: Path, source: str) -> Iterator[Slice]:
@@ -91,7 +85,8 @@ def read_pages(path: Path, source: str) -> Iterator[Slice]:
             decoded_bytes += image.width * image.height * 4
             check_frames(frame + 1, decoded_bytes // (frame + 1), source)
             pixels, applied = _to_rgb(_loaded(image, source), source)
-            yield Slice(pixels, source, frame if several else None, applied)
+            kind = [] if not several else ["page"] if image.format == "TIFF" else ["animation frame"]
+            yield Slice(pixels, source, frame if several else None, "; ".join([*kind, *applied]) or None)
             frame += 1
             if not several:
                 break
@@ -104,7 +99,8 @@ def read_mask(path: Path | str) -> Bool:
         InputError: the file cannot be read as one picture.
 
     """
-    with _decoded(Path(path), str(path)) as image:
+    with _decoded(Path(path), str(path)) as loaded:
+        image = loaded.image
         if image.mode == "P" or "A" in image.getbands():
             image = image.convert("RGB")
         values = np.asarray(image)
@@ -112,7 +108,7 @@ def read_mask(path: Path | str) -> Bool:
 
 
 @contextmanager
-def _decoded(path: Path, source: str) -> Iterator[Image.Image]:
+def _decoded(path: Path, source: str) -> Iterator[_Loaded]:
     """Open, check, decode and orient a file of one picture."""
     check_regular_file(path, source)
     with _faults_told(path, source), Image.open(path, formats=FORMATS) as image:
@@ -125,20 +121,13 @@ def _decoded(path: Path, source: str) -> Iterator[Image.Image]:
 @contextmanager
 def _faults_told(path: Path, source: str, unidentified: str = _NO_IMAGE) -> Iterator[None]:
     """Make an InputError of whatever Pillow throws at a damaged file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except UnidentifiedImageError:
-        raise InputError(source, unidentified) from None
-    except Image.DecompressionBombError:
-        raise InputError(source, too_large("its header asks for too many pixels")) from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, Pillow's own have no number
-            raise InputError(source, unreadable(error)) from None
-        if isinstance(error, MemoryError):
-            raise InputError(source, NO_MEMORY) from None
-        raise InputError(source, f"damaged or truncated image ({plain(error, path)})") from None
+    with faults_told(path, source, "damaged or truncated image"):
+        try:
+            yield
+        except UnidentifiedImageError:
+            raise InputError(source, unidentified) from None
+        except Image.DecompressionBombError:
+            raise InputError(source, too_large("its header asks for too many pixels")) from None
 
 
 def _has_page(image: Image.Image, number: int) -> bool:
@@ -153,45 +142,71 @@ def _has_page(image: Image.Image, number: int) -> bool:
     return True
 
 
-def _loaded(image: Image.Image, source: str) -> Image.Image:
+class _Loaded(NamedTuple):
+    """A decoded and turned picture, and how it was stored: bits of a channel, white as zero, EXIF orientation."""
+
+    image: Image.Image
+    bits: int
+    white_is_zero: bool
+    orientation: int
+
+
+def _loaded(image: Image.Image, source: str) -> _Loaded:
     check_size(*image.size, source)
     if image.mode in ("F", "I") and not (image.mode == "I" and image.format == "PNG"):
         kind = "floating-point" if image.mode == "F" else "32-bit integer or signed"
         raise InputError(source, f"{kind} pixels have no stated range; store the image in 8 or 16 bit")
+    bits = _bits(image)  # before the decoding, after which a PNG does not know any more
     image.load()
+    decoded, white_is_zero = image, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        stored = image.tag_v2.get(_BITS_TAG, (16,))
-        image.info[_BITS_KEY] = 12 if tuple(stored) == (12,) else 16
-        image.info[_WHITE_KEY] = image.tag_v2.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
+        white_is_zero = image.tag_v2.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for one of Adobe's, and those alone are stored inverted.
-        return _oriented(image, ImageChops.invert(image))
-    return _oriented(image, image)
-
-
-def _oriented(image: Image.Image, decoded: Image.Image) -> Image.Image:
-    """Turn the `decoded` pixels of an image as its EXIF says."""
+        decoded = ImageChops.invert(image)
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged EXIF says nothing about the pixels, which have been decoded by now
         orientation = 1
     operation = _TRANSPOSE.get(orientation)
-    return decoded if operation is None else decoded.transpose(operation)
+    if operation is None:
+        return _Loaded(decoded, bits, white_is_zero, 1)
+    return _Loaded(decoded.transpose(operation), bits, white_is_zero, orientation)
 
 
-def _to_rgb(image: Image.Image, source: str) -> tuple[UInt8, str | None]:
-    """Return decoded pixels as uint8 (H, W, 3), and what was applied to them."""
+def _bits(image: Image.Image) -> int:
+    """Return how many bits a channel has in the file; 8 for a palette, whose colours have them."""
+    if image.mode in ("P", "PA"):
+        return 8
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return int(max(image.tag_v2.get(_BITS_TAG, (1,))))
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
+        stored = str(image.tile[0][3])  # "L;4", "RGB;16B": the mode, and the bits where it does not say
+        if found := re.search(r";(\d+)", stored):
+            return int(found.group(1))
+    return 1 if image.mode == "1" else 16 if image.mode in (*_SIXTEEN_BIT_MODES, "I") else 8
+
+
+def _to_rgb(loaded: _Loaded, source: str) -> tuple[UInt8, list[str]]:
+    """Return decoded pixels as uint8 (H, W, 3), and in words what was applied to them."""
+    image, bits = loaded.image, loaded.bits
+    applied = [] if bits == 8 else [f"{bits} bit"] if bits < 8 else [f"{bits} bit, high byte"]
+    applied += ["inverted"] if loaded.white_is_zero else []
+    turned = [] if loaded.orientation == 1 else [f"EXIF orientation {loaded.orientation}"]
     # Pillow's own convert("RGB") would cut 16-bit grey at 255. Its decoders keep the high byte of 16-bit colours.
     if image.mode in _SIXTEEN_BIT_MODES or image.mode == "I":
-        bits = image.info.get(_BITS_KEY, 16)
         levels = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
-        applied = f"{bits} bit, high byte"
         # Of fewer bits Pillow does this itself.
-        return (grey(255 - levels), f"{applied}; inverted") if image.info.get(_WHITE_KEY) else (grey(levels), applied)
+        return grey(255 - levels if loaded.white_is_zero else levels), applied + turned
     if image.mode not in _COLOUR_MODES:
         raise InputError(source, f"pixels in the colour space {image.mode} are not read; store the image in RGB")
+    if image.mode in _COLOURS_IN_WORDS:
+        applied.append(_COLOURS_IN_WORDS[image.mode])
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         coloured = image.convert("RGBA")
-        black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, coloured)
-    return np.array(image.convert("RGB"), dtype=np.uint8), None
+        if coloured.getchannel("A").getextrema() != (255, 255):
+            black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
+            coloured = Image.alpha_composite(black, coloured)
+            applied.append("alpha on black")
+        image = coloured
+    return np.array(image.convert("RGB"), dtype=np.uint8), applied + turned

@@ -30,7 +30,8 @@ import numpy as np
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers import base
-from qfae_runtime.readers.base import AXES, NO_MEMORY, ReadOptions, Slice, check_frames, check_size, plain, unreadable
+from qfae_runtime.readers.base import AXES, ReadOptions, Slice, check_frames, check_size, plain
+from qfae_runtime.readers.faults import faults_told
 from qfae_runtime.readers.recognise import GZIP_MAGIC
 from qfae_runtime.readers.window import Range, Values, Window, grey
 
@@ -73,9 +74,13 @@ def read_volume(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
             wanted = _wanted(header, options, source)
             stored = _values(file, len(head), header, source)
         volume = _canonical(stored, header)
-        rule = _rule(stored, header, options)
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # of floating-point values; numpy would print a warning of it
+            rule = _rule(stored, header, options)
         for number in wanted:
-            drawn, how = _drawn(_plane(volume, options.axis, number), header, rule)
+            with np.errstate(over="ignore", invalid="ignore"):
+                drawn, how = _drawn(_plane(volume, options.axis, number), header, rule)
             applied = [options.axis, *([how] if how else [])]
             if header.scaled:
                 applied.insert(1, f"rescaled {header.slope:.6g},{header.intercept:.6g}")
@@ -238,17 +243,8 @@ def _nibabel() -> Any:
 @contextmanager
 def _faults_told(path: Path, source: str) -> Iterator[None]:
     """Make an InputError of whatever nibabel, numpy and zlib raise at a damaged file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise InputError(source, f"damaged or truncated gzip file ({plain(error, path)})") from None
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "nibabel":
-            raise InputError(source, MISSING) from None
-        if isinstance(error, OSError) and error.errno is not None:
-            raise InputError(source, unreadable(error)) from None
-        if isinstance(error, MemoryError):
-            raise InputError(source, NO_MEMORY) from None
-        raise InputError(source, f"damaged or truncated NIfTI volume ({plain(error, path)})") from None
+    with faults_told(path, source, "damaged or truncated NIfTI volume", needs=("nibabel", MISSING)):
+        try:
+            yield
+        except (zlib.error, gzip.BadGzipFile, EOFError) as error:
+            raise InputError(source, f"damaged or truncated gzip file ({plain(error, path)})") from None

@@ -196,7 +196,7 @@ class ResultsFolder:
         self.report.unlink(missing_ok=True)
         maps = listed_names(self.jsonl)
         _remove(self.heatmaps, is_ours)
-        _remove(self.maps, lambda path: path.relative_to(self.maps).as_posix() in maps and is_map(path))
+        _remove(self.maps, lambda path: path.relative_to(self.root).as_posix() in maps and is_map(path))
         for path in self._single_files():
             path.unlink(missing_ok=True)
             path.with_name(f".{path.name}.part").unlink(missing_ok=True)

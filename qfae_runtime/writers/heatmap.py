@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -25,9 +25,7 @@ from qfae_runtime.arrays import Float32, UInt8
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.golden import Golden
 from qfae_runtime.writers.colours import colour_table, overlay
-from qfae_runtime.writers.names import fitting
-
-AnyPath = TypeVar("AnyPath", bound=PurePath)
+from qfae_runtime.writers.names import name_for
 
 SOFTWARE = "qfae-run"
 _TOP_PERCENTILE = 99.9
@@ -159,18 +157,13 @@ def heatmap_names(sources: Iterable[str]) -> list[str]:
     for source in sources:
         path = PurePosixPath(source)
         stem = str(path.with_suffix("") if path.suffix.lower() == ".png" else path)
-        name, number = fitting(f"{stem}.png"), 1
+        name, number = name_for(stem, ".png"), 1
         while name in taken or _FRAME_NAME.search(name):
             number += 1
-            name = fitting(f"{stem}~{number}.png")
+            name = name_for(f"{stem}~{number}", ".png")
         taken.add(name)
         names.append(name)
     return names
-
-
-def frame_path(path: AnyPath, frame: int | None) -> AnyPath:
-    """Name what is drawn of one frame: NAME.f0007.png for frame 7 of what would be NAME.png; `path` without frames."""
-    return path if frame is None else path.with_name(f"{path.stem}.f{frame:04d}{path.suffix}")
 
 
 @lru_cache(maxsize=1)

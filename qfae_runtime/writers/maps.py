@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from qfae_runtime.arrays import Float32
-from qfae_runtime.writers.heatmap import frame_path
-from qfae_runtime.writers.names import fitting
+from qfae_runtime.writers.names import name_for
 
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(\d+, \d+\), \} *\n", re.DOTALL
@@ -24,13 +23,12 @@ _HEADER_BYTES = 128
 _FRAME_NAME = re.compile(r"\.f\d{4,}~*$")
 
 
-def map_name(source: str, frame: int | None = None) -> str:
-    """Name a map below maps/: the whole path of its source, .f0007 for frame 7, and .npy; no two are alike.
+def map_name(source: str) -> str:
+    """Name a source's map below maps/: its whole path, and .npy; no two are alike, nor is one as that of a frame.
 
-    A source that ends as the name of a frame does gets a ~ more.
+    A source that ends as the name of a frame does (see frame_path) gets a ~ more.
     """
-    whole = fitting(f"{source}{'~' if _FRAME_NAME.search(source) else ''}.npy")
-    return frame_path(PurePosixPath(whole), frame).as_posix()
+    return name_for(f"{source}{'~' if _FRAME_NAME.search(source) else ''}", ".npy")
 
 
 def save_map(anomaly_map: Float32, path: Path) -> None:
@@ -47,11 +45,11 @@ def save_map(anomaly_map: Float32, path: Path) -> None:
 
 
 def listed_names(rows_path: Path) -> set[str]:
-    """Name the maps of all rows in scores.jsonl; lines that are no rows are passed over.
+    """Return the maps that rows in scores.jsonl name, below the results folder; other lines are passed over.
 
     A .npy holds no mark of who wrote it. Its name in this list, and what is_map says, make it ours.
     """
-    return {map_name(source, frame) for source, frame in _pictures(rows_path)}
+    return set(_named(rows_path))
 
 
 def is_map(path: Path) -> bool:
@@ -65,7 +63,7 @@ def is_map(path: Path) -> bool:
         return False
 
 
-def _pictures(rows_path: Path) -> Iterator[tuple[str, int | None]]:
+def _named(rows_path: Path) -> Iterator[str]:
     try:
         with rows_path.open("rb") as file:
             for line in file:
@@ -73,8 +71,7 @@ def _pictures(rows_path: Path) -> Iterator[tuple[str, int | None]]:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict) and isinstance(row.get("source"), str):
-                    frame = row.get("frame")
-                    yield row["source"], frame if isinstance(frame, int) else None
+                if isinstance(row, dict) and isinstance(row.get("anomaly_map"), str):
+                    yield row["anomaly_map"]
     except OSError:
         return

@@ -29,6 +29,7 @@ class Row:
 
     `source` is the path below the run's root, with forward slashes; `frame` the picture's number in a file of several;
     `label` is "good", "Ungood" or None; `applied` what was done to stored values ("window 40,400 (file)"), if anything.
+    `heatmap` and `anomaly_map` are the paths of its pictures below the results folder, None where there are none.
     """
 
     source: str
@@ -41,6 +42,8 @@ class Row:
     error: str | None
     label: str | None
     applied: str | None = None
+    heatmap: str | None = None
+    anomaly_map: str | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import heapq
 import io
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
@@ -23,7 +22,7 @@ from qfae_runtime.metrics import TITLES
 from qfae_runtime.writers import histogram
 from qfae_runtime.writers.colours import colour_table
 from qfae_runtime.writers.folder import ResultsFolder
-from qfae_runtime.writers.heatmap import ColourScale, frame_path, read_panels
+from qfae_runtime.writers.heatmap import ColourScale, read_panels
 from qfae_runtime.writers.records import OK, Row, read_rows
 
 GALLERY_LIMIT = 200
@@ -50,16 +49,14 @@ def write_report(
     opened: OpenedEngine,
     calibration: Calibration | None,
     scale: ColourScale,
-    heatmaps_of: Callable[[set[str]], Mapping[str, Path | None]],
 ) -> None:
     """Write report.html from scores.jsonl and the heat maps on disk, so that a resumed run shows all of it.
 
     The GALLERY_LIMIT highest-scored pictures are embedded; the page says so when there are more.
     """
     gathered = _gather(folder.jsonl)
-    heatmaps = heatmaps_of({row.source for _, _, row in gathered.top})
     cards = [
-        {"row": row, "rank": rank, "strip": _strip(heatmaps[row.source], row.frame)}
+        {"row": row, "rank": rank, "strip": _strip(folder, row.heatmap)}
         for rank, (_, _, row) in enumerate(gathered.top, start=1)
     ]
     environment = jinja2.Environment(
@@ -108,9 +105,11 @@ def _gather(path: Path) -> _Gathered:
     return gathered
 
 
-def _strip(heatmap: Path | None, frame: int | None) -> str | None:
-    """Return the three panels of a heat map as a data URI; None if there is no heat map."""
-    strip = read_panels(frame_path(heatmap, frame)) if heatmap is not None else None
+def _strip(folder: ResultsFolder, heatmap: str | None) -> str | None:
+    """Return the three panels of a row's heat map as a data URI; None if there is no heat map."""
+    if heatmap is None or ".." in PurePosixPath(heatmap).parts:  # a file of rows can be edited
+        return None
+    strip = read_panels(folder.root / heatmap)
     if strip is None:
         return None
     if strip.width > _MAX_STRIP_WIDTH:

@@ -16,8 +16,9 @@ def dicom_bytes(pixels: np.typing.NDArray[Any], **attributes: Any) -> bytes:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = attributes.get("SOPClassUID", SecondaryCaptureImageStorage)
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["test"])
-    meta.TransferSyntaxUID = attributes.pop("TransferSyntaxUID", ExplicitVRLittleEndian)
-    header = FileDataset(io.BytesIO(), {}, file_meta=meta, preamble=b"\0" * 128)
+    meta.TransferSyntaxUID = syntax = attributes.pop("TransferSyntaxUID", ExplicitVRLittleEndian)
+    encoding = (syntax.is_implicit_VR, syntax.is_little_endian)
+    header = FileDataset(io.BytesIO(), {}, b"\0" * 128, meta, *encoding)
     header.SOPClassUID, header.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     colour = pixels.ndim == 3 and pixels.shape[2] == 3
     frames = pixels.ndim == 3 and not colour
@@ -28,14 +29,18 @@ def dicom_bytes(pixels: np.typing.NDArray[Any], **attributes: Any) -> bytes:
     if frames:
         header.NumberOfFrames = len(pixels)
     header.Rows, header.Columns = pixels.shape[1:] if frames else pixels.shape[:2]
-    header.BitsAllocated = header.BitsStored = 8 * pixels.dtype.itemsize
-    header.HighBit = header.BitsStored - 1
-    header.PixelRepresentation = int(pixels.dtype.kind == "i")
+    header.BitsAllocated = 8 * pixels.dtype.itemsize
+    content = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    if pixels.dtype.kind == "f":  # of these DICOM states no bits stored
+        setattr(header, "FloatPixelData" if header.BitsAllocated == 32 else "DoubleFloatPixelData", content)
+    else:
+        header.BitsStored, header.HighBit = header.BitsAllocated, header.BitsAllocated - 1
+        header.PixelRepresentation = int(pixels.dtype.kind == "i")
+        header.PixelData = content + b"\0" * (len(content) % 2)
     for name, value in attributes.items():
         setattr(header, name, value)
-    content = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
-    header.PixelData = content + b"\0" * (len(content) % 2)
-    header["PixelData"].VR = "OB" if header.BitsAllocated <= 8 else "OW"
+    if "PixelData" in header:
+        header["PixelData"].VR = "OB" if header.BitsAllocated <= 8 else "OW"
     buffer = io.BytesIO()
     header.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()

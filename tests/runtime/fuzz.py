@@ -79,6 +79,7 @@ def seeds() -> dict[str, bytes]:
         "dicom": dicom_bytes(grey.astype(np.uint16) * 16, WindowCenter="2000", WindowWidth="4000"),
         "dicom-frames": dicom_bytes(np.stack([grey, grey, grey]).astype(np.int16)),
         "dicom-colour": dicom_bytes(colour),
+        "dicom-float": dicom_bytes(rng.normal(size=(16, 20)).astype(np.float32)),
         "nifti": _volume(rng.integers(-900, 900, (9, 8, 7)).astype(np.int16), scale=2.0),
         "nifti-float": _volume(rng.normal(size=(9, 8, 7)).astype(np.float32)),
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from qfae_runtime.cli import run_command
 
@@ -179,3 +180,18 @@ def test_module_runs_as_a_program(tmp_path: Path, dataset: Path, engine_path: Pa
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     assert len(failed.stderr.splitlines()) == 1
+
+
+def test_what_pillow_warns_of_does_not_come_between_the_lines_of_any_command(
+    tmp_path: Path, dataset: Path, engine_path: Path
+) -> None:
+    """A picture at which it warns of a decompression bomb, below the size at which it refuses."""
+    Image.new("1", (10000, 9000)).save(dataset / "good" / "img" / "large.png")
+    for more in (["--out", tmp_path / "out"], ["--fpr", "0.2"]):
+        words = ["calibrate", dataset / "good"] if more[0] == "--fpr" else [dataset / "good"]
+        command = [sys.executable, "-m", "qfae_runtime.cli", *words, "--engine", engine_path, *more]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 3, done.stderr
+        assert "Warning" not in done.stderr
+    reason = "too large: got 10000 x 9000 pixels, the limit is 67,108,864 pixels and 32,768 a side"
+    assert f"qfae-run calibrate: left out, 1 x: {reason}\n" in done.stderr

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +96,7 @@ def test_a_decoder_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_hanging_process_ends_itself_when_nobody_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = plant(tmp_path, "import time; time.sleep(600)", monkeypatch)
     monkeypatch.setattr(contained, "SECONDS_PER_PICTURE", 0.5)
-    monkeypatch.setattr(contained._Child, "_too_late", lambda _: None)
+    monkeypatch.setattr(contained._Deadline, "_pass", lambda _: None)
     assert reason_for(bad) == "damaged image (its decoder crashed, exit -14)"
 
 
@@ -157,6 +160,78 @@ def test_a_file_that_is_left_in_the_middle_leaves_a_process_of_use(tmp_path: Pat
     for piece, frame in zip(again, frames, strict=True):
         np.testing.assert_array_equal(piece.pixels[:, :, 0], frame)
     assert contained._idle == [child]
+
+
+class TimerThatFiresWhenCancelled:
+    """The worst moment: the time is up just as the answer has come."""
+
+    def __init__(self, _: float, function: Callable[[], None]) -> None:
+        self.function, self.daemon = function, False
+
+    def start(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        self.function()
+
+
+def test_a_process_that_answers_at_the_last_moment_is_neither_killed_nor_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "Timer", TimerThatFiresWhenCancelled)
+    frames = np.random.default_rng(3).integers(0, 256, (4, 16, 16), dtype=np.uint8)
+    whole = pydicom.dcmread(write_dicom(tmp_path / "x", frames))
+    whole.compress(RLELossless)
+    whole.save_as(tmp_path / "y")
+    for _ in range(3):
+        assert len(list(read_slices(tmp_path / "y", "y"))) == 4
+    [child] = contained._idle
+    assert child.process.poll() is None
+
+
+class TimerThatFiresAtOnce(TimerThatFiresWhenCancelled):
+    """The process is killed before it answers, or while it does."""
+
+    def start(self) -> None:
+        self.function()
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_a_process_that_was_killed_is_not_kept_whatever_it_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    list(read_slices(COMPRESSED, "x"))
+    [child] = contained._idle
+    monkeypatch.setattr(child.process, "kill", lambda: None)  # it lives on long enough for its answer
+    monkeypatch.setattr(threading, "Timer", TimerThatFiresAtOnce)
+    monkeypatch.setattr(contained._Child, "end", lambda self: ended.append(self))
+    ended: list[contained._Child] = []
+    assert reason_for(COMPRESSED) == "damaged image (decoding was given up after 60 s)"
+    assert (ended, contained._idle) == ([child], [])
+    monkeypatch.undo()
+    child.end()
+
+
+def test_a_deadline_kills_or_is_called_off_never_both() -> None:
+    for called_off_first in (True, False):
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        deadline = contained._Deadline(process, 3600.0)
+        if called_off_first:
+            assert deadline.kept()
+        deadline._pass()
+        assert deadline.kept() is called_off_first
+        process.communicate(b"\n")
+        assert (process.returncode == 0) is called_off_first
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_process_that_closes_its_pipe_and_lives_on_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = "import time; os.closerange(3, 64); time.sleep(600)"
+    bad = plant(tmp_path, fault, monkeypatch)
+    monkeypatch.setattr(contained, "_SECONDS_TO_END", 0.5)
+    begin = time.monotonic()
+    assert "its decoding process was killed" in reason_for(bad)
+    assert time.monotonic() - begin < 30
 
 
 def test_two_files_at_once_have_a_process_each() -> None:

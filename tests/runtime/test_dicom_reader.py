@@ -16,7 +16,7 @@ from PIL import Image
 from pydicom.uid import RLELossless
 
 from qfae_runtime.errors import InputError
-from qfae_runtime.readers import ReadOptions, Slice, base, dicom, read_slices
+from qfae_runtime.readers import ReadOptions, Slice, base, dicom, dicom_header, read_slices
 from qfae_runtime.readers.base import plain
 
 from .dicom_files import dicom_bytes, item, write_dicom
@@ -320,7 +320,7 @@ def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
         return genuine(name, *arguments, **more)
 
     path = write_dicom(tmp_path / "x", RAMP)
-    dicom._pydicom.cache_clear()
+    dicom_header.load_pydicom.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
     reason = reason_for(path)
     monkeypatch.undo()

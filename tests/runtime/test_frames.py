@@ -20,8 +20,9 @@ from qfae_runtime import pipeline
 from qfae_runtime.errors import OutputError, RunInterruptedError
 from qfae_runtime.readers import ReadOptions, Slice, nifti
 from qfae_runtime.run import Counts, Options, Summary, execute
-from qfae_runtime.writers.heatmap import frame_path, heatmap_names
+from qfae_runtime.writers.heatmap import heatmap_names
 from qfae_runtime.writers.maps import map_name
+from qfae_runtime.writers.names import frame_path
 
 from .conftest import write_png
 from .dicom_files import dicom_bytes, write_dicom
@@ -92,7 +93,14 @@ def test_every_frame_has_its_row_heat_map_and_map(
     drawn = {path.relative_to(out / "heatmaps").as_posix() for path in (out / "heatmaps").rglob("*.png")}
     kept = {path.relative_to(out / "maps").as_posix() for path in (out / "maps").rglob("*.npy")}
     scored = [picture for picture in PICTURES if picture not in errors]
-    assert kept == {map_name(source, frame) for source, frame in scored}
+    assert kept == {frame_path(Path(map_name(source)), frame).as_posix() for source, frame in scored}
+    for row in rows:
+        pictures = [row["heatmap"], row["anomaly_map"]]
+        if row["status"] == "error":
+            assert pictures == [None, None]
+        else:
+            assert [(out / picture).is_file() for picture in pictures] == [True, True]
+    assert len({row["heatmap"] for row in rows}) == 16 + 1
     assert "b/film.f0004.npy" in kept
     assert len(drawn) == 16
     assert {"a.png", "b/film.f0004.png", "c.nii.gz.f0003.png", "d.tiff.f0000.png"} <= drawn
@@ -260,7 +268,7 @@ def test_names_of_frames_never_meet_those_of_files() -> None:
     every = {*names} | {frame_path(Path(name), frame).as_posix() for name in names for frame in (1, 2, 12345)}
     assert len(every) == len(names) * 4
     assert set(drawn) <= every
-    kept = [map_name(source, frame) for source in sources for frame in (None, 1, 2, 12345)]
+    kept = [frame_path(Path(map_name(source)), frame) for source in sources for frame in (None, 1, 2, 12345)]
     assert len(set(kept)) == len(kept)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,13 @@ def test_pages_and_frames_are_rows_of_their_own(tmp_path: Path) -> None:
     ]
     for piece, page in zip(pieces[:3], pages, strict=False):
         np.testing.assert_array_equal(piece.pixels[:, :, 0], np.asarray(page))
-    assert [piece.applied for piece in pieces] == [None, None, None, "16 bit, high byte"]
+    assert [piece.applied for piece in pieces] == ["page", "page", "page", "page; 16 bit, high byte"]
     for suffix in ("webp", "png"):
         path = tmp_path / f"y.{suffix}"
         pages[0].save(path, save_all=True, append_images=[pages[1], pages[3]], lossless=True)
         pieces = list(read_slices(path, "y"))
         assert [piece.frame for piece in pieces] == [0, 1, 2]
+        assert {piece.applied for piece in pieces} == {"animation frame"}
         for piece, shift in zip(pieces, (0, 1, 3), strict=True):
             np.testing.assert_array_equal(piece.pixels[:, :, 0], np.roll(GREY, shift))
 
@@ -168,7 +170,9 @@ def test_deep_tiffs_keep_to_what_their_header_says(tmp_path: Path) -> None:
     np.testing.assert_array_equal(piece.pixels[:, :, 0], 255 - (values >> 4))
     assert piece.applied == "16 bit, high byte; inverted"
     path.write_bytes(tiff(values, 8, 0, (values >> 4).astype(np.uint8).tobytes()))
-    np.testing.assert_array_equal(next(read_slices(path, "x")).pixels[:, :, 0], 255 - (values >> 4))
+    piece = next(read_slices(path, "x"))
+    np.testing.assert_array_equal(piece.pixels[:, :, 0], 255 - (values >> 4))
+    assert piece.applied == "inverted"
 
 
 def test_a_kind_of_pixels_that_is_not_read_is_not_called_another_format(tmp_path: Path) -> None:
@@ -212,6 +216,100 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.fromarray(GREY).save(tmp_path / "x.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels[:, :, 0], np.rot90(GREY, -1))
+
+
+def applied(path: Path) -> str | None:
+    """What both ways of reading a picture say of it: they agree."""
+    [piece] = read_slices(path, "x")
+    assert piece.applied == read_image(path).applied
+    return piece.applied
+
+
+def saved(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "jpg"])
+def test_of_8_bit_pictures_nothing_is_said(tmp_path: Path, suffix: str) -> None:
+    for shape in ((12, 20), (12, 20, 3)):
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        assert applied(saved(tmp_path / f"x.{suffix}", Image.fromarray(pixels))) is None
+    opaque = np.full((12, 20, 4), 255, np.uint8)
+    if suffix != "jpg":
+        assert applied(saved(tmp_path / f"x.{suffix}", Image.fromarray(opaque))) is None
+
+
+@pytest.mark.parametrize("form", ["png", "tiff", "tiff-lzw"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bits_are_told(tmp_path: Path, form: str, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 65535, (7, 9, channels), dtype=np.uint16)
+    path = tmp_path / f"x.{form.partition('-')[0]}"
+    assert cv2.imwrite(str(path), values, [cv2.IMWRITE_TIFF_COMPRESSION, 5] if form == "tiff-lzw" else [])
+    assert applied(path) == "16 bit, high byte" + ("; alpha on black" if channels == 4 else "")
+
+
+def test_few_bits_are_told(tmp_path: Path) -> None:
+    bilevel = Image.fromarray(GREY).convert("1")
+    assert applied(saved(tmp_path / "x.png", bilevel)) == "1 bit"
+    assert applied(saved(tmp_path / "x.tiff", bilevel)) == "1 bit"
+    values = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    packed = (values[:, ::2] << 4 | values[:, 1::2]).tobytes()
+    (tmp_path / "y.tiff").write_bytes(tiff(values, 4, 0, packed))
+    assert applied(tmp_path / "y.tiff") == "4 bit; inverted"
+    np.testing.assert_array_equal(read_image(tmp_path / "y.tiff").pixels[:, :, 0], 255 - values * 17)
+    header = struct.pack(">IIBBBBB", 4, 4, 4, 0, 0, 0, 0)
+    rows = b"".join(b"\0" + packed[at : at + 2] for at in range(0, 8, 2))
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    png = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    (tmp_path / "y.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    assert applied(tmp_path / "y.png") == "4 bit"
+    np.testing.assert_array_equal(read_image(tmp_path / "y.png").pixels[:, :, 0], values * 17)
+
+
+def test_alpha_palettes_and_colour_spaces_are_told(tmp_path: Path) -> None:
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))
+    rgba = rgb.convert("RGBA")
+    rgba.putpixel((3, 4), (9, 9, 9, 254))
+    for suffix in ("png", "webp", "tiff"):
+        assert applied(saved(tmp_path / f"x.{suffix}", rgba, lossless=True)) == "alpha on black"
+    assert applied(saved(tmp_path / "x.png", rgba.convert("LA"))) == "alpha on black"
+    assert applied(saved(tmp_path / "x.png", rgb, transparency=rgb.getpixel((0, 0)))) == "alpha on black"
+    palette = rgb.quantize(200)
+    for suffix in ("png", "bmp", "tiff"):
+        assert applied(saved(tmp_path / f"x.{suffix}", palette)) == "palette"
+    index = palette.getpixel((0, 0))
+    assert applied(saved(tmp_path / "x.png", palette, transparency=index)) == "palette; alpha on black"
+    cmyk = rgb.convert("CMYK")
+    for suffix in ("jpg", "tiff"):
+        assert applied(saved(tmp_path / f"x.{suffix}", cmyk)) == "CMYK"
+    assert applied(saved(tmp_path / "x.tiff", rgb.convert("YCbCr"))) == "from YBR"
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_the_exif_orientation_is_told(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    told = None if orientation in (1, 9) else f"EXIF orientation {orientation}"  # there are eight
+    for suffix in ("png", "jpg", "webp"):
+        assert applied(saved(tmp_path / f"x.{suffix}", Image.fromarray(GREY), exif=exif)) == told
+    deep = Image.fromarray(GREY.astype(np.uint16) * 257)
+    both = "; ".join(filter(None, ("16 bit, high byte", told)))
+    assert applied(saved(tmp_path / "x.png", deep, exif=exif)) == both
+
+
+def test_every_page_says_what_was_done_to_it(tmp_path: Path) -> None:
+    pages = [Image.fromarray(GREY), Image.fromarray(GREY).convert("1"), Image.fromarray(GREY).convert("CMYK")]
+    pages[0].save(tmp_path / "x.tiff", save_all=True, append_images=pages[1:])
+    assert [piece.applied for piece in read_slices(tmp_path / "x.tiff", "x")] == ["page", "page; 1 bit", "page; CMYK"]
+    frames = [Image.new("RGBA", (8, 8), (level, 0, 0, level)) for level in (255, 90)]
+    frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert [piece.applied for piece in read_slices(tmp_path / "x.webp", "x")] == [
+        "animation frame",
+        "animation frame; alpha on black",
+    ]
 
 
 def test_missing_empty_text_and_truncated_files_say_so(tmp_path: Path) -> None:

@@ -88,10 +88,13 @@ def test_the_lesion_is_the_brightest_spot_of_its_saved_map(livers: Path, tmp_pat
 def test_saved_maps_do_not_change_the_scores(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
     run(dataset, engine_path, tmp_path / "a")
     execute(Options((dataset,), engine_path, tmp_path / "b"))
-    assert (tmp_path / "a" / "scores.jsonl").read_bytes() == (tmp_path / "b" / "scores.jsonl").read_bytes()
     assert not (tmp_path / "b" / "maps").exists()
-    rows = [json.loads(line) for line in (tmp_path / "a" / "scores.jsonl").read_text().splitlines()]
-    assert saved(tmp_path / "a") == [f"{row['source']}.npy" for row in rows]
+    with_maps, without = (
+        [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()] for name in "ab"
+    )
+    assert saved(tmp_path / "a") == [f"{row['source']}.npy" for row in with_maps]
+    assert [row["anomaly_map"] for row in with_maps] == [f"maps/{row['source']}.npy" for row in with_maps]
+    assert [{**row, "anomaly_map": None} for row in with_maps] == without
 
 
 def test_resume_writes_the_maps_that_are_missing(dataset: Path, engine_path: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import builtins
 import gzip
 import itertools
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,12 @@ def test_impossible_options_are_told_at_once() -> None:
         "axis: got 'upright', accepted are sagittal, coronal, axial",
         "slices: got (5, 5), expected (from, to) with 0 <= from < to",
     ]
+
+
+def test_values_at_the_ends_of_what_a_number_holds(tmp_path: Path) -> None:
+    """numpy would print a warning of the overflow, among the progress of a run."""
+    values = np.array([[[-1.7e308, 0.0], [1e300, 1.7e308]]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pieces = read(save(tmp_path / "x.nii", values, slope=4.0, inter=1.0))
+    assert [piece.pixels.shape for piece in pieces] == [(2, 1, 3)] * 2

@@ -41,7 +41,8 @@ def test_a_run_writes_everything(dataset: Path, engine_path: Path, tmp_path: Pat
     ]
     rows = table(out)
     assert list(rows[0]) == [
-        *("source", "frame", "score", "threshold", "decision", "p_value", "status", "error", "label", "applied")
+        *("source", "frame", "score", "threshold", "decision", "p_value", "status", "error", "label", "applied"),
+        *("heatmap", "anomaly_map"),
     ]
     assert [row["source"] for row in rows] == sorted(row["source"] for row in rows)
     assert {row["label"] for row in rows} == {"good", "Ungood"}
