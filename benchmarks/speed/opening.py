@@ -51,7 +51,8 @@ def build(candidate: Candidate, folder: Path, device: str, max_batch: int) -> No
 def built_file(candidate: Candidate, folder: Path, device: str) -> Path | None:
     """Return what `build` writes for a candidate; None if there is nothing to build."""
     if candidate.model in PLANS:
-        return folder / f"{NAME}.{candidate.precision}.plan"
+        given = Subject.load(folder).files.get(candidate.model)  # an engine that was named
+        return Path(given) if given is not None else folder / f"{NAME}.{candidate.precision}.plan"
     if candidate.backend == "aot":
         return folder / f"{NAME}.{candidate.precision}.{device.partition(':')[0]}.pt2"
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import numpy as np
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.engines.files import EngineFile, check_engine_file
 from qfae_runtime.errors import QfaeError
+from qfae_runtime.golden import load_golden
 
 MODEL, IMAGES, RANDOM = "model.json", "images.npz", "random.pt"
 NAME = "model"
@@ -28,13 +30,15 @@ SUFFIXES = {"onnx": ".onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure: a checkpoint (`ckpt`), or a configuration with random weights of a seed.
+    """What to measure: a checkpoint (`ckpt`), a configuration with random weights of a seed, or an exported `engine`.
 
-    `config` describes the authors' checkpoints and random weights; `weights` are files of frozen weights, `encoders` by
-    timm's name; `images` is a folder of images to measure scores on.
+    An engine beside a checkpoint takes the place of the file that would be written of it. `config` describes the
+    authors' checkpoints and random weights; `encoders` (by timm's name) and `perceptual` are files of frozen weights,
+    `images` is a folder of images to measure scores on.
     """
 
     ckpt: str | None = None
+    engine: str | None = None
     config: str | None = None
     random_weights: int | None = None
     encoders: dict[str, str] = field(default_factory=dict)
@@ -44,8 +48,8 @@ class Asked:
     @property
     def title(self) -> str:
         """The model in a few words, without a folder of this machine."""
-        if self.ckpt is not None:
-            return Path(self.ckpt).name
+        if self.engine is not None or self.ckpt is not None:
+            return Path(str(self.engine or self.ckpt)).name
         return f"{Path(str(self.config)).stem}, random weights {self.random_weights}"
 
 
@@ -98,9 +102,11 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
 
     if (folder / MODEL).is_file():
         found = Subject.load(folder)
-        if found.asked == asked and all(flavour in found.files for flavour in flavours):
+        if found.asked == asked and asked.engine is None and all(flavour in found.files for flavour in flavours):
             return found
     folder.mkdir(parents=True, exist_ok=True)
+    if asked.engine is not None and asked.ckpt is None:
+        return _of_engine(asked, folder)
     say("reading the model")
     checkpoint, weights = opened(asked, folder)
     spec = checkpoint.config.preprocess_spec()
@@ -122,15 +128,47 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
         NAME, checkpoint.config, "full", max_batch, written, None, (), provenance_of(checkpoint, asked.title)
     )
     manifest.save(folder / f"{NAME}.json")
-    subject = Subject(
-        asked,
-        spec.image_size,
-        least_flop(checkpoint.config),
-        tuple(products_of(folder / f"{NAME}.onnx")),
-        {flavour: f"{NAME}{SUFFIXES[flavour]}" for flavour in SUFFIXES if f"{NAME}{SUFFIXES[flavour]}" in written},
-    )
+    files = {flavour: f"{NAME}{SUFFIXES[flavour]}" for flavour in SUFFIXES if f"{NAME}{SUFFIXES[flavour]}" in written}
+    products = tuple(products_of(folder / f"{NAME}.onnx"))
+    if asked.engine is not None:
+        files |= _engine_file(check_engine_file(Path(asked.engine)))
+    subject = Subject(asked, spec.image_size, least_flop(checkpoint.config), products, files)
     subject.save(folder)
     return subject
+
+
+def _of_engine(asked: Asked, folder: Path) -> Subject:
+    """Take an exported engine as it is; its golden images are what scores are measured on.
+
+    Raises:
+        QfaeError: it is refused, or has no golden images.
+
+    """
+    file = check_engine_file(Path(str(asked.engine)))
+    manifest = file.manifest
+    path = file.path.parent / (manifest.golden or "")
+    if manifest.golden is None or not path.is_file():
+        raise QfaeError(f"{file.path}: its manifest names no golden images to measure scores on; pass --ckpt as well")
+    golden = load_golden(path.read_bytes(), path.name, manifest.image_size)
+    labels = np.full(len(golden.images), -1, np.int8)
+    np.savez(folder / IMAGES, images=golden.images, labels=labels, **golden.scores._asdict())
+    products: tuple[Any, ...] = ()
+    if file.format == "onnx":
+        from benchmarks.speed.work import products_of
+
+        products = tuple(products_of(file.path))
+    subject = Subject(asked, manifest.image_size, sum(one.flop for one in products), products, _engine_file(file))
+    subject.save(folder)
+    return subject
+
+
+def _engine_file(file: EngineFile) -> dict[str, str]:
+    """Return what candidates call an engine's file, and where it is."""
+    kinds = {"onnx": {"fp32": "onnx", "fp16": "fp16", "int8": "int8"}, "plan": {"fp32": "plan", "fp16": "plan-fp16"}}
+    kind = kinds.get(file.format, {}).get(file.precision)
+    if kind is None:
+        raise QfaeError(f"{file.path}: format {file.format!r} in {file.precision} is not measured here")
+    return {kind: str(file.path.resolve())}
 
 
 def opened(asked: Asked, folder: Path) -> tuple[Any, Any]:
@@ -158,8 +196,3 @@ def opened(asked: Asked, folder: Path) -> tuple[Any, Any]:
     if not path.is_file():
         save(path, random_checkpoint(config, asked.random_weights))
     return load_checkpoint(path), weights
-
-
-def with_file(subject: Subject, flavour: str, name: str) -> Subject:
-    """Return the subject with one more file."""
-    return replace(subject, files={**subject.files, flavour: name})

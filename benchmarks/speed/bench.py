@@ -1,0 +1,188 @@
+"""The whole measurement, top-down: files -> builds -> scores -> rounds -> files through qfae-run -> rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.speed.candidates import CPU, GEMMS, Candidate, lacking
+from benchmarks.speed.end_to_end import can_run, end_to_end, write_pictures
+from benchmarks.speed.opening import PLANS
+from benchmarks.speed.rounds import Measured, Plan, measure
+from benchmarks.speed.rows import Row, conditions, engine_rows, gemm_rows, left_out_rows, missing_row
+from benchmarks.speed.statistics import throughput
+from benchmarks.speed.subject import Asked, Subject, images_of
+from benchmarks.speed.workers import Worker, WorkerError, Workers
+from qfae_runtime.agreement import Agreement, Scale, measure_agreement
+from qfae_runtime.engines.base import Scores
+
+Say = Callable[[str], None]
+
+_GEMM_BATCH = 8  # on a CPU: larger batches make products no faster, and take long
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run of qfae-bench.
+
+    out          folder for rows, page, logs and the model's files
+    candidates   what to measure
+    files        how many files qfae-run scores; 0: none
+    """
+
+    asked: Asked
+    out: Path
+    candidates: tuple[Candidate, ...]
+    plan: Plan = field(default_factory=Plan)
+    device: str = CPU
+    threads: int | None = None
+    files: int = 64
+
+    @property
+    def model(self) -> Path:
+        """The folder of the model's files."""
+        return self.out / "model"
+
+    @property
+    def gemm_batch(self) -> int:
+        """The batch size that matrix products are measured at."""
+        sizes = self.plan.batches
+        return max(sizes) if self.device != CPU else max((one for one in sizes if one <= _GEMM_BATCH), default=sizes[0])
+
+
+def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
+    """Measure all candidates and return the rows.
+
+    Raises:
+        QfaeError: the model itself cannot be had; a candidate that fails becomes a row.
+
+    """
+    missing: list[Row] = []
+    present = [one for one in options.candidates if not _is_missing(one, lacking(one, options.device), missing)]
+    subject = _prepared(options, present, say)
+    present = [one for one in present if not _is_missing(one, _no_file(one, subject), missing)]
+    gemms = [one for one in GEMMS if options.device in one.devices and lacking(one, options.device) is None]
+    gemms = [one for one in gemms if subject.products and any(one.precision == other.precision for other in present)]
+    built = _built(options, present, missing, say)
+    present = [one for one in present if one.name in built]
+    images, _, _ = images_of(options.model)
+    first = conditions(subject, options.plan, options.device, options.threads, len(images))
+    workers = Workers(
+        options.model,
+        options.out / "logs",
+        options.device,
+        options.threads,
+        options.gemm_batch,
+        max(options.plan.batches),
+    )
+    try:
+        agreements = _scored(options, present, workers, missing, say)
+        present = [one for one in present if one.name in agreements]
+        measured = measure(options.plan, [*present, *gemms], workers, say)
+        whole = _end_to_end(options, present, measured, workers, missing, say)
+        failed = [one for one in present if one.name in measured.failed]
+        missing += [missing_row(one, measured.failed[one.name]) for one in failed]
+        seconds = {name: value for name, value in built.items() if value is not None}
+        rows = engine_rows([*present, *gemms], options.plan, measured, workers, subject, agreements, seconds)
+        gemm = gemm_rows(gemms, measured, workers)
+    finally:
+        workers.close()
+    return [first, *rows, *gemm, *whole, *left_out_rows(present, measured), *missing]
+
+
+def _is_missing(candidate: Candidate, reason: str | None, missing: list[Row]) -> bool:
+    if reason is not None:
+        missing.append(missing_row(candidate, reason))
+    return reason is not None
+
+
+def _prepared(options: Options, candidates: Sequence[Candidate], say: Say) -> Subject:
+    """Have the model's files written by a process of its own, whose memory goes with it."""
+    models = {PLANS.get(one.model, one.model) for one in candidates}
+    flavours = sorted(models & {"onnx", "fp16", "int8"})
+    with Worker(options.model, options.out / "logs" / "prepare.log", options.threads) as worker:
+        asked = asdict(options.asked)
+        worker.ask("prepare", say, asked=asked, flavours=flavours, max_batch=max(options.plan.batches))
+    return Subject.load(options.model)
+
+
+def _no_file(candidate: Candidate, subject: Subject) -> str | None:
+    """Say why a candidate cannot run this model; None if it can."""
+    asked, files = subject.asked, subject.files
+    if candidate.model in ("plain", "graph"):
+        has_weights = asked.ckpt is not None or asked.random_weights is not None
+        return None if has_weights else "PyTorch needs the checkpoint: pass --ckpt"
+    if candidate.model in files or PLANS.get(candidate.model) in files:
+        return None
+    return f"there is no {PLANS.get(candidate.model, candidate.model)} file of this engine"
+
+
+def _built(options: Options, candidates: Sequence[Candidate], missing: list[Row], say: Say) -> dict[str, float | None]:
+    """Build what has to be built, each in its own process; return the seconds, None where there is nothing to do."""
+    found: dict[str, float | None] = {}
+    for candidate in candidates:
+        if candidate.model not in PLANS and candidate.backend != "aot":
+            found[candidate.name] = None
+            continue
+        say(f"building {candidate.name}")
+        most = max(options.plan.batches)
+        try:
+            with Worker(options.model, options.out / "logs" / f"{candidate.name}.log", options.threads) as worker:
+                answer = worker.ask("build", candidate=candidate.name, device=options.device, max_batch=most)
+            found[candidate.name] = answer["seconds"]
+        except WorkerError as error:
+            missing.append(missing_row(candidate, str(error)))
+    return found
+
+
+def _scored(
+    options: Options, candidates: Sequence[Candidate], workers: Workers, missing: list[Row], say: Say
+) -> dict[str, Agreement]:
+    """Open every candidate once and hold its outputs on the images against PyTorch FP32."""
+    _, labels, reference = images_of(options.model)
+    scale = Scale.of(reference, labels)
+    found = {}
+    for candidate in candidates:
+        say(f"scoring with {candidate.name}")
+        out = options.out / "logs" / f"{candidate.name}.npz"
+        try:
+            workers.of(candidate).ask("score", out=str(out))
+            workers.note_memory(candidate)
+        except WorkerError as error:
+            missing.append(missing_row(candidate, str(error)))
+            workers.end(candidate.name)
+            continue
+        with np.load(out, allow_pickle=False) as stored:
+            got = Scores(*(stored[name] for name in Scores._fields))
+        out.unlink()
+        found[candidate.name] = measure_agreement(reference, got, labels, scale)
+    return found
+
+
+def _end_to_end(
+    options: Options,
+    candidates: Sequence[Candidate],
+    measured: Measured,
+    workers: Workers,
+    missing: list[Row],
+    say: Say,
+) -> list[Row]:
+    """Run qfae-run with the fastest engine that it can run, without heat maps and with them."""
+    able = [one for one in candidates if can_run(one) and one.name not in measured.failed]
+    sizes = [batch for batch in options.plan.batches if all(measured.of(one.name, batch) for one in able)]
+    if not options.files or not able or not sizes or options.asked.engine is not None:
+        return []
+    batch = max(size for size in sizes if size <= max(16, min(sizes)))
+    fastest = max(able, key=lambda one: throughput(measured.of(one.name, batch)).mean)
+    write_pictures(options.out / "pictures", options.files, options.model)
+    rows = []
+    for maps in (False, True):
+        try:
+            rows.append(end_to_end(fastest, workers, options.out, options.files, batch, 2, maps, say))
+        except WorkerError as error:
+            missing.append(missing_row(fastest, str(error)))
+            break
+    return rows
