@@ -19,9 +19,9 @@ from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.hashing import sha256_of
 from qfae_runtime.layout import Scan
 from qfae_runtime.options import Options
-from qfae_runtime.pipeline import Seconds
 from qfae_runtime.pseudonyms import Pseudonyms
 from qfae_runtime.verdicts import Verdict, hardware
+from qfae_runtime.workers import Seconds
 from qfae_runtime.writers.heatmap import ColourScale
 
 _READERS = (

@@ -18,12 +18,13 @@ from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, scan
 from qfae_runtime.metrics import PixelMetrics
 from qfae_runtime.options import Options
-from qfae_runtime.pipeline import Outcome, Pipeline, Seconds
+from qfae_runtime.pipeline import Outcome, Pipeline
 from qfae_runtime.pseudonyms import Pseudonyms
 from qfae_runtime.record import Clock, Subject, fingerprint_of, now, record_of
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
+from qfae_runtime.workers import Seconds
 from qfae_runtime.writers.folder import Finished, ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
@@ -294,7 +295,8 @@ class _Run:
                 files = 0
                 for outcome in outcomes:
                     if files >= again:
-                        rows.write(self._row(outcome))
+                        with self.spent.measured("writing"):
+                            rows.write(self._row(outcome))
                         counts.rows += 1
                         counts.done += outcome.picture.last
                         counts.errors += outcome.row.status != OK

@@ -61,10 +61,11 @@ def test_the_record_says_where_the_time_went(dataset: Path, engine_path: Path, t
     run(dataset, engine_path, tmp_path / "out")
     seconds = json.loads((tmp_path / "out" / "run.json").read_text())["seconds"]
     steps = ["listing", "opening", "self_test", "preparing", "scoring", "results"]
-    assert list(seconds) == [*steps, "scoring_decoding", "scoring_engine", "scoring_drawing", "total"]
+    stages = [f"scoring_{stage}" for stage in ("decoding", "preprocessing", "engine", "drawing", "writing")]
+    assert list(seconds) == [*steps, *stages, "total"]
     assert sum(seconds[step] for step in steps) == pytest.approx(seconds["total"], abs=0.01)
     assert 0 < seconds["scoring_engine"] < seconds["scoring"]
-    assert all(seconds[f"scoring_{part}"] > 0 for part in ("decoding", "drawing"))
+    assert all(seconds[stage] > 0 for stage in stages)
 
 
 def test_jsonl_and_csv_hold_the_same_and_scores_are_exact(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
