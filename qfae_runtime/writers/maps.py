@@ -16,6 +16,7 @@ import numpy as np
 from qfae_runtime.arrays import Float32
 from qfae_runtime.writers.heatmap import frame_path
 from qfae_runtime.writers.names import fitting
+from qfae_runtime.writers.whole import whole_file
 
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(\d+, \d+\), \} *\n", re.DOTALL
@@ -36,14 +37,8 @@ def map_name(source: str, frame: int | None = None) -> str:
 def save_map(anomaly_map: Float32, path: Path) -> None:
     """Write a map float32 (H, W) as float16, whole or not at all, creating folders below maps/ as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, anomaly_map.astype("<f2"), allow_pickle=False)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, anomaly_map.astype("<f2"), allow_pickle=False)
 
 
 def listed_names(rows_path: Path) -> set[str]:

@@ -33,6 +33,7 @@ def test_a_run_writes_everything(dataset: Path, engine_path: Path, tmp_path: Pat
     run(dataset, engine_path, out)
     assert sorted(path.name for path in out.iterdir()) == [
         "heatmaps",
+        "inputs.jsonl",
         "metrics.json",
         "report.html",
         "run.json",
@@ -185,8 +186,9 @@ def test_results_are_not_overwritten_unasked(dataset: Path, engine_path: Path, t
     shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
     assert shown.exit_code == 1
     assert shown.stderr == (
-        f"qfae-run: {out}: already holds results (scores.csv, scores.jsonl, report.html, run.json, metrics.json, "
-        "heatmaps); add --resume to go on with that run, --overwrite to replace it, or choose another --out\n"
+        f"qfae-run: {out}: already holds results (scores.csv, scores.jsonl, report.html, run.json, inputs.jsonl, "
+        "metrics.json, heatmaps); add --resume to go on with that run, --overwrite to replace it, or choose another "
+        "--out\n"
     )
     assert (out / "scores.csv").read_bytes() == before
 
@@ -232,7 +234,7 @@ def test_a_clearing_that_was_cut_short_can_be_repeated(
     removed: list[Path] = []
 
     def cut_short(self: Path, missing_ok: bool = False) -> None:
-        if len(removed) == 20:  # 12 heat maps, and of the 5 single files 4 with their temporary ones
+        if len(removed) == 20:  # 12 heat maps, and of the 6 single files 4 with their temporary ones
             raise OSError(5, "Input/output error")
         removed.append(self)
         genuine(self, missing_ok=missing_ok)
@@ -241,7 +243,7 @@ def test_a_clearing_that_was_cut_short_can_be_repeated(
     with pytest.raises(OutputError, match="Input/output error"):
         run(dataset, engine_path, out, overwrite=True)
     monkeypatch.undo()
-    assert [path.name for path in out.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "run.json"]
     run(dataset, engine_path, out, overwrite=True)
     assert len(table(out)) == 12
 
