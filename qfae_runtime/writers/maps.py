@@ -37,8 +37,11 @@ def map_name(source: str, frame: int | None = None) -> str:
 def save_map(anomaly_map: Float32, path: Path) -> None:
     """Write a map float32 (H, W) as float16, whole or not at all, creating folders below maps/ as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.ascontiguousarray(anomaly_map, dtype="<f2")
     with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.save(file, anomaly_map.astype("<f2"), allow_pickle=False)
+        # Not np.save: it hands a file to C, where a disk that is full goes unnoticed or loses its name.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(values.data)
 
 
 def listed_names(rows_path: Path) -> set[str]:

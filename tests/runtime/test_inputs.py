@@ -54,8 +54,8 @@ def test_each_kind_of_change_is_told_with_names_and_numbers(dataset: Path, engin
     assert refusal(dataset, engine_path, out) == [
         f"inputs: 6 new: {f'good/img/{HOSTILE}'!r}, 'good/img/new0.png', 'good/img/new1.png' and 3 more",
         "inputs: 2 missing: 'good/img/1.png', 'good/img/2.png'",
-        "inputs: 4 with another size or time of change: 'Ungood/img/0.png', 'Ungood/img/1.png', 'Ungood/img/2.png' and 1 "
-        "more",
+        "inputs: 4 with another size or time of change: "
+        "'Ungood/img/0.png', 'Ungood/img/1.png', 'Ungood/img/2.png' and 1 more",
     ]
     assert (out / "scores.jsonl").read_bytes() == rows
 
