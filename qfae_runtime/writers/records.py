@@ -77,6 +77,7 @@ class RowWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
+        self._end = self._file.seek(0, io.SEEK_END)
 
     def write(self, row: Row) -> None:
         """Append one row, whole or not at all.
@@ -85,15 +86,16 @@ class RowWriter:
             OSError: it cannot be written; the rows before it are as they were.
 
         """
-        line = memoryview((json.dumps(asdict(row), allow_nan=False) + "\n").encode("ascii"))
-        end = self._file.seek(0, io.SEEK_END)
+        line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode("ascii")
+        left = memoryview(line)
         try:
-            while line:  # a raw write may take less than it was given
-                line = line[self._file.write(line) or 0 :]
+            while left:  # a raw write may take less than it was given
+                left = left[self._file.write(left) or 0 :]
         except OSError:
             with suppress(OSError):  # what is left of the row is cut off by --resume too
-                self._file.truncate(end)
+                self._file.truncate(self._end)
             raise
+        self._end += len(line)
 
     def close(self) -> None:
         """Close the file."""

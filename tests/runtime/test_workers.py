@@ -142,6 +142,13 @@ def test_a_stage_within_another_is_counted_once() -> None:
     assert (spent["engine"], spent["writing"]) == (0, 0)
 
 
+def test_the_document_names_every_stage() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "running.md").read_text(encoding="utf-8")
+    assert [line.split("`")[1] for line in text.splitlines() if line.startswith("| `scoring_")] == [
+        f"scoring_{stage}" for stage in workers.STAGES
+    ]
+
+
 def test_preprocessing_is_not_decoding(engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         write_png(tmp_path / "in" / f"{number}.png", FRAMES[number])
