@@ -128,6 +128,29 @@ def test_a_start_that_failed_says_so(
     assert [(part["status"], part["rows"]) for part in record_of(out)["parts"]] == [("failed", 0), ("done", 12)]
 
 
+def test_an_interruption_while_results_are_put_together(
+    dataset: Path, engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qfae_runtime.run.write_report", stop)
+        shown = qfae_run(dataset, "--engine", engine_path, "--out", out, "--no-maps", "--quiet")
+    assert shown.exit_code == 130
+    assert shown.stderr == (
+        f"qfae-run: stopped: 12 of 12 files have whole rows in {out}/scores.jsonl; go on with the same command and "
+        "--resume\n"
+    )
+    [part] = record_of(out)["parts"]
+    assert (record_of(out)["status"], part["status"], part["rows"]) == ("interrupted", "interrupted", 12)
+    assert part["seconds"]["results"] > 0
+    run(dataset, engine_path, out, maps=False, resume=True)
+    assert [part["rows"] for part in record_of(out)["parts"]] == [12, 0]
+
+
 def test_rows_that_were_taken_back_count_for_nobody() -> None:
     """The frames of a file that was not finished are scored again by the next start."""
     start = "2026-11-01T10:00:00+00:00"
