@@ -115,7 +115,8 @@ def build_plan(
         session.add_profiles(profiles)
         cards = ", ".join(chosen) or (gpu.name if gpu is not None else "this machine")
         say(f"building {out.name} for {cards} with {session.title}")
-        plan = session.build((cache or cache_folder()) / "timings")
+        folder = cache or cache_folder()
+        plan = session.build(folder / "timings" if folder is not None else None)
         seconds = time.perf_counter() - start
         say("proving that every attention is fused")
         kernels, source = _kernels(session, plan)

@@ -23,12 +23,11 @@ from qfae_runtime.cli_options import (
     reading_options,
 )
 from qfae_runtime.command_line import CONTEXT, ended_in_order, fail
-from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
+from qfae_runtime.errors import INTERRUPTED, SOME_INPUTS_FAILED, QfaeError, UsageError
 from qfae_runtime.progress import Reporter
 from qfae_runtime.run import Options
 
 PROGRAM = "qfae-run calibrate"
-SOME_INPUTS_FAILED = 3
 _SHOWN = 10
 
 _EPILOG = """\b

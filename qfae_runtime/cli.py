@@ -20,12 +20,11 @@ from qfae_runtime.cli_options import (
     reading_options,
 )
 from qfae_runtime.command_line import CONTEXT, dispatch, ended_in_order, fail
-from qfae_runtime.errors import QfaeError, RunInterruptedError, UsageError
+from qfae_runtime.errors import SOME_INPUTS_FAILED, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.progress import Reporter
 from qfae_runtime.run import Options, Summary, execute
 
 PROGRAM = "qfae-run"
-SOME_INPUTS_FAILED = 3
 
 _EPILOG = """\b
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some files could not be scored (each has its row).

@@ -18,6 +18,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
+SOME_INPUTS_FAILED = 3
+"""Exit code of a command that did its work, but for some inputs that could not be scored."""
 INTERRUPTED = 130
 """Exit code of a command that the user or the system stopped."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 from qfae_runtime.errors import UsageError
@@ -12,8 +13,10 @@ _MEANING = {"good": GOOD, "normal": GOOD, "0": GOOD, "ungood": UNGOOD, "anomalou
 _SHOWN_FAULTS = 20
 
 
-def read_labels(path: Path) -> dict[str, str]:
+def read_labels(path: Path, shown: Callable[[str], str] = repr) -> dict[str, str]:
     """Read source -> "good" or "Ungood". Accepted in the file: good, normal, 0 and Ungood, anomalous, 1.
+
+    `shown` is what stands in messages for a text of the file, which may name someone.
 
     Raises:
         UsageError: every faulty line.
@@ -26,7 +29,8 @@ def read_labels(path: Path) -> dict[str, str]:
         raise UsageError(f"--labels {path}: cannot be read ({error})") from None
     header = [name.strip().lower() for name in table[0]] if table else []
     if "source" not in header or "label" not in header:
-        raise UsageError(f"--labels {path}: expected a first line with the columns source,label, got {header}")
+        got = ", ".join(shown(name) for name in header)
+        raise UsageError(f"--labels {path}: expected a first line with the columns source,label, got [{got}]")
     source_at, label_at = header.index("source"), header.index("label")
     labels: dict[str, str] = {}
     faults = []
@@ -39,9 +43,9 @@ def read_labels(path: Path) -> dict[str, str]:
         label = _MEANING.get(cells[label_at].strip().lower())
         if label is None:
             accepted = ", ".join(_MEANING)
-            faults.append(f"line {number}: label {cells[label_at]!r}: accepted are {accepted}")
+            faults.append(f"line {number}: label {shown(cells[label_at])}: accepted are {accepted}")
         elif labels.setdefault(cells[source_at], label) != label:
-            faults.append(f"line {number}: {cells[source_at]!r} has two different labels")
+            faults.append(f"line {number}: {shown(cells[source_at])} has two different labels")
     if faults:
         raise UsageError([f"--labels {path}: {fault}" for fault in faults[:_SHOWN_FAULTS]])
     return labels

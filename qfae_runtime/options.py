@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qfae_runtime.readers.base import ReadOptions
+
+_MOST_PATHS = 100
 
 
 @dataclass(frozen=True)
@@ -16,13 +20,12 @@ class Options:
     engine             its manifest lies beside it
     out                folder for the results; nothing outside it is written
     batch_size         images per run of the engine; None: 16, or what the engine takes
-    backend, device    "auto": what fits the engine file
-    threads            compute threads of the engine; None: all cores
+    backend, device, threads, allow_uncertified
+                       as engines.open_engine takes them
     maps               score, anomaly map and reconstruction; False: the score alone
     save_maps          keep every anomaly map as .npy
     overwrite, resume  what to do with results that are there: replace them, go on with them
     selftest           run the self-test even if it passed here before
-    allow_uncertified  run an engine that was never compared with PyTorch
     labels             CSV file with source and label; None: folder names
     calibration        threshold to decide by; None: the one beside the engine, if there is one
     deidentify         file with the key of pseudonyms; None: names stay
@@ -50,3 +53,19 @@ class Options:
     hash_inputs: bool = False
     reading: ReadOptions = field(default_factory=ReadOptions)
     listed: tuple[Path, ...] = ()
+
+    def to_dict(self, shown: Callable[[str], str] = str) -> dict[str, Any]:
+        """Return all of them as plain JSON values, and the folder that relative paths start from.
+
+        `shown` is what stands for a path. Of more than 100 images or listed paths only the number: they are the files
+        of inputs.jsonl, below the run's root.
+        """
+
+        def told(paths: Sequence[Path]) -> list[str] | dict[str, int]:
+            return {"number": len(paths)} if len(paths) > _MOST_PATHS else [shown(str(path)) for path in paths]
+
+        values = asdict(self) | self.reading.to_dict()
+        del values["reading"]
+        named = {name: shown(str(value)) for name, value in values.items() if isinstance(value, Path)}
+        lists = {"images": told(self.images), "listed": told(self.listed)}
+        return {**values, **named, **lists, "working_folder": shown(str(Path.cwd()))}

@@ -10,16 +10,13 @@ a time, so that neither its pixels nor those of the files after it pile up.
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,13 +29,11 @@ from qfae_runtime.preprocess import Prepared, PreprocessSpec, preprocess
 from qfae_runtime.readers import ReadOptions, Slice, holds_volume, read_mask, read_slices
 from qfae_runtime.readers.faults import foreign_faults_told
 from qfae_runtime.scorer import Scored, Scorer
+from qfae_runtime.workers import Pool, Seconds, TimedPool, in_order, in_pieces
 from qfae_runtime.writers import heatmap
 from qfae_runtime.writers.maps import save_map
 from qfae_runtime.writers.places import Place
 from qfae_runtime.writers.records import OK, Row, error_row, scored_row
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 _MOST_WAITING = 4  # times the batch size
 FRAMES_AT_ONCE = 16
@@ -88,48 +83,6 @@ class Outcome(NamedTuple):
     scored: Scored | None
 
 
-class Seconds:
-    """Where the time of a run goes. "decoding" and "drawing" add up over threads, "engine" is that of the caller's."""
-
-    def __init__(self) -> None:
-        self._spent = {"decoding": 0.0, "engine": 0.0, "drawing": 0.0}
-        self._lock = threading.Lock()
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Count time for a stage; from any thread."""
-        with self._lock:
-            self._spent[stage] += seconds
-
-    def to_dict(self) -> dict[str, float]:
-        """Return the seconds by stage."""
-        return dict(self._spent)
-
-
-class Pool(Protocol):
-    """What runs work in threads: an executor, or one that keeps the time."""
-
-    def submit(self, function: Callable[..., Result], /, *arguments: Any) -> Future[Result]:
-        """Run the function in a thread, as soon as one is free."""
-        ...
-
-
-class _Timed:
-    """An executor whose work is counted for a stage."""
-
-    def __init__(self, pool: ThreadPoolExecutor, seconds: Seconds, stage: str) -> None:
-        self._pool, self._seconds, self._stage = pool, seconds, stage
-
-    def submit(self, function: Callable[..., Result], /, *arguments: Any) -> Future[Result]:
-        return self._pool.submit(self._run, function, *arguments)
-
-    def _run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        start = time.perf_counter()
-        try:
-            return function(*arguments)
-        finally:
-            self._seconds.add(self._stage, time.perf_counter() - start)
-
-
 @dataclass(frozen=True)
 class Pipeline:
     """The settings of one run. `truth` asks for masks; jobs that ask for heat maps need a `scale`."""
@@ -155,21 +108,36 @@ class Pipeline:
         depth = 2 * self.scorer.batch_size
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qfae")
         try:
-            decoded = self._decoded(_Timed(pool, self.seconds, "decoding"), jobs, depth + self.workers)
-            yield from in_order(_Timed(pool, self.seconds, "drawing"), self._draw, self._score(decoded), depth)
+            decoding, drawing = (TimedPool(pool, self.seconds, stage) for stage in ("decoding", "drawing"))
+            # Closed before the pool is shut down, which would wait for what they have under way.
+            with (
+                closing(self._decoded(decoding, jobs, depth + self.workers)) as decoded,
+                closing(self._score(decoded)) as scored,
+            ):
+                yield from in_order(drawing, self._draw, scored, depth)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decoded(self, pool: Pool, jobs: Iterable[Job], depth: int) -> Iterator[list[Picture]]:
-        spec = self.scorer.manifest.preprocess
-        one = partial(decode, spec=spec, truth=self.truth, reading=self.reading)
+    def _decoded(self, pool: Pool, jobs: Iterable[Job], depth: int) -> Generator[list[Picture], None, None]:
+        how = Decoding(self.scorer.manifest.preprocess, self.truth, self.reading, self.seconds)
+        one = partial(decode, how=how)
         for job, pictures in in_order(pool, lambda job: (job, one(job)), jobs, depth):
             if pictures is not None:
                 yield pictures
             else:
-                yield from in_pieces(pool, pictures_of(job, spec, self.truth, self.reading), FRAMES_AT_ONCE)
+                yield from in_pieces(pool, pictures_of(job, how), FRAMES_AT_ONCE)
 
-    def _score(self, decoded: Iterator[list[Picture]]) -> Iterator[Outcome]:
+    def _score(self, decoded: Iterator[list[Picture]]) -> Generator[Outcome, None, None]:
+        groups = (
+            ([picture.prepared.image for picture in group if picture.prepared is not None], group)
+            for group in self._groups(decoded)
+        )
+        # closing(): batches under way are waited for, so that the engine can be used again.
+        with closing(self.scorer.score_batches(groups, self.maps, partial(self.seconds.measured, "engine"))) as scored:
+            for results, group in scored:
+                yield from self._outcomes(group, results)
+
+    def _groups(self, decoded: Iterator[list[Picture]]) -> Iterator[list[Picture]]:
         # Errors wait with the pictures around them, so that rows keep the order of the files.
         waiting: list[Picture] = []
         good = 0
@@ -179,22 +147,20 @@ class Pipeline:
                 good += picture.prepared is not None
                 # A row is not kept back for long behind damaged files, of which there may be any number.
                 if good in (self.scorer.batch_size, 0) or len(waiting) >= _MOST_WAITING * self.scorer.batch_size:
-                    yield from self._outcomes(waiting)
+                    yield waiting
                     waiting, good = [], 0
-        yield from self._outcomes(waiting)
+        if waiting:
+            yield waiting
 
-    def _outcomes(self, pictures: list[Picture]) -> Iterator[Outcome]:
-        images = [picture.prepared.image for picture in pictures if picture.prepared is not None]
-        start = time.perf_counter()
-        results = iter(self.scorer.score_batch(images, self.maps) if images else [])
-        self.seconds.add("engine", time.perf_counter() - start)
+    def _outcomes(self, pictures: list[Picture], results: list[Scored]) -> Iterator[Outcome]:
+        remaining = iter(results)
         for picture in pictures:
             job = picture.job
             if picture.prepared is None:
                 reason = picture.error or "cannot be read"
                 yield Outcome(error_row(job.source, picture.frame, reason, job.label, picture.applied), picture, None)
                 continue
-            scored = next(results)
+            scored = next(remaining)
             row = scored_row(job.source, picture.frame, scored.score, self.decider, job.label, picture.applied)
             yield Outcome(row, picture, scored if row.status == OK else None)
 
@@ -220,27 +186,36 @@ class Pipeline:
         return Outcome(row, picture, scored)
 
 
-def decode(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOptions) -> list[Picture] | None:
+class Decoding(NamedTuple):
+    """How files become pictures: what the engine takes, whether masks are asked for, and what keeps the time."""
+
+    spec: PreprocessSpec
+    truth: bool
+    reading: ReadOptions
+    seconds: Seconds
+
+
+def decode(job: Job, how: Decoding) -> list[Picture] | None:
     """Read and preprocess a file of one picture; one error picture if it cannot be read; None if it holds several."""
     if holds_volume(job.path):
         return None
-    pictures = pictures_of(job, spec, truth, reading)
+    pictures = pictures_of(job, how)
     first = next(pictures)
     pictures.close()
     return [first] if first.last else None
 
 
-def pictures_of(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOptions) -> Generator[Picture, None, None]:
+def pictures_of(job: Job, how: Decoding) -> Generator[Picture, None, None]:
     """Read and preprocess the pictures of a file one after another, at least one.
 
     Where one cannot be read, the last is an error picture that stands for it and all after it.
     """
     waiting: Picture | None = None
     try:
-        for piece in read_slices(job.path, job.source, reading):
+        for piece in read_slices(job.path, job.source, how.reading):
             # A fault of this program goes on from here and ends the run: see faults.py for the border.
             with foreign_faults_told(job.path, job.source, "cannot be prepared"):
-                picture = _prepared(job, piece, spec, truth)
+                picture = _prepared(job, piece, how)
             if waiting is not None:
                 yield waiting
             waiting = picture._replace(last=False)
@@ -256,10 +231,14 @@ def pictures_of(job: Job, spec: PreprocessSpec, truth: bool, reading: ReadOption
         yield waiting._replace(last=True)
 
 
-def _prepared(job: Job, piece: Slice, spec: PreprocessSpec, truth: bool) -> Picture:
-    prepared = preprocess(piece.pixels, spec)
-    mask, fault = pixel_truth(job, prepared.geometry, piece.frame) if truth else (None, None)
-    small = heatmap.thumbnail(piece.pixels) if job.heatmap is not None else None
+def _prepared(job: Job, piece: Slice, how: Decoding) -> Picture:
+    with how.seconds.measured("preprocessing"):
+        prepared = preprocess(piece.pixels, how.spec)
+    mask, fault = pixel_truth(job, prepared.geometry, piece.frame) if how.truth else (None, None)
+    small = None
+    if job.heatmap is not None:
+        with how.seconds.measured("drawing"):
+            small = heatmap.thumbnail(piece.pixels)
     return Picture(job, piece.frame, prepared, mask, thumbnail=small, mask_fault=fault, applied=piece.applied)
 
 
@@ -283,31 +262,3 @@ def pixel_truth(job: Job, geometry: Geometry, frame: int | None = None) -> tuple
         sizes = [f"{width} x {height}" for height, width in (mask.shape, (geometry.height, geometry.width))]
         return None, f"the mask of {job.source}: got {sizes[0]} pixels, expected {sizes[1]}, the size of its image"
     return geometry.warp_mask(mask), None
-
-
-def in_order(pool: Pool, function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
-    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way."""
-    pending: deque[Future[Result]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= depth:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def in_pieces(pool: Pool, items: Generator[Item, None, None], size: int) -> Generator[list[Item], None, None]:
-    """Take items in lists of `size`, the next list in the pool while the last is used; closes `items` in the end."""
-    pending = pool.submit(_take, items, size)
-    try:
-        while piece := pending.result():
-            pending = pool.submit(_take, items, size)
-            yield piece
-    finally:
-        if not pending.cancel():
-            wait([pending])
-        items.close()
-
-
-def _take(items: Iterator[Item], size: int) -> list[Item]:
-    return list(islice(items, size))

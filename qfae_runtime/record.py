@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,13 @@ import qfae_runtime
 from qfae_runtime.calibration import Calibration
 from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.hashing import sha256_of
+from qfae_runtime.inputs import FINGERPRINT_KEYS, Inputs
 from qfae_runtime.layout import Scan
 from qfae_runtime.options import Options
-from qfae_runtime.pipeline import Seconds
+from qfae_runtime.parts import DONE, TOTAL, Part, earlier_parts, now, told
 from qfae_runtime.pseudonyms import Pseudonyms
 from qfae_runtime.verdicts import Verdict, hardware
+from qfae_runtime.workers import Seconds
 from qfae_runtime.writers.heatmap import ColourScale
 
 _READERS = (
@@ -38,9 +37,10 @@ _READERS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What a record speaks of; `sources` are the names that rows have."""
+    """What a record speaks of; `given` are the options as they were given, `sources` the names that rows have."""
 
     options: Options
+    given: Options
     opened: OpenedEngine
     verdict: Verdict
     found: Scan
@@ -55,6 +55,7 @@ class Clock:
     """Seconds by step since it was made; a step that comes again adds to what it took before."""
 
     def __init__(self) -> None:
+        self.started = now()
         self.start = self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
@@ -72,10 +73,10 @@ class Clock:
     def seconds(self, spent: Seconds) -> dict[str, float]:
         """Return the seconds of each step, their total, and what was spent within scoring (over several threads)."""
         within = {f"scoring_{name}": value for name, value in spent.to_dict().items()}
-        return {name: round(value, 6) for name, value in {**self.laps, **within, "total": self.total}.items()}
+        return {name: round(value, 6) for name, value in {**self.laps, **within, TOTAL: self.total}.items()}
 
 
-def fingerprint_of(run: Subject) -> dict[str, Any]:
+def fingerprint_of(run: Subject, inputs: Inputs) -> dict[str, Any]:
     """Return everything that decides what the rows hold: a run is resumed only if all of it is unchanged."""
     options, opened = run.options, run.opened
     return {
@@ -96,19 +97,36 @@ def fingerprint_of(run: Subject) -> dict[str, Any]:
         "labels_sha256": sha256_of(options.labels) if options.labels else None,
         "root": str(run.found.root) if run.names is None else run.names.of(str(run.found.root)),
         "pseudonym_key_sha256": run.names.key_sha256() if run.names is not None else None,
-        "inputs": len(run.sources),
-        "inputs_sha256": _digest_of_list(run.sources),
-        "inputs_state_sha256": _digest_of_list([_state_of(path) for path in run.found.images]),
-        "inputs_content_sha256": _digest_of_contents(run.found.images) if options.hash_inputs else None,
+        **inputs.fingerprint(),
     }
 
 
+def changes(before: dict[str, Any], fingerprint: dict[str, Any], inputs: Inputs, listed: Path) -> list[str]:
+    """Say in a line each what of a fingerprint is not what it was; `listed` is the inputs.jsonl of the run before."""
+    other = [key for key in dict.fromkeys((*before, *fingerprint)) if before.get(key) != fingerprint.get(key)]
+    of_inputs = [
+        key for key in other if key in FINGERPRINT_KEYS and None not in (before.get(key), fingerprint.get(key))
+    ]
+    lines = [
+        # With names kept out, the folder of a run before, whose names perhaps were not, is not told either.
+        "root: another folder than before"
+        if key == "root" and fingerprint["pseudonym_key_sha256"] is not None
+        else f"{key}: was {before.get(key)!r}, now {fingerprint.get(key)!r}"
+        for key in other
+        if key not in of_inputs
+    ]
+    if "pseudonym_key_sha256" in other:  # no file has the name that it had
+        return lines
+    if of_inputs:
+        lines += inputs.changes(listed) or ["inputs: the same files in another order"]
+    return lines
+
+
 def record_of(run: Subject, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json says from the beginning."""
+    """Return what run.json says from the beginning, but for what parts.told adds."""
     opened, found = run.opened, run.found
     return {
         "qfae": qfae_runtime.__version__,
-        "started": now(),
         "engine": opened.path.name,
         "model": opened.manifest.name,
         "certified": opened.certificate is not None,
@@ -116,6 +134,7 @@ def record_of(run: Subject, fingerprint: dict[str, Any]) -> dict[str, Any]:
         "self_test": run.verdict.to_dict(),
         "backend_choice": opened.choice.to_dict() if opened.choice is not None else None,
         "fingerprint": fingerprint,
+        "options": run.given.to_dict(run.names.of if run.names is not None else str),
         "calibration": run.calibration.summary() if run.calibration is not None else None,
         "threads": run.options.threads,
         "colour_scale": {"low": run.scale.low, "high": run.scale.high, "origin": run.scale.origin},
@@ -129,9 +148,54 @@ def record_of(run: Subject, fingerprint: dict[str, Any]) -> dict[str, Any]:
             **reader_versions(),
             opened.engine.backend: opened.engine.version,
         },
-        "platform": platform.platform(),
-        "hardware": hardware(),
+        **machine(),
     }
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """run.json while a run goes on: `base`, what does not change; the earlier starts, and this one, `part`.
+
+    `rows` were there when it began.
+    """
+
+    base: dict[str, Any]
+    earlier: tuple[Part, ...]
+    part: Part
+    rows: int
+
+    def record(self) -> dict[str, Any]:
+        """Return run.json at the beginning of this start."""
+        return {**self.base, **told((*self.earlier, self.part))}
+
+    def ended(self, status: str, counts: dict[str, int], seconds: dict[str, float]) -> dict[str, Any]:
+        """Return run.json at the end of this start; `counts` are those of run.json."""
+        ended = now()
+        part = replace(self.part, status=status, ended=ended, seconds=seconds, rows=counts["rows"] - self.rows)
+        finished = {"finished": ended} if status == DONE else {}
+        return {**self.base, **told((*self.earlier, part)), **finished, "counts": counts}
+
+
+def ledger_of(
+    run: Subject, fingerprint: dict[str, Any], stored: dict[str, Any], started: str, rows: int, last_seen: float
+) -> Ledger:
+    """Begin the ledger of a run, or go on with that of the run.json `stored`, if it is the same run's.
+
+    `rows` are there already; `last_seen` is when something was written last, in seconds since 1970.
+    """
+    record = record_of(run, fingerprint)
+    part = Part(started, run.verdict.status)
+    earlier = earlier_parts(stored, rows, last_seen) if stored.get("fingerprint") == fingerprint else ()
+    if earlier:
+        here = machine()
+        part = replace(part, machine=None if all(stored.get(key) == here[key] for key in here) else here)
+        record |= {key: stored[key] for key in ("options", *here) if key in stored}
+    return Ledger(record, earlier, part, rows)
+
+
+def machine() -> dict[str, Any]:
+    """Return the system and the hardware of this machine."""
+    return {"platform": platform.platform(), "hardware": hardware()}
 
 
 def reader_versions() -> dict[str, str]:
@@ -141,35 +205,3 @@ def reader_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _digest_of_list(sources: list[str]) -> str:
-    text = "\0".join(sources).encode("utf-8", errors="surrogateescape")
-    return hashlib.sha256(text).hexdigest()
-
-
-def _digest_of_contents(paths: list[Path]) -> str:
-    """Return a SHA-256 (hex) over the files' own, in order; a file that cannot be read counts as such."""
-
-    def digest(path: Path) -> str:
-        try:
-            return sha256_of(path) if path.is_file() else "none"
-        except OSError:
-            return "none"
-
-    with ThreadPoolExecutor() as pool:
-        return _digest_of_list(list(pool.map(digest, paths)))
-
-
-def _state_of(path: Path) -> str:
-    # Size and time of change instead of the content: a run must not read its inputs twice to find them unchanged.
-    try:
-        status = path.stat()
-    except OSError:
-        return "none"
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def now() -> str:
-    """Return the time, UTC, as records hold it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,20 @@ from qfae_runtime.calibration import load as load_calibration
 from qfae_runtime.engines import BACKENDS, DEVICES, OpenedEngine, open_engine
 from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.golden import golden_bytes, load_golden
+from qfae_runtime.inputs import Inputs
 from qfae_runtime.jobs import Jobs
 from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, scan
 from qfae_runtime.metrics import PixelMetrics
 from qfae_runtime.options import Options
-from qfae_runtime.pipeline import Outcome, Pipeline, Seconds
+from qfae_runtime.parts import DONE, FAILED, INTERRUPTED
+from qfae_runtime.pipeline import Outcome, Pipeline
 from qfae_runtime.pseudonyms import Pseudonyms
-from qfae_runtime.record import Clock, Subject, fingerprint_of, now, record_of
+from qfae_runtime.record import Clock, Ledger, Subject, changes, fingerprint_of, ledger_of
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
+from qfae_runtime.workers import Seconds
 from qfae_runtime.writers.folder import Finished, ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
@@ -79,6 +82,8 @@ class _Truth:
             self.unusable.count(outcome.picture.mask_fault)
 
 
+_STEPS = ("preparing", "scoring", "results")
+
 Progress = Callable[[Counts], None]
 Say = Callable[[str], None]
 
@@ -93,7 +98,7 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
 
     """
     clock = Clock()
-    options = _as_begun(options)
+    given, options = options, _as_begun(options)
     found = find_inputs(options.images, options.listed, options.out)
     clock.lap("listing")
     with open_asked(options) as opened:
@@ -102,9 +107,9 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
         verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
         clock.lap("self_test")
         try:
-            run = _Run(options, opened, verdict, found)
+            run = _Run(options, given, opened, verdict, found, clock)
             with closing(run):
-                return run.go(clock, progress, say)
+                return run.go(progress, say)
         except OSError as error:
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
@@ -162,8 +167,10 @@ def find_inputs(images: Sequence[Path], listed: Sequence[Path] = (), out: Path |
 class _Run:
     """The state of one run after its engine was opened and tested."""
 
-    def __init__(self, options: Options, opened: OpenedEngine, verdict: Verdict, found: Scan) -> None:
-        self.options, self.opened, self.verdict, self.found = options, opened, verdict, found
+    def __init__(
+        self, options: Options, given: Options, opened: OpenedEngine, verdict: Verdict, found: Scan, clock: Clock
+    ) -> None:
+        self.options, self.opened, self.verdict, self.found, self.clock = options, opened, verdict, found, clock
         self.folder = ResultsFolder(options.out)
         self.scorer = Scorer(opened.engine, opened.manifest, options.batch_size)
         self.names = Pseudonyms.from_file(options.deidentify) if options.deidentify else None
@@ -175,6 +182,7 @@ class _Run:
         self.spent = Seconds()
         self.subject = Subject(
             options,
+            given,
             opened,
             verdict,
             found,
@@ -190,33 +198,58 @@ class _Run:
         """Let other runs into the results folder."""
         self.folder.release()
 
-    def go(self, clock: Clock, progress: Progress, say: Say) -> Summary:
+    def go(self, progress: Progress, say: Say) -> Summary:
         """Score what is left to score and write the results."""
+        folder = self.folder
+        inputs = Inputs.of(self.found.images, self.sources, self.names, hashed=self.options.hash_inputs)
+        ledger, counts = self._begin(inputs)
+        if ledger is None:
+            return Summary(folder, counts, self.clock.total, folder.read_metrics(), self.verdict, nothing_left=True)
+        if self.opened.choice is not None:
+            say(self.opened.choice.sentence())
+        try:
+            folder.write_json(folder.run, ledger.record())
+            if not counts.rows or not folder.inputs.is_file():
+                folder.write_lines(folder.inputs, inputs.lines())
+            del inputs  # megabytes, where there are many
+            truth = _Truth() if self._wants_pixels() else None
+            self.clock.lap("preparing")
+            self._score(counts, truth, progress)
+            self.clock.lap("scoring")
+            metrics = self._results(ledger, counts, truth)
+        except KeyboardInterrupt:
+            self._stopped(ledger, INTERRUPTED, counts)
+            raise RunInterruptedError(
+                f"stopped: {counts.done} of {counts.total} files have whole rows in {folder.jsonl}; "
+                "go on with the same command and --resume"
+            ) from None
+        except BaseException:
+            self._stopped(ledger, FAILED, counts)
+            raise
+        return Summary(folder, counts, self.clock.total, metrics, self.verdict)
+
+    def _begin(self, inputs: Inputs) -> tuple[Ledger | None, Counts]:
+        """Make the folder ready and see what is done; no ledger where nothing is left to do."""
         options, folder = self.options, self.folder
-        fingerprint = fingerprint_of(self.subject)
+        fingerprint = fingerprint_of(self.subject, inputs)
         folder.prepare(overwrite=options.overwrite, resume=options.resume)
-        before = folder.finished_sources(fingerprint, self.sources) if options.resume else Finished()
+        before, last_seen = Finished(), folder.last_seen()
+        stored = folder.read_run() if options.resume else {}
+        if options.resume:
+            if begun := folder.begun():
+                folder.refuse_another_run(changes(begun, fingerprint, inputs, folder.inputs))
+            before = folder.finished_sources(self.sources)
         done = before.files
         counts = Counts(total=len(self.jobs), resumed=done, done=done, rows=before.rows)
         if done:
             counts.errors = sum(row.status != OK for row in read_rows(folder.jsonl))
         if done == len(self.jobs) and folder.is_finished():
-            return Summary(folder, counts, clock.total, folder.read_metrics(), self.verdict, nothing_left=True)
-        if self.opened.choice is not None:
-            say(self.opened.choice.sentence())
-        record = record_of(self.subject, fingerprint)
-        folder.write_json(folder.run, {**record, "status": "running"})
-        truth = _Truth() if self._wants_pixels() else None
-        clock.lap("preparing")
-        try:
-            self._score(done, counts, truth, progress)
-        except KeyboardInterrupt:
-            folder.write_json(folder.run, {**record, "status": "interrupted", "counts": counts.to_dict()})
-            raise RunInterruptedError(
-                f"stopped: {counts.done} of {counts.total} files have whole rows in {folder.jsonl}; "
-                "go on with the same command and --resume"
-            ) from None
-        clock.lap("scoring")
+            return None, counts
+        return ledger_of(self.subject, fingerprint, stored, self.clock.started, before.rows, last_seen), counts
+
+    def _results(self, ledger: Ledger, counts: Counts, truth: _Truth | None) -> dict[str, Any] | None:
+        """Write what is made of the rows: table, metrics, report, and the record last of all."""
+        folder = self.folder
         write_csv(folder.jsonl, folder.csv)
         metrics = compute_metrics(
             read_rows(folder.jsonl),
@@ -226,13 +259,8 @@ class _Run:
         )
         if metrics is not None:
             folder.write_json(folder.metrics, metrics)
-        record |= {
-            "status": "done",
-            "finished": now(),
-            "counts": counts.to_dict(),
-        }
-        clock.lap("results")
-        record["seconds"] = clock.seconds(self.spent)
+        self.clock.lap("results")
+        record = ledger.ended(DONE, counts.to_dict(), self.clock.seconds(self.spent))
         write_report(
             folder,
             record,
@@ -241,19 +269,28 @@ class _Run:
             self.calibration,
             self.scale,
         )
-        clock.lap("results")
-        record["seconds"] = clock.seconds(self.spent)
-        folder.write_json(folder.run, record)
-        return Summary(folder, counts, clock.total, metrics, self.verdict)
+        self.clock.lap("results")
+        folder.write_json(folder.run, ledger.ended(DONE, counts.to_dict(), self.clock.seconds(self.spent)))
+        return metrics
+
+    def _stopped(self, ledger: Ledger, status: str, counts: Counts) -> None:
+        """Put into run.json how this start ended, if that can be written: what ended it is told in any case."""
+        self.clock.lap(next((step for step in _STEPS if step not in self.clock.laps), _STEPS[-1]))
+        with suppress(OSError):
+            self.folder.write_json(
+                self.folder.run, ledger.ended(status, counts.to_dict(), self.clock.seconds(self.spent))
+            )
 
     def _jobs(self) -> Jobs:
-        labels = read_labels(self.options.labels) if self.options.labels else None
+        shown = self.names.of if self.names is not None else repr
+        labels = read_labels(self.options.labels, shown) if self.options.labels else None
         if labels is not None:
             known = {self.found.source_of(path) for path in self.found.images}
             if unknown := sorted(set(labels) - known):
                 raise UsageError(
                     f"--labels {self.options.labels}: {len(unknown)} sources are not among the images, the first is "
-                    f"{unknown[0]!r}; a source is a path below {self.found.root}"
+                    f"{shown(unknown[0])}; a source is a path below "
+                    + ("the folder of the images" if self.names is not None else str(self.found.root))
                 )
         heatmaps = self.folder.heatmaps if self.options.maps else None
         maps = self.folder.maps if self.options.save_maps else None
@@ -270,11 +307,12 @@ class _Run:
             return row
         return replace(row, error=self.names.scrub(row.error, outcome.picture.job.path, row.source))
 
-    def _score(self, finished: int, counts: Counts, truth: _Truth | None, progress: Progress) -> None:
-        """Score and write the files after the `finished` ones, whose maps are made again if `truth` must count them.
+    def _score(self, counts: Counts, truth: _Truth | None, progress: Progress) -> None:
+        """Score and write the files after the resumed ones, whose maps are made again if `truth` must count them.
 
-        All of them are, in the batches of an uninterrupted run: the last digits of a map depend on its batch.
+        All of those are, in the batches of an uninterrupted run: the last digits of a map depend on its batch.
         """
+        finished = counts.resumed
         again = finished if truth is not None else 0
         pipeline = Pipeline(
             self.scorer,
@@ -292,7 +330,8 @@ class _Run:
                 files = 0
                 for outcome in outcomes:
                     if files >= again:
-                        rows.write(self._row(outcome))
+                        with self.spent.measured("writing"):
+                            rows.write(self._row(outcome))
                         counts.rows += 1
                         counts.done += outcome.picture.last
                         counts.errors += outcome.row.status != OK

@@ -58,6 +58,8 @@ def self_test(
 ) -> Verdict:
     """Score the golden images and hold the outputs against the contract, unless that was done here before.
 
+    What was done to choose the backend is not repeated either.
+
     `batch_size` is what the engine will be run with (None: what Scorer takes by default). `cache` is the folder for
     remembered verdicts (None: see verdicts.cache_folder); failing to write it is no fault.
 
@@ -79,6 +81,8 @@ def self_test(
     batch = _batch_of(batch_size, opened.manifest, opened.engine.max_batch)
     golden_sha256 = hashlib.sha256(content).hexdigest()
     environment = environment_of(opened.sha256, golden_sha256, contract, Runner.of(opened), batch)
+    if not force and (just_now := _just_now(opened, batch)) is not None:
+        return just_now
     if not force and (before := recall(environment, cache)) is not None and before.status == PASSED:
         return replace(before, status="passed before")
     golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
@@ -145,6 +149,12 @@ def contract_for(certificate: CertificateEntry | None, precision: str = "fp32") 
         else:
             bounds[name] = min(max(_MARGIN * measured, least), max(bounds.get(name, math.inf), measured))
     return replace(contract, bounds=bounds)
+
+
+def _just_now(opened: OpenedEngine, batch: int) -> Verdict | None:
+    """Return the verdict that this backend was chosen by, if its self-test was run for that, at this batch size."""
+    verdict = opened.choice.verdict if opened.choice is not None else None
+    return verdict if verdict is not None and (verdict.status, verdict.batch_size) == (PASSED, batch) else None
 
 
 def _plausible(scale: Scale, golden: Scores) -> bool:

@@ -78,19 +78,28 @@ def environment_of(
     }
 
 
-def cache_folder() -> Path:
-    """Return where verdicts are remembered: $QFAE_CACHE, else $XDG_CACHE_HOME/qfae, else ~/.cache/qfae."""
+def cache_folder() -> Path | None:
+    """Return where verdicts are remembered: $QFAE_CACHE, else $XDG_CACHE_HOME/qfae, else ~/.cache/qfae.
+
+    None for a user without a home folder: what others may write to, /tmp say, must not tell what has passed.
+    """
     chosen = os.environ.get("QFAE_CACHE")
     if chosen:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~").expanduser() / ".cache") / "qfae"
+    try:
+        return (Path(base) if base else Path("~").expanduser() / ".cache") / "qfae"
+    except RuntimeError:  # as in a container, under a number that no user has
+        return None
 
 
 def recall(environment: dict[str, Any], cache: Path | None = None) -> Verdict | None:
     """Return the verdict found in this very environment, "passed" or "failed"; None if there is none, or no legible."""
+    memory = _memory(environment, cache)
+    if memory is None:
+        return None
     try:
-        stored = json.loads(_memory(environment, cache).read_bytes())
+        stored = json.loads(memory.read_bytes())
         verdict = stored["verdict"]
         if stored["environment"] != environment or verdict["status"] not in (PASSED, FAILED):
             return None
@@ -111,6 +120,8 @@ def recall(environment: dict[str, Any], cache: Path | None = None) -> Verdict | 
 def remember(environment: dict[str, Any], verdict: Verdict, cache: Path | None = None) -> bool:
     """Keep a verdict; say whether that could be done."""
     memory = _memory(environment, cache)
+    if memory is None:
+        return False
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         temporary = memory.with_name(f"{memory.name}.{os.getpid()}")
@@ -121,9 +132,12 @@ def remember(environment: dict[str, Any], verdict: Verdict, cache: Path | None =
     return True
 
 
-def _memory(environment: dict[str, Any], cache: Path | None) -> Path:
+def _memory(environment: dict[str, Any], cache: Path | None) -> Path | None:
+    folder = cache or cache_folder()
+    if folder is None:
+        return None
     key = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
-    return (cache or cache_folder()) / "selftest" / f"{key}.json"
+    return folder / "selftest" / f"{key}.json"
 
 
 def hardware() -> dict[str, Any]:

@@ -27,8 +27,9 @@ def choose(file: EngineFile, device: str, threads: int | None, batch_size: int |
     """
     candidates = [_candidate(file, backend, place) for backend, place in runners_of(file, device)]
     fit = [one for one in candidates if one.not_taken is None]
+    tested: dict[tuple[str, str], Verdict] = {}
     if len(fit) > 1:
-        timed = {(one.backend, one.device): _timed(file, one, threads, batch_size) for one in fit}
+        timed = {(one.backend, one.device): _timed(file, one, threads, batch_size, tested) for one in fit}
         candidates = [timed.get((one.backend, one.device), one) for one in candidates]
         passed = [one for one in candidates if one.not_taken is None]
         if not passed:  # the self-test of the first, the reference, will say with what numbers
@@ -39,7 +40,9 @@ def choose(file: EngineFile, device: str, threads: int | None, batch_size: int |
         return None
     best = max(fit, key=lambda one: one.images_per_second or 0.0)
     batch = chosen_batch(batch_size, file.manifest.max_batch)
-    return Choice(best.backend, best.device, _why(best, fit, batch), tuple(_slower(one, best) for one in candidates))
+    others = tuple(_slower(one, best) for one in candidates)
+    verdict = tested.get((best.backend, best.device))
+    return Choice(best.backend, best.device, _why(best, fit, batch), others, verdict)
 
 
 def _candidate(file: EngineFile, backend: str, device: str) -> Candidate:
@@ -51,8 +54,17 @@ def _candidate(file: EngineFile, backend: str, device: str) -> Candidate:
     return Candidate(backend, device, lacked is None, reason)
 
 
-def _timed(file: EngineFile, candidate: Candidate, threads: int | None, batch_size: int | None) -> Candidate:
-    """Return a candidate with its rate, found before or now; or with what keeps it from running here."""
+def _timed(
+    file: EngineFile,
+    candidate: Candidate,
+    threads: int | None,
+    batch_size: int | None,
+    tested: dict[tuple[str, str], Verdict],
+) -> Candidate:
+    """Return a candidate with its rate, found before or now; or with what keeps it from running here.
+
+    A verdict that is found now is put into `tested`, by backend and device.
+    """
     certificate = file.manifest.certified(file.path.name, candidate.backend, candidate.device)
     assert certificate is not None
     try:
@@ -60,6 +72,7 @@ def _timed(file: EngineFile, candidate: Candidate, threads: int | None, batch_si
         verdict = verdict_before(file, certificate, runner, batch_size)
         if verdict is None:
             verdict = _tested(file, candidate, certificate, threads, batch_size)
+            tested[candidate.backend, candidate.device] = verdict
     except EngineError as error:
         return replace(candidate, not_taken=str(error).splitlines()[0])
     except SelfTestError as error:

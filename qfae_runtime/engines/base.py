@@ -135,6 +135,37 @@ class Poisonable(Protocol):
         ...
 
 
+@runtime_checkable
+class Overlapping(Protocol):
+    """An engine through which several batches may be on their way, so that copies go on while it computes."""
+
+    @property
+    def slots(self) -> int:
+        """How many batches may be submitted and not yet collected; 1 or more."""
+        ...
+
+    def submit(self, images: UInt8) -> None:
+        """Start on uint8 (B, S, S, 3), 1 <= B <= max_batch, and return without waiting for the result.
+
+        The images are copied before it returns.
+
+        Raises:
+            EngineError: the images are not what the engine takes, `slots` batches wait to be collected, or the backend
+                failed; then every batch that was on its way is lost.
+
+        """
+        ...
+
+    def collect(self, maps: bool = True) -> Scores:
+        """Wait for the batch that was submitted first and return its scores; ownership and `maps` as in Engine.run.
+
+        Raises:
+            EngineError: no batch was submitted, or the backend failed; then every batch that was on its way is lost.
+
+        """
+        ...
+
+
 def card_of(engine: Engine) -> str | None:
     """Name the GPU that an engine runs on, as certificates do; None on a processor, or where it does not say."""
     card = getattr(engine, "gpu", None)

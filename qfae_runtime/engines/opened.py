@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.manifest import CertificateEntry, Manifest
+
+if TYPE_CHECKING:
+    from qfae_runtime.verdicts import Verdict  # which imports this file
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `--backend auto` took, why, and every candidate in the order of engines.backends.BACKENDS."""
+    """What `--backend auto` took, why, and every candidate in the order of engines.backends.BACKENDS.
+
+    `verdict` is that of the self-test that the choice rests on, where it was run for this choice; None where a verdict
+    was remembered, or none was asked for.
+    """
 
     backend: str
     device: str
     why: str
     candidates: tuple[Candidate, ...]
+    verdict: Verdict | None = field(default=None, compare=False)
 
     def sentence(self) -> str:
         """Return the choice in one line, with what was passed over of what is installed."""
@@ -46,7 +54,8 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for run.json."""
-        return {**asdict(self), "candidates": [asdict(one) for one in self.candidates]}
+        candidates = [asdict(one) for one in self.candidates]
+        return {"backend": self.backend, "device": self.device, "why": self.why, "candidates": candidates}
 
 
 @dataclass(frozen=True)

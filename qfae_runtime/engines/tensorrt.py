@@ -55,7 +55,7 @@ class _Ready(NamedTuple):
 
 
 class TensorRtEngine:
-    """A raw plan on one GPU. Needs no manifest; keeps to Engine.
+    """A raw plan on one GPU. Needs no manifest; keeps to Engine, Overlapping and Poisonable.
 
     `plan` are bytes that the caller has held against the manifest's hash, for a plan is native code; they are not kept.
     `backend` is "tensorrt" or "tensorrt-rtx", `device` "cuda" or "cuda:N", `name` the plan's file in messages. The
@@ -71,6 +71,8 @@ class TensorRtEngine:
         EngineError: TensorRT, cuda-python or the GPU is missing; the plan cannot be loaded, or is none of QFAE's.
 
     """
+
+    slots = SLOTS
 
     def __init__(
         self,

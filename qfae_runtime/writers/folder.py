@@ -1,6 +1,6 @@
 """The results folder: what this tool writes there, when it may, and the record of a run (run.json).
 
-scores.csv  scores.jsonl  heatmaps/  report.html  run.json  metrics.json (only where labels are known)
+scores.csv  scores.jsonl  heatmaps/  report.html  run.json  inputs.jsonl  metrics.json (only where labels are known)
 maps/ (only on request)
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from qfae_runtime.results import ROWS_NAME, RUN_NAME, read_record
 from qfae_runtime.writers.heatmap import is_ours
 from qfae_runtime.writers.maps import is_map, listed_names
 from qfae_runtime.writers.records import Row, drop_torn_line, keep_rows, read_rows
+from qfae_runtime.writers.whole import whole_file
 
-_FILES = ("scores.csv", ROWS_NAME, "report.html", RUN_NAME, "metrics.json")
+_FILES = ("scores.csv", ROWS_NAME, "report.html", RUN_NAME, "inputs.jsonl", "metrics.json")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ResultsFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.csv, self.jsonl, self.report, self.run, self.metrics = (root / name for name in _FILES)
+        self.csv, self.jsonl, self.report, self.run, self.inputs, self.metrics = (root / name for name in _FILES)
         self.heatmaps, self.maps = root / "heatmaps", root / "maps"
         self._held: int | None = None
 
@@ -96,29 +98,25 @@ class ResultsFolder:
                 "--overwrite to replace it, or choose another --out"
             )
 
-    def finished_sources(self, fingerprint: dict[str, Any], sources: list[str]) -> Finished:
-        """Return how far an interrupted run came; an unfinished last row is dropped.
-
-        So are the rows of its last file where they are numbered by frames: nothing tells whether they are all of them,
-        unless the run came to its end.
+    def begun(self) -> dict[str, Any]:
+        """Return the fingerprint of the run in this folder that has rows; empty where there are none.
 
         Raises:
-            OutputError: the run in this folder had another engine, other options or other inputs; says which.
+            OutputError: there are rows, but no run.json that says whose they are.
 
         """
         if not self.jsonl.exists():
-            return Finished()
+            return {}
         before = self.read_run().get("fingerprint")
-        if not isinstance(before, dict):
+        if not isinstance(before, dict) or not before:
             raise OutputError(
                 f"{self.run}: missing or damaged, so the run cannot be resumed; "
                 "remove the results or choose another --out"
             )
-        changed = [
-            _change(key, before.get(key), fingerprint.get(key))
-            for key in dict.fromkeys((*before, *fingerprint))
-            if before.get(key) != fingerprint.get(key)
-        ]
+        return before
+
+    def refuse_another_run(self, changed: list[str]) -> None:
+        """Raise OutputError that says what `changed`, if anything did, since the run in this folder began."""
         if changed:
             raise OutputError(
                 f"{self.root}: cannot be resumed, this is another run than the one in it:\n  "
@@ -126,6 +124,27 @@ class ResultsFolder:
                 + "\nrepeat the options of the first run on the same files in the same place, or start afresh with "
                 "--overwrite"
             )
+
+    def last_seen(self) -> float:
+        """Return when the run in this folder wrote a row or its record last, in seconds since 1970; 0 if never."""
+        times = [0.0]
+        for path in (self.run, self.jsonl):
+            with suppress(OSError):
+                times.append(path.stat().st_mtime)
+        return max(times)
+
+    def finished_sources(self, sources: Sequence[str]) -> Finished:
+        """Return how far an interrupted run of these files came; an unfinished last row is dropped.
+
+        So are the rows of its last file where they are numbered by frames: nothing tells whether they are all of them,
+        unless the run came to its end.
+
+        Raises:
+            OutputError: a row is damaged, or of another file than comes next.
+
+        """
+        if not self.jsonl.exists():
+            return Finished()
         drop_torn_line(self.jsonl)
         done, rows, rows_before_last = 0, 0, 0
         last: Row | None = None
@@ -179,16 +198,22 @@ class ResultsFolder:
 
     def write_text(self, path: Path, text: str) -> None:
         """Write one text file of this folder, atomically."""
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
+        self.write_lines(path, [text])
+
+    def write_lines(self, path: Path, lines: Iterable[str]) -> None:
+        """Write one text file of this folder, atomically, line by line."""
+        with (
+            whole_file(path) as temporary,
+            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+        ):
+            file.writelines(lines)
 
     def _own_files(self) -> list[Path]:
-        return [self.csv, self.jsonl, self.report, self.run, self.metrics, self.heatmaps, self.maps]
+        return [*(self.root / name for name in _FILES), self.heatmaps, self.maps]
 
     def _single_files(self) -> list[Path]:
         # run.json goes last, for without it nothing here would be ours, and a clearing could not be repeated.
-        return [self.csv, self.jsonl, self.report, self.metrics, self.run]
+        return [self.csv, self.jsonl, self.report, self.inputs, self.metrics, self.run]
 
     def _clear(self) -> None:
         # A run without a report is not finished: what is half cleared cannot be taken for whole. Then the pictures:
@@ -222,13 +247,6 @@ def refuse_link(path: Path) -> None:
     """Raise OutputError if a path is a symbolic link, dangling or not."""
     if path.is_symlink():
         raise OutputError(f"{path}: is a symbolic link; remove it, results stay inside --out")
-
-
-def _change(key: str, before: Any, now: Any) -> str:
-    # Two digests of the same list tell a reader nothing; what they are made of does.
-    if key == "inputs_state_sha256" and before is not None:
-        return f"{key}: the size or time of change of an input is not what it was"
-    return f"{key}: was {before!r}, now {now!r}"
 
 
 def _remove(root: Path, ours: Callable[[Path], bool]) -> None:

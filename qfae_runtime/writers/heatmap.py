@@ -26,6 +26,7 @@ from qfae_runtime.geometry import Geometry
 from qfae_runtime.golden import Golden
 from qfae_runtime.writers.colours import colour_table, overlay
 from qfae_runtime.writers.names import name_for
+from qfae_runtime.writers.whole import whole_file
 
 SOFTWARE = "qfae-run"
 _TOP_PERCENTILE = 99.9
@@ -116,12 +117,13 @@ def draw(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, marked as ours (see is_ours), creating folders below `heatmaps/` as needed."""
+    """Write a figure as PNG, marked as ours (see is_ours), whole or not at all, creating folders as needed."""
     marks = PngImagePlugin.PngInfo()
     marks.add_text("Software", SOFTWARE)
     marks.add_text(_PANELS_KEY, " ".join(str(edge) for edge in figure.panels))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.picture.save(path, format="PNG", pnginfo=marks, compress_level=1)
+    with whole_file(path) as temporary:
+        figure.picture.save(temporary, format="PNG", pnginfo=marks, compress_level=1)
 
 
 def read_panels(path: Path) -> Image.Image | None:

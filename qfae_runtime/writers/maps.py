@@ -15,6 +15,7 @@ import numpy as np
 
 from qfae_runtime.arrays import Float32
 from qfae_runtime.writers.names import name_for
+from qfae_runtime.writers.whole import whole_file
 
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(\d+, \d+\), \} *\n", re.DOTALL
@@ -34,14 +35,11 @@ def map_name(source: str) -> str:
 def save_map(anomaly_map: Float32, path: Path) -> None:
     """Write a map float32 (H, W) as float16, whole or not at all, creating folders below maps/ as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, anomaly_map.astype("<f2"), allow_pickle=False)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    values = np.ascontiguousarray(anomaly_map, dtype="<f2")
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        # Not np.save: it hands a file to C, where a disk that is full goes unnoticed or loses its name.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(values.data)
 
 
 def listed_names(rows_path: Path) -> set[str]:

@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from qfae_runtime.calibration import Decider
 from qfae_runtime.errors import OutputError
+from qfae_runtime.writers.whole import whole_file
 
 OK = "ok"
 ERROR = "error"
@@ -78,12 +80,25 @@ class RowWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
+        self._end = self._file.seek(0, io.SEEK_END)
 
     def write(self, row: Row) -> None:
-        """Append one row."""
-        line = memoryview((json.dumps(asdict(row), allow_nan=False) + "\n").encode("ascii"))
-        while line:  # a raw write may take less than it was given
-            line = line[self._file.write(line) or 0 :]
+        """Append one row, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written; the rows before it are as they were.
+
+        """
+        line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode("ascii")
+        left = memoryview(line)
+        try:
+            while left:  # a raw write may take less than it was given
+                left = left[self._file.write(left) or 0 :]
+        except OSError:
+            with suppress(OSError):  # what is left of the row is cut off by --resume too
+                self._file.truncate(self._end)
+            raise
+        self._end += len(line)
 
     def close(self) -> None:
         """Close the file."""
@@ -131,13 +146,14 @@ def keep_rows(path: Path, number: int) -> None:
 
 def write_csv(rows_path: Path, csv_path: Path) -> None:
     """Write scores.csv from scores.jsonl, atomically: the same rows in the same order, null as empty cells."""
-    temporary = csv_path.with_name(f".{csv_path.name}.part")
     # File names may hold any bytes; surrogateescape writes them as they are on disk.
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        whole_file(csv_path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         file.write(_line(COLUMNS))
         for row in read_rows(rows_path):
             file.write(_line(_cell(value) for value in asdict(row).values()))
-    temporary.replace(csv_path)
 
 
 def _line(cells: Iterable[str]) -> str:

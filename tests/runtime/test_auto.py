@@ -269,7 +269,10 @@ def test_a_run_says_what_was_taken_and_keeps_it(backends: Backends, path: Path, 
     assert ran.exit_code == 0, ran.stderr
     [line] = [line for line in ran.stderr.splitlines() if "installed and certified" in line]
     assert line.startswith("qfae-run: openvino-bf16 on cpu, the fastest of the 3 installed and certified here, ")
+    assert "\nself-test passed: " in ran.stdout  # it was run a moment ago, to choose
     stored = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (stored["self_test"]["status"], stored["self_test"]["remembered"]) == ("passed", True)
+    assert stored["self_test"]["seconds"] > 0
     kept = stored["backend_choice"]
     assert (kept["backend"], kept["device"]) == ("openvino-bf16", "cpu")
     by_name = {one["backend"]: one for one in kept["candidates"] if one["device"] == "cpu"}
@@ -277,6 +280,11 @@ def test_a_run_says_what_was_taken_and_keeps_it(backends: Backends, path: Path, 
     assert by_name["openvino-bf16"]["not_taken"] is None
     assert stored["self_test"]["images_per_second"] > 0
     assert (stored["self_test"]["batch_size"], stored["fingerprint"]["backend"]) == (16, "openvino-bf16")
+    assert set(kept) == {"backend", "device", "why", "candidates"}
+    again = qfae_run(dataset, "--engine", path, "--out", tmp_path / "again")
+    assert "\nself-test passed before: " in again.stdout
+    other = qfae_run(dataset, "--engine", path, "--out", tmp_path / "forced", "--selftest")
+    assert "\nself-test passed: " in other.stdout
     for option in ("--quiet", "--backend=onnxruntime"):
         ran = qfae_run(dataset, "--engine", path, "--out", tmp_path / option, option)
         assert (ran.exit_code, "certified" in ran.stderr) == (0, False), (option, ran.stderr)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from .conftest import write_png
+from .dicom_files import write_dicom
 from .test_run import run, table
+from .tiny import export_tiny
 
 KILLS = 22
 FILES = 240
@@ -79,21 +81,72 @@ def test_killed_and_resumed_gives_the_rows_of_one_run(archive: Path, engine_path
     assert json.loads((out / "run.json").read_text())["status"] == "done"
 
 
-def test_killed_while_the_results_are_put_together(archive: Path, engine_path: Path, tmp_path: Path) -> None:
-    """All rows are there; table, report and record are not, or only in part."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(archive, engine_path, whole, maps=False)
-    script = (
-        "import os, signal, sys\n"
-        "import qfae_runtime.run as run\n"
-        "setattr(run, sys.argv.pop(1), lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))\n"
-        "from qfae_runtime.cli import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    command = [str(archive), "--engine", str(engine_path), "--out", str(out), "--quiet", "--resume", "--no-maps"]
-    for step in ("write_csv", "write_report"):
-        done = subprocess.run([sys.executable, "-c", script, step, *command], check=False)
-        assert done.returncode == -9
-    assert run(archive, engine_path, out, maps=False, resume=True).counts.done == FILES
-    for name in ("scores.jsonl", "scores.csv"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+# Half of the file written, under its temporary name; before it, all of the file before.
+ENDS = ["scores.csv begun", "metrics.json begun", "report.html begun", "run.json begun", "run.json"]
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+name, _, begun = sys.argv.pop(1).partition(" ")
+genuine = Path.replace
+def replace(self, target):
+    # run.json is written at the beginning too, when there is no report.
+    ours = Path(target).name == name and (name != "run.json" or Path(target).with_name("report.html").exists())
+    if ours and begun:
+        with self.open("r+b") as file:
+            file.truncate(self.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    genuine(self, target)
+    if ours:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.replace = replace
+from qfae_runtime.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Labelled pictures with masks and films, the last file one of them; an engine; an undisturbed run."""
+    root, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(6)
+    for number in range(9):
+        for label in ("good", "Ungood"):
+            image = rng.integers(0, 256, (20, 22), dtype=np.uint8)
+            write_png(root / "data" / label / "img" / f"{number}.png", image)
+        write_png(root / "data" / "Ungood" / "label" / f"{number}.png", (image > 200).astype(np.uint8))
+    for label in ("Ungood", "good"):
+        write_dicom(root / "data" / label / "img" / "z.film", rng.integers(0, 256, (5, 20, 22), dtype=np.uint8))
+    engine_path = export_tiny(root / "engine")
+    run(root / "data", engine_path, root / "whole", batch_size=4)
+    return root / "data", engine_path, root / "whole"
+
+
+def all_but_times(out: Path) -> dict[str, bytes]:
+    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {name: content for name, content in files.items() if name not in ("run.json", "report.html")}
+
+
+@pytest.mark.parametrize("moment", ENDS)
+def test_killed_while_the_results_are_put_together(
+    finished: tuple[Path, Path, Path], tmp_path: Path, moment: str
+) -> None:
+    """All rows are there; of table, metrics, report and record some are, or half of one."""
+    data, engine_path, whole = finished
+    out = tmp_path / "out"
+    command = [str(data), "--engine", str(engine_path), "--out", str(out), "--batch-size", "4", "--quiet"]
+    done = subprocess.run([sys.executable, "-c", KILLER, moment, *command], check=False)
+    assert done.returncode == -9
+    rows = (out / "scores.jsonl").read_bytes()
+    assert rows == (whole / "scores.jsonl").read_bytes()
+    name, _, begun = moment.partition(" ")
+    assert (out / f".{name}.part").exists() == bool(begun)
+    summary = run(data, engine_path, out, batch_size=4, resume=True)
+    # The last file's frames are scored again, unless run.json says that they are all of them.
+    assert (summary.counts.resumed, summary.nothing_left) == ((20, True) if moment == "run.json" else (19, False))
+    assert all_but_times(out) == all_but_times(whole)
+    assert not list(out.rglob("*.part"))
+    parts = json.loads((out / "run.json").read_text())["parts"]
+    kept = [("done", 28)] if moment == "run.json" else [("killed", 23), ("done", 5)]
+    assert [(part["status"], part["rows"]) for part in parts] == kept
+    for path in (out, whole):
+        assert json.loads((path / "run.json").read_text())["counts"]["rows"] == 28
+    assert (out / "report.html").read_text().count("<img") == (whole / "report.html").read_text().count("<img")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from qfae_runtime.scorer import Scorer
 from qfae_runtime.writers.maps import is_map, listed_names, save_map
 
 from .conftest import write_png
+from .doubles.disk import FullDisk
 from .test_cli import qfae_run
 from .tiny import SIZE, export_tiny
 
@@ -165,15 +167,15 @@ def test_a_map_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     assert stored[0, 1] == 0
     assert [one.name for one in path.parent.iterdir()] == ["x.png.npy"]
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
     before = path.read_bytes()
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_map(values, path)
-    assert path.read_bytes() == before
-    assert [one.name for one in path.parent.iterdir()] == ["x.png.npy"]
+    for bytes_fit in (0, 50, 128, len(before) - 1):  # the header has 128
+        with monkeypatch.context() as patch:
+            FullDisk(tmp_path, lambda _: True, bytes_fit).mount(patch)
+            with pytest.raises(OSError, match="No space left") as caught:
+                save_map(values + 1, path)
+        assert caught.value.errno == errno.ENOSPC
+        assert path.read_bytes() == before
+        assert [one.name for one in path.parent.iterdir()] == ["x.png.npy"]
 
 
 def test_what_counts_as_a_map(tmp_path: Path) -> None:

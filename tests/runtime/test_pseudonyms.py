@@ -6,6 +6,9 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,79 @@ def test_another_key_gives_other_names_and_another_run(
     assert KEY not in (out / "run.json").read_bytes()
 
 
+def test_the_line_of_the_docs_computes_a_pseudonym(tmp_path: Path, key_file: Path) -> None:
+    """Of any name: the bytes that are no UTF-8 as well."""
+    text = (Path(__file__).parents[2] / "docs" / "running.md").read_text(encoding="utf-8")
+    [line] = [line for line in text.splitlines() if "hmac.new(" in line]
+    code = line.split('python -c "')[1].split('" KEYFILE')[0]
+    for source in ("ward3/scan7.png", "stra\u00dfe.png", os.fsdecode(b"caf\xe9.png")):
+        shown = subprocess.run([sys.executable, "-c", code, key_file, source], capture_output=True, check=True)
+        assert shown.stdout.decode().strip() == Pseudonyms(KEY).of(source)
+
+
+def test_messages_name_no_one(named: Path, engine_path: Path, tmp_path: Path, key_file: Path) -> None:
+    """What is said of labels and of a run that cannot be gone on with speaks of pseudonyms, or of no name."""
+    out, labels = tmp_path / "out", tmp_path / "labels.csv"
+    given = ["--engine", engine_path, "--out", out, "--no-maps", "--labels", labels]
+    source = f"good/img/{NAME}.png"
+    for text, says in (
+        (f"{source},good\n{source},Ungood\n", f"line 3: {pseudonym(source)} has two different labels"),
+        (f"good,{NAME}\n", f"line 2: label {pseudonym(NAME)}: accepted are good, normal, 0, ungood, anomalous, 1"),
+        (f"{NAME}/9.png,good\n", f"the first is {pseudonym(NAME + '/9.png')}; a source is a path below the folder of "),
+    ):
+        labels.write_text("source,label\n" + text)
+        shown = qfae_run(named, *given, "--deidentify", key_file)
+        assert shown.exit_code == 2
+        assert says in shown.stderr
+        assert NAME not in shown.stderr
+    labels.write_text(f"{NAME},1\n")
+    shown = qfae_run(named, *given, "--deidentify", key_file)
+    assert f"source,label, got [{pseudonym(NAME.lower())}, {pseudonym('1')}]\n" in shown.stderr
+
+    labels.write_text(f"source,label\n{source},good\n")
+    assert qfae_run(named, *given, "--deidentify", key_file).exit_code == 3
+    (named / "good" / "img" / f"{NAME}.png").unlink()
+    shutil.copy(named / "good" / "img" / "1.png", named / "good" / "img" / f"{NAME}_new.png")
+    labels.write_text(f"source,label\n{source.replace('.png', '_new.png')},good\n")
+    shown = qfae_run(named, *given, "--deidentify", key_file, "--resume")
+    assert shown.exit_code == 1
+    assert f"  inputs: 1 new: {pseudonym(source.replace('.png', '_new.png'))!r}\n" in shown.stderr
+    assert f"  inputs: 1 missing: {pseudonym(source)!r}\n" in shown.stderr
+    assert NAME not in shown.stderr
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_under_names_is_not_named_by_one_without(
+    named: Path, engine_path: Path, tmp_path: Path, key_file: Path, moved: bool
+) -> None:
+    out = tmp_path / "out"
+    run(named, engine_path, out, maps=False, deidentify=key_file if moved else None)
+    images = named.rename(named.with_name(f"{NAME}_2")) if moved else named
+    shown = qfae_run(images, "--engine", engine_path, "--out", out, "--no-maps", "--deidentify", key_file, "--resume")
+    assert shown.exit_code == 1
+    assert "  root: another folder than before\n" in shown.stderr
+    assert ("pseudonym_key_sha256: was None, now " in shown.stderr) is not moved
+    assert NAME not in shown.stderr
+
+
+def test_options_and_list_of_inputs_name_no_one(named: Path, engine_path: Path, tmp_path: Path, key_file: Path) -> None:
+    out = tmp_path / "out"
+    run(named, engine_path, out, deidentify=key_file, maps=False, hash_inputs=True)
+    options = json.loads((out / "run.json").read_text())["options"]
+    assert options["images"] == [pseudonym(str(named))]
+    assert (options["engine"], options["out"]) == (pseudonym(str(engine_path)), pseudonym(str(out)))
+    assert (options["deidentify"], options["labels"]) == (pseudonym(str(key_file)), None)
+    lines = [json.loads(line) for line in (out / "inputs.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == [row["source"] for row in table(out)]
+    image = named / "Ungood" / "img" / "0.png"
+    status = image.stat()
+    assert lines[0] == {
+        "source": pseudonym("Ungood/img/0.png"),
+        "state": pseudonym(f"{status.st_size} {status.st_mtime_ns}"),
+        "sha256": pseudonym(hashlib.sha256(image.read_bytes()).hexdigest()),
+    }
+
+
 def test_sentences_lose_names_and_uids() -> None:
     names = Pseudonyms(KEY)
     path = Path("/data/Ann_Lee/Ann_Lee 7.dcm")
@@ -129,5 +205,7 @@ def test_the_digest_of_the_inputs_is_that_of_their_bytes(dataset: Path, engine_p
     status = victim.stat()
     victim.write_bytes(bytes(len(victim.read_bytes())))
     os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(OutputError, match="inputs_content_sha256: "):
+    with pytest.raises(
+        OutputError, match="inputs: 1 with another content, size and time of change as they were: 'Ungood/img/3"
+    ):
         run(dataset, engine_path, tmp_path / "out", maps=False, hash_inputs=True, resume=True)

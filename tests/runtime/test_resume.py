@@ -142,7 +142,7 @@ def test_resume_refuses_another_run_and_says_what_changed(dataset: Path, engine_
     assert "maps: was True, now False" in str(caught.value)
     assert "batch_size: was 16, now 3" in str(caught.value)
     (dataset / "good" / "img" / "0.png").unlink()
-    with pytest.raises(OutputError, match="inputs: was 12, now 11"):
+    with pytest.raises(OutputError, match=r"  inputs: 1 missing: 'good/img/0.png'\n"):
         run(dataset, engine_path, out, resume=True)
     (out / "run.json").unlink()
     with pytest.raises(OutputError, match=r"run\.json: missing or damaged, so the run cannot be resumed"):
@@ -179,7 +179,7 @@ def test_resume_refuses_inputs_that_have_changed(
         found = find_inputs((dataset,), out=out)
         monkeypatch.setattr("qfae_runtime.run.find_inputs", lambda images, listed, out: found)
         image.unlink()
-    with pytest.raises(OutputError, match="inputs_state_sha256: the size or time of change of an input is not what"):
+    with pytest.raises(OutputError, match=r":\n  inputs: 1 with another size or time of change: 'good/img/0.png'\n"):
         run(dataset, engine_path, out, resume=True)
 
 

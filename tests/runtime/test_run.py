@@ -33,6 +33,7 @@ def test_a_run_writes_everything(dataset: Path, engine_path: Path, tmp_path: Pat
     run(dataset, engine_path, out)
     assert sorted(path.name for path in out.iterdir()) == [
         "heatmaps",
+        "inputs.jsonl",
         "metrics.json",
         "report.html",
         "run.json",
@@ -62,10 +63,11 @@ def test_the_record_says_where_the_time_went(dataset: Path, engine_path: Path, t
     run(dataset, engine_path, tmp_path / "out")
     seconds = json.loads((tmp_path / "out" / "run.json").read_text())["seconds"]
     steps = ["listing", "opening", "self_test", "preparing", "scoring", "results"]
-    assert list(seconds) == [*steps, "scoring_decoding", "scoring_engine", "scoring_drawing", "total"]
+    stages = [f"scoring_{stage}" for stage in ("decoding", "preprocessing", "engine", "drawing", "writing")]
+    assert list(seconds) == [*steps, *stages, "total"]
     assert sum(seconds[step] for step in steps) == pytest.approx(seconds["total"], abs=0.01)
     assert 0 < seconds["scoring_engine"] < seconds["scoring"]
-    assert all(seconds[f"scoring_{part}"] > 0 for part in ("decoding", "drawing"))
+    assert all(seconds[stage] > 0 for stage in stages)
 
 
 def test_jsonl_and_csv_hold_the_same_and_scores_are_exact(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
@@ -185,8 +187,9 @@ def test_results_are_not_overwritten_unasked(dataset: Path, engine_path: Path, t
     shown = qfae_run(dataset, "--engine", engine_path, "--out", out)
     assert shown.exit_code == 1
     assert shown.stderr == (
-        f"qfae-run: {out}: already holds results (scores.csv, scores.jsonl, report.html, run.json, metrics.json, "
-        "heatmaps); add --resume to go on with that run, --overwrite to replace it, or choose another --out\n"
+        f"qfae-run: {out}: already holds results (scores.csv, scores.jsonl, report.html, run.json, inputs.jsonl, "
+        "metrics.json, heatmaps); add --resume to go on with that run, --overwrite to replace it, or choose another "
+        "--out\n"
     )
     assert (out / "scores.csv").read_bytes() == before
 
@@ -232,7 +235,7 @@ def test_a_clearing_that_was_cut_short_can_be_repeated(
     removed: list[Path] = []
 
     def cut_short(self: Path, missing_ok: bool = False) -> None:
-        if len(removed) == 20:  # 12 heat maps, and of the 5 single files 4 with their temporary ones
+        if len(removed) == 20:  # 12 heat maps, and of the 6 single files 4 with their temporary ones
             raise OSError(5, "Input/output error")
         removed.append(self)
         genuine(self, missing_ok=missing_ok)
@@ -241,7 +244,7 @@ def test_a_clearing_that_was_cut_short_can_be_repeated(
     with pytest.raises(OutputError, match="Input/output error"):
         run(dataset, engine_path, out, overwrite=True)
     monkeypatch.undo()
-    assert [path.name for path in out.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "run.json"]
     run(dataset, engine_path, out, overwrite=True)
     assert len(table(out)) == 12
 

@@ -138,6 +138,18 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert cache_folder() == Path("~/.cache/qfae").expanduser()
 
 
+def test_a_user_without_a_home_folder_is_tested_every_time(engine_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered, and nothing ends for that."""
+    for name in ("QFAE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # as of a user that the system does not know
+    assert cache_folder() is None
+    with open_engine(engine_path) as opened:
+        for _ in range(2):
+            verdict = self_test(opened)
+            assert (verdict.status, verdict.remembered) == ("passed", False)
+
+
 def test_missing_and_altered_golden_files_are_refused(engine_path: Path) -> None:
     golden = engine_path.with_name("tiny.golden.npz")
     content = golden.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def resized(grid: Tensor, size: int) -> Tensor:
     """Return the grid (N, g, g) resized bilinearly, half-pixel centres, borders repeated, written out: (N, S, S)."""
     count = grid.shape[-1]

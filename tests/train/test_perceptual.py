@@ -10,11 +10,10 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from benchmarks.speed.plain import PlainPerceptual
 from qfae_train.backbone import create
 from qfae_train.config import Backbone
 from qfae_train.perceptual import PerceptualNetwork, distance_maps
-
-from benchmarks.speed.plain import PlainPerceptual
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 # Finer and coarser kernels than the weights' own, an odd grid (56 / 8), LayerScale, another MLP.
