@@ -50,10 +50,10 @@ _TENSORRT = (("tensorrt", "cuda"), "pip install 'qfae[tensorrt]' cuda-python")
 _BOTH = (CPU, CUDA)
 
 CANDIDATES = (
-    Candidate(BASELINE, "PyTorch, full depth, one pass a patch size", "fp32", "plain", "eager", _BOTH, *_TORCH),
-    Candidate("torch", "PyTorch, trimmed graph", "fp32", "graph", "eager", _BOTH, *_TORCH),
-    Candidate("torch-bf16", "PyTorch, trimmed graph", "bf16", "graph", "eager", _BOTH, *_TORCH),
-    Candidate("torch-fp16", "PyTorch, trimmed graph", "fp16", "graph", "eager", (CUDA,), *_TORCH),
+    Candidate(BASELINE, "PyTorch, plain", "fp32", "plain", "eager", _BOTH, *_TORCH),
+    Candidate("torch", "PyTorch, trimmed", "fp32", "graph", "eager", _BOTH, *_TORCH),
+    Candidate("torch-bf16", "PyTorch, trimmed", "bf16", "graph", "eager", _BOTH, *_TORCH),
+    Candidate("torch-fp16", "PyTorch, trimmed", "fp16", "graph", "eager", (CUDA,), *_TORCH),
     Candidate("torch-compile", "torch.compile", "fp32", "graph", "compile", _BOTH, *_TORCH),
     Candidate("torch-compile-bf16", "torch.compile", "bf16", "graph", "compile", _BOTH, *_TORCH),
     Candidate("torch-compile-fp16", "torch.compile", "fp16", "graph", "compile", (CUDA,), *_TORCH),

@@ -27,6 +27,7 @@ from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-bench"
 DEVICES = (CPU, CUDA)
+_WIDTH = 128  # what the tables need; a terminal that is narrower wraps them
 
 _EPILOG = """\b
 Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted. A candidate that is not installed, or fails, is listed
@@ -75,6 +76,7 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
         raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:
         fail(PROGRAM, error)
+    out.width = max(out.width, _WIDTH)
     for table in tables(rows):
         out.print(table)
     for note in notes(rows):

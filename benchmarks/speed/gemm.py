@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.speed.work import Product
-
 Run = Callable[[], object]
+
+
+class Product(NamedTuple):
+    """Matrix products of one size: `times` of them, each [rows, inner] @ [inner, columns]; `stored`: by a weight."""
+
+    rows: int
+    inner: int
+    columns: int
+    times: int
+    stored: bool
+
+    @property
+    def flop(self) -> int:
+        """What they cost together."""
+        return 2 * self.rows * self.inner * self.columns * self.times
 
 
 class Gemm:
@@ -93,6 +106,8 @@ def _onnxruntime(product: Product, threads: int | None) -> Run:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    # Each product is a session with threads of its own, which would go on spinning while the next one computes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {"x": left})
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.speed.candidates import Candidate
+from benchmarks.speed.gemm import Gemm, Product, maker
 from benchmarks.speed.subject import NAME, Subject, images_of, opened
-from benchmarks.speed.work import Product
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.errors import QfaeError
 
@@ -83,8 +83,6 @@ def ready(candidate: Candidate, folder: Path, device: str, threads: int | None, 
 
 
 def _gemm(candidate: Candidate, subject: Subject, device: str, threads: int | None, batch: int) -> Ready:
-    from benchmarks.speed.gemm import Gemm, maker
-
     products = [Product(rows * batch, *rest) for rows, *rest in subject.products]  # type: ignore[arg-type]
     library = candidate.backend.partition("-")[0]
     gemm = Gemm(products, maker(library, candidate.precision, device, threads))

@@ -14,7 +14,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.speed.rows import Row
-from benchmarks.speed.table import HEADINGS, cells, engine_rows_of, notes, title_of, with_interval
+from benchmarks.speed.table import (
+    COST,
+    SPEED,
+    cost_cells,
+    engine_rows_of,
+    largest_of,
+    named,
+    notes,
+    speed_cells,
+    title_of,
+    with_interval,
+)
 
 WIDTH, HEIGHT = 880.0, 420.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 690.0, 16.0, 370.0
@@ -73,12 +84,15 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
     text = environment.get_template("page.html").render(
         conditions=first,
         title=title_of(first),
-        headings=HEADINGS,
-        table=[(row["batch"], cells(row)) for row in engines],
+        speed_headings=SPEED,
+        speed=[(row["batch"], speed_cells(row)) for row in engines],
+        cost_headings=COST,
+        cost=[cost_cells(row) for row in largest_of(rows)],
         latency=latency_plot(engines, colours) if engines else None,
         errors=error_plot(engines, colours),
         gemm=[row for row in rows if row["kind"] == "gemm"],
         notes=notes(rows),
+        named=named,
         with_interval=with_interval,
         box={"width": WIDTH, "height": HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
     )

@@ -1,6 +1,6 @@
 """The model that is measured, as files in one folder: every process reads it from there.
 
-model.json      what it is, and how much an image costs
+subject.json    what it is, and how much an image costs
 images.npz      the images it is measured on, and PyTorch's FP32 outputs on them
 random.pt       the checkpoint, where its weights are random
 NAME.onnx ...   the engine files that candidates ask for, with a manifest
@@ -22,7 +22,7 @@ from qfae_runtime.engines.files import EngineFile, check_engine_file
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.golden import load_golden
 
-MODEL, IMAGES, RANDOM = "model.json", "images.npz", "random.pt"
+SUBJECT, IMAGES, RANDOM = "subject.json", "images.npz", "random.pt"
 NAME = "model"
 SUFFIXES = {"onnx": ".onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
 """Engine files by what candidates call them."""
@@ -55,7 +55,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Subject:
-    """What model.json says. `flop` is the least an image needs; `products` are its matrix products at batch 1."""
+    """What subject.json says. `flop` is the least an image needs; `products` are its matrix products at batch 1."""
 
     asked: Asked
     image_size: int
@@ -64,13 +64,13 @@ class Subject:
     files: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        """Write model.json."""
-        (folder / MODEL).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write subject.json."""
+        (folder / SUBJECT).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Subject:
-        """Read model.json."""
-        stored: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+        """Read subject.json."""
+        stored: dict[str, Any] = json.loads((folder / SUBJECT).read_text(encoding="utf-8"))
         products = tuple((int(a), int(b), int(c), int(d), bool(e)) for a, b, c, d, e in stored["products"])
         return cls(**{**stored, "asked": Asked(**stored["asked"]), "products": products})
 
@@ -100,7 +100,7 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     from qfae_export.precision import FP16, FP32
     from qfae_train.checkpoint import build_scorer
 
-    if (folder / MODEL).is_file():
+    if (folder / SUBJECT).is_file():
         found = Subject.load(folder)
         if found.asked == asked and asked.engine is None and all(flavour in found.files for flavour in flavours):
             return found

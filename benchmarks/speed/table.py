@@ -11,43 +11,40 @@ from rich.table import Table
 from benchmarks.speed.rows import Row, best_gemm
 from qfae_runtime.command_line import size_text
 
-HEADINGS = (
-    "candidate",
-    "precision",
-    "batch",
-    "p50 ms",
-    "p99 ms",
-    "images/s",
-    "× plain",
-    "GFLOP/s",
-    "of GEMM",
-    "score error / IQR",
-    "Spearman",
-    "cold start",
-    "memory",
-    "disk",
-)
+SPEED = ("candidate", "batch", "p50 ms", "p99 ms", "images/s", "× plain", "of GEMM", "error / IQR", "Spearman")
+COST = ("candidate", "cold start", "loading", "building", "first call", "memory", "GPU memory", "disk")
 
 
-def cells(row: Row) -> list[str]:
-    """Return an engine row's texts, in the order of HEADINGS."""
+def speed_cells(row: Row) -> list[str]:
+    """Return what an engine row says of speed and scores, in the order of SPEED."""
     error: dict[str, Any] = row["error"] or {}
     return [
-        row["title"],
-        row["precision"].upper(),
+        named(row),
         str(row["batch"]),
         _short(row["latency_ms"]["p50"]),
         _short(row["latency_ms"]["p99"]),
         with_interval(row["images_per_second"]),
         _short((row["times_plain"] or {}).get("mean")),
-        _short(row["gflops"] or None),
         f"{row['share_of_gemm']:.0%}" if row["share_of_gemm"] else "–",
         "not finite" if "fault" in error else _small(error.get("score_iqr")),
         f"{error['spearman']:.4f}" if error.get("spearman") is not None else "–",
-        f"{row['cold_start_s']:.1f} s",
-        size_text(row["host_peak_bytes"]),
-        size_text(row["disk_bytes"]),
     ]
+
+
+def cost_cells(row: Row) -> list[str]:
+    """Return what a candidate costs beside its time, in the order of COST; `row` is that of its largest batch."""
+    seconds = [row["cold_start_s"], row["load_s"], row["build_s"], row["first_call_s"]]
+    sizes = [row["host_peak_bytes"], row["device_peak_bytes"], row["disk_bytes"]]
+    return [
+        named(row),
+        *(f"{_short(one)} s" if one is not None else "–" for one in seconds),
+        *(size_text(one) if one else "–" for one in sizes),
+    ]
+
+
+def named(row: Row) -> str:
+    """Return title and precision of a row."""
+    return f"{row['title']}, {row['precision'].upper()}"
 
 
 def engine_rows_of(rows: Sequence[Row]) -> list[Row]:
@@ -56,27 +53,39 @@ def engine_rows_of(rows: Sequence[Row]) -> list[Row]:
     return sorted(found, key=lambda row: (row["batch"], row["images_per_second"]["mean"]))
 
 
+def largest_of(rows: Sequence[Row]) -> list[Row]:
+    """Return the engine row of every candidate's largest batch."""
+    return list({row["candidate"]: row for row in sorted(engine_rows_of(rows), key=lambda row: row["batch"])}.values())
+
+
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Return the tables of a measurement."""
     first = next(row for row in rows if row["kind"] == "conditions")
-    engines = Table(*HEADINGS, box=box.SIMPLE_HEAD, title=title_of(first), title_justify="left")
-    for column in engines.columns[2:]:
-        column.justify = "right"
+    speed = _table(SPEED, title_of(first))
     before = None
     for row in engine_rows_of(rows):
         if before is not None and row["batch"] != before:
-            engines.add_section()
+            speed.add_section()
         before = row["batch"]
-        engines.add_row(*cells(row))
+        speed.add_row(*speed_cells(row))
+    cost = _table(COST, "what each costs, at its largest batch")
+    for row in largest_of(rows):
+        cost.add_row(*cost_cells(row))
     gemm = [row for row in rows if row["kind"] == "gemm"]
     if not gemm:
-        return [engines]
-    products = Table("library", "precision", "GFLOP/s", box=box.SIMPLE_HEAD, title_justify="left")
-    products.title = f"the model's matrix products alone, batch {gemm[0]['batch']}"
-    products.columns[2].justify = "right"
+        return [speed, cost]
+    products = _table(("library", "GFLOP/s"), f"the model's matrix products alone, batch {gemm[0]['batch']}")
     for row in sorted(gemm, key=lambda row: (row["precision"], -row["gflops"])):
-        products.add_row(row["title"], row["precision"].upper(), with_interval(row["gflops_interval"]))
-    return [engines, products]
+        products.add_row(named(row), with_interval(row["gflops_interval"]))
+    return [speed, cost, products]
+
+
+def _table(headings: Sequence[str], title: str) -> Table:
+    table = Table(*headings, box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    return table
 
 
 def title_of(conditions: Row) -> str:

@@ -78,7 +78,7 @@ def package(module: InferenceGraph, device: str, path: Path) -> None:
     example = (torch.zeros(3, size, size, 3, dtype=torch.uint8, device=device),)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with torch.no_grad():
-        program = torch.export.export(module.to(device), example, dynamic_shapes=({0: batch},), strict=False)
+        program = torch.export.export(module.to(device), example, dynamic_shapes=(({0: batch},),), strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 

@@ -11,32 +11,18 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
 
+from benchmarks.speed.gemm import Product
 from qfae_train.autoencoder import perceptual_backbone
 from qfae_train.backbone import create
 from qfae_train.config import Backbone, Config
 from qfae_train.qformer import QFormer
-
-
-class Product(NamedTuple):
-    """Matrix products of one size: `times` of them, each [rows, inner] @ [inner, columns]; `stored`: by a weight."""
-
-    rows: int
-    inner: int
-    columns: int
-    times: int
-    stored: bool
-
-    @property
-    def flop(self) -> int:
-        """What they cost together."""
-        return 2 * self.rows * self.inner * self.columns * self.times
 
 
 def least_flop(config: Config) -> int:

@@ -17,6 +17,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +30,7 @@ from benchmarks.speed.subject import Asked, images_of, prepare
 from qfae_runtime.engines.base import Scores
 
 _SCORED_AT_ONCE = 8
+_SHOWN = 200  # characters of an error; all of it is in the log
 _KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
 
 
@@ -120,7 +122,9 @@ def serve(folder: Path, commands: TextIO, answers: TextIO) -> None:
         try:
             tell(getattr(work, command.pop("do"))(**command))
         except Exception as error:  # any library may raise anything; the others are measured all the same
-            tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+            print(traceback.format_exc(), file=sys.stderr, flush=True)
+            first = (str(error).strip().splitlines() or [""])[0][:_SHOWN]
+            tell({"error": f"{type(error).__name__}: {first}"})
 
 
 def main() -> None:
