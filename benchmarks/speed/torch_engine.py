@@ -72,13 +72,24 @@ def compiled(module: nn.Module, image_size: int, device: str) -> TorchEngine:
     return TorchEngine(torch.compile(module.to(device), dynamic=False, mode=mode), image_size, device)
 
 
+class _Tuple(nn.Module):
+    """A graph that returns a bare tuple: a package cannot name its outputs."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.whole = graph
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.whole(images))
+
+
 def package(module: InferenceGraph, device: str, path: Path) -> None:
     """Compile a graph ahead of time, for any batch, into one AOTInductor package."""
     size = module.image_size
     example = (torch.zeros(3, size, size, 3, dtype=torch.uint8, device=device),)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with torch.no_grad():
-        program = torch.export.export(module.to(device), example, dynamic_shapes=(({0: batch},),), strict=False)
+        program = torch.export.export(_Tuple(module.to(device)), example, dynamic_shapes=({0: batch},), strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 

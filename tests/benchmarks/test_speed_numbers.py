@@ -1,0 +1,223 @@
+"""The numbers of qfae-bench: what is computed from seconds, and the arithmetic that is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.speed import gemm
+from benchmarks.speed.candidates import CANDIDATES, GEMMS, Candidate
+from benchmarks.speed.gemm import Gemm, Product
+from benchmarks.speed.plain import PlainScorer
+from benchmarks.speed.rounds import Measured, Plan, measure
+from benchmarks.speed.statistics import Interval, Visit, latency, speed_up, throughput
+from benchmarks.speed.torch_engine import compiled, eager, in_precision, package, packaged
+from benchmarks.speed.workers import WorkerError, Workers
+from qfae_export.graph import InferenceGraph
+from qfae_export.layers import Unit
+from qfae_train.checkpoint import build_scorer, load
+from tests.export.tiny import SIZE, checkpoint_file, config_of, pictures, scorer_of, vit
+
+KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
+
+
+# --- what is computed from seconds ---
+
+
+def test_an_interval_is_students() -> None:
+    """1, 2, 3, 4: mean 2.5, standard error 0.645, and 3.182 times that."""
+    interval = Interval.over([1.0, 2.0, 3.0, 4.0])
+    assert (interval.low, interval.mean, interval.high) == pytest.approx((0.4457, 2.5, 4.5543), abs=1e-4)
+    assert Interval.over([2.0]) == Interval(2.0, None, None)
+
+
+def test_rates_are_over_rounds_and_percentiles_over_calls() -> None:
+    visits = [Visit("x", 4, 0, (1.0, 1.0)), Visit("x", 4, 1, (2.0, 2.0, 2.0, 6.0))]
+    assert throughput(visits).mean == pytest.approx((4 / 1 + 4 * 4 / 12) / 2)
+    assert latency(visits) == pytest.approx({"p50": 2000, "p90": 4000, "p99": 5800})
+
+
+def test_what_slows_the_machine_slows_both() -> None:
+    """The machine's speed halves from round to round; a candidate of 1.5 times the baseline's rate stays one."""
+    slow = [Visit("plain", 1, number, (2.0**number,) * 3) for number in range(4)]
+    fast = [Visit("fast", 1, number, (2.0**number / 1.5,) * 3) for number in range(4)]
+    ratio = speed_up(fast, slow)
+    assert ratio is not None
+    assert (ratio.low, ratio.mean, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert throughput(fast).low is not None
+    assert cast(float, throughput(fast).low) < 0, "taken by themselves, the rates say nothing"
+    assert speed_up(fast, []) is None
+
+
+# --- rounds ---
+
+
+@dataclass
+class Script:
+    """Processes that take as long as they are told and remember who was asked; stands for Workers."""
+
+    rates: dict[str, float]
+    fails: set[str] = field(default_factory=set)
+    asked: list[tuple[str, int, bool]] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    batch: int = 4
+    known: set[tuple[str, int]] = field(default_factory=set)
+
+    def of(self, candidate: Candidate) -> Script:
+        self.now = candidate.name
+        return self
+
+    def settled(self, candidate: Candidate, batch: int) -> bool:
+        known = (candidate.name, batch) in self.known
+        self.known.add((candidate.name, batch))
+        return known
+
+    def ask(self, do: str, batch: int, seconds: float, calls: int, settle: bool) -> dict[str, Any]:
+        self.asked.append((self.now, batch, settle))
+        if self.now in self.fails:
+            raise WorkerError("out of memory")
+        each = batch / self.rates[self.now]
+        return {"seconds": [each] * calls, "settling": [9.0] if settle else []}
+
+    def note_memory(self, candidate: Candidate) -> None: ...
+
+    def end(self, name: str) -> None:
+        self.ended.append(name)
+
+
+def run(script: Script, plan: Plan, *names: str) -> Measured:
+    return measure(plan, [KNOWN[name] for name in names], cast(Workers, script))
+
+
+def test_candidates_take_turns_and_begin_in_turn() -> None:
+    script = Script({"torch": 100.0, "openvino": 100.0, "onnxruntime": 100.0})
+    run(script, Plan(batches=(1, 2), rounds=2), "torch", "openvino", "onnxruntime")
+    first, second = ["torch", "openvino", "onnxruntime"], ["openvino", "onnxruntime", "torch"]
+    assert [(name, batch) for name, batch, _ in script.asked] == [
+        *((name, batch) for batch in (1, 2) for name in first),
+        *((name, batch) for batch in (1, 2) for name in second),
+    ]
+
+
+def test_first_calls_are_apart_and_quick_visits_settle() -> None:
+    script = Script({"torch": 100.0, "openvino": 0.5})
+    measured = run(script, Plan(batches=(1,), rounds=2), "torch", "openvino")
+    assert measured.first_calls == {("torch", 1): 9.0, ("openvino", 1): 9.0}
+    assert all(9.0 not in visit.seconds for visit in measured.visits)
+    assert [settle for name, _, settle in script.asked if name == "torch"] == [True, True]
+    assert [settle for name, _, settle in script.asked if name == "openvino"] == [True, False]  # two seconds each
+
+
+def test_batches_that_would_take_too_long_are_left_out_with_a_reason() -> None:
+    script = Script({"torch": 1.0, "openvino": 100.0})
+    measured = run(script, Plan(batches=(1, 8, 64), rounds=1, longest=10), "torch", "openvino")
+    assert measured.left_out == {("torch", 64): "a batch would take about 64 s"}
+    assert [(name, batch) for name, batch, _ in script.asked if batch == 64] == [("openvino", 64)]
+
+
+def test_a_candidate_that_fails_is_ended_and_the_others_go_on() -> None:
+    script = Script({"torch": 1.0, "openvino": 1.0}, fails={"torch"})
+    measured = run(script, Plan(batches=(1, 2), rounds=2), "torch", "openvino")
+    assert measured.failed == {"torch": "out of memory"}
+    assert script.ended == ["torch"]
+    assert len(measured.of("openvino", 2)) == 2
+
+
+def test_products_are_measured_at_their_own_batch_alone() -> None:
+    script = Script({"gemm-torch": 1.0, "torch": 1.0})
+    run(script, Plan(batches=(1, 4, 8), rounds=1), "torch", "gemm-torch")
+    assert [batch for name, batch, _ in script.asked if name == "gemm-torch"] == [4]
+
+
+# --- matrix products ---
+
+PRODUCTS = [Product(6, 32, 16, 3, True), Product(5, 16, 48, 2, True), Product(7, 7, 7, 100, False)]
+
+
+def test_products_of_stored_weights_count_as_often_as_the_model_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Product] = []
+    ticks = iter(range(100))
+    monkeypatch.setattr("benchmarks.speed.gemm.time.perf_counter", lambda: float(next(ticks)))
+    products = Gemm(PRODUCTS, lambda product: lambda: ran.append(product))
+    assert products.flop == 3 * 2 * 6 * 32 * 16 + 2 * 2 * 5 * 16 * 48
+    assert products.seconds() == 3 + 2  # one tick each
+    assert ran == PRODUCTS[:2]
+
+
+@pytest.mark.parametrize("candidate", [one for one in GEMMS if "cpu" in one.devices], ids=lambda one: one.name)
+def test_every_library_computes_the_product(candidate: Candidate) -> None:
+    """A rate counts only if it is that of the right result."""
+    if candidate.precision == "bf16" and candidate.backend.startswith("openvino"):
+        from qfae_runtime.engines.openvino import has_bf16
+
+        if not has_bf16():
+            pytest.skip("this processor has no BF16")
+    product = Product(40, 256, 24, 1, True)
+    library = candidate.backend.partition("-")[0]
+    answer: Any = gemm.maker(library, candidate.precision, "cpu", 1)(product)()
+    got = np.asarray(
+        answer.float() if isinstance(answer, torch.Tensor) else answer[0] if library != "numpy" else answer
+    )
+    left, right = gemm._operands(product)
+    error = np.abs(got.reshape(40, 24) - left @ right).max()
+    assert error < {"fp32": 1e-5, "bf16": 0.1, "int8": 0.2}[candidate.precision]
+    if candidate.precision != "fp32":
+        assert error > 1e-4, "it is computed in another precision"
+
+
+# --- PyTorch ---
+
+
+def test_the_plain_model_scores_as_the_training_modules(tmp_path: Path) -> None:
+    config = config_of(encoders=[vit(), vit(48, 4)], hidden_states=(-2, -3), qformer_blocks=2)
+    checkpoint = load(checkpoint_file(tmp_path / "tiny.pt", config))
+    plain, trimmed = PlainScorer(checkpoint), build_scorer(checkpoint)
+    images = torch.from_numpy(pictures(5))
+    for got, want in zip(plain(images), trimmed(images), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    # The whole models are there and computed: blocks that no score needs.
+    encoders: list[Any] = list(plain.encoders)
+    assert [len(one.blocks) for one in encoders] == [3, 4]
+    calls: list[int] = []
+    for model in (*encoders, *plain.perceptual.models.values()):
+        cast(Any, model).blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    plain(images)
+    assert len(calls) == 2 + 2 * len(config.score.patch_sizes), "image and reconstruction, once a patch size"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_graph_in_half_precision(precision: str) -> None:
+    scorer = scorer_of(config_of())
+    images = pictures(4)
+    with eager(InferenceGraph(scorer), SIZE, "cpu") as engine:
+        want = engine.run(images)
+    graph = in_precision(InferenceGraph(scorer), precision)
+    types = {module.dtype for module in graph.modules() if isinstance(module, Unit)}
+    assert types == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    with eager(graph, SIZE, "cpu") as engine:
+        got = engine.run(images)
+    assert got.score.dtype == np.float32
+    assert 0 < np.abs(got.score - want.score).max() < 0.1 * want.score.std()
+
+
+@pytest.mark.parametrize("way", ["compiled", "packaged"])
+def test_compiled_graphs_score_as_eager_ones(way: str, tmp_path: Path) -> None:
+    scorer = scorer_of(config_of())
+    images = pictures(4)
+    want = eager(InferenceGraph(scorer), SIZE, "cpu").run(images)
+    if way == "compiled":
+        engine = compiled(InferenceGraph(scorer), SIZE, "cpu")
+    else:
+        package(InferenceGraph(scorer), "cpu", tmp_path / "tiny.pt2")
+        engine = packaged(tmp_path / "tiny.pt2", SIZE, "cpu")
+    got = engine.run(images)
+    np.testing.assert_allclose(got.score, want.score, atol=1e-5)
+    np.testing.assert_allclose(got.anomaly_map, want.anomaly_map, atol=1e-5)
+    first = got.score.copy()
+    engine.run(pictures(4)[::-1])
+    np.testing.assert_array_equal(got.score, first)  # the arrays are the caller's
