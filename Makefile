@@ -12,7 +12,7 @@ RESULTS := build/demo/results
 # on page faults. These settings keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=500000000
 
-.PHONY: help demo demo-train demo-spread reproduce test lint format clean
+.PHONY: help demo demo-train demo-spread reproduce bench bench-gpu test lint format clean
 
 help:
 	@echo "make demo         find lesions in brain slices with a certified engine (no GPU, no download of weights)"
@@ -20,6 +20,8 @@ help:
 	@echo "make demo-train   make the demo's weights again, from scratch (hours)"
 	@echo "make demo-spread  measure the demo on three data seeds"
 	@echo "make reproduce DATA=DIR  the published tables with our column, on the BMAD data sets in DIR (days, on a GPU)"
+	@echo "make bench        the full BraTS model on this processor, every way there is to run it (an hour)"
+	@echo "make bench-gpu    the same on a CUDA device; ARGS=\"--device cpu --preset demo ...\" tries it without one"
 	@echo "make clean        remove build/"
 
 $(INSTALLED): pyproject.toml
@@ -46,6 +48,14 @@ demo-spread: $(INSTALLED)
 reproduce: $(INSTALLED)
 	@test -n "$(DATA)" || { echo "make: name the data: make reproduce DATA=DIR" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.reproduce --data "$(DATA)" $(foreach one,$(CKPTS),--ckpt $(one)) $(ARGS)
+
+# Rows and page go to build/bench; the rows worth keeping are committed by hand, under benchmarks/results.
+bench: $(INSTALLED)
+	$(BIN)/qfae-bench --preset brats --random-weights 0 --batches 1,2,4,8 --longest 60 --out build/bench $(ARGS)
+
+# A machine with a GPU often comes with a Python of its own that has torch; then no virtual environment is made.
+bench-gpu:
+	$(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON)) -m benchmarks.speed.gpu $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/ruff format --check .

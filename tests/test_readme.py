@@ -26,7 +26,7 @@ from tests.train.made_up import DINOV2, config, made_up, toml
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEW = {("train", "good"): 8, ("valid", "good"): 19, ("valid", "Ungood"): 3, ("test", "good"): 3, ("test", "Ungood"): 3}
 
-TESTED_HERE = (".", "python", "qfae-train", "qfae-export", "qfae-run", "make", "pip")
+TESTED_HERE = (".", "python", "qfae-train", "qfae-export", "qfae-run", "qfae-bench", "make", "pip")
 
 
 def blocks(language: str) -> list[str]:
@@ -94,6 +94,16 @@ def test_the_published_models(tmp_path: Path) -> None:
     assert (tmp_path / "last_ckpt.onnx").is_file()
     assert json.loads((tmp_path / "runs/brats/brats.seeds.json").read_text(encoding="utf-8"))["statistics"]
     assert ["make", "reproduce", "DATA=BMAD"] in commands("make")  # tests/benchmarks/test_reproduce.py runs it
+
+
+def test_bench(tmp_path: Path) -> None:
+    """The command as it stands, on a tiny model and with one candidate."""
+    checkpoint_file(tmp_path / "demo.pt")
+    [bench] = commands("qfae-bench")
+    quick = ("--against", "onnxruntime", "--batches", "1", "--rounds", "1", "--seconds", "0.01", "--files", "0")
+    done = run(*bench, *quick, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"bench.html", "rows.jsonl"} <= {path.name for path in (tmp_path / "bench").iterdir()}
 
 
 def test_fp16_and_tensorrt(tmp_path: Path) -> None:

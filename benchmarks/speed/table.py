@@ -93,7 +93,7 @@ def title_of(conditions: Row) -> str:
     machine = conditions["hardware"]
     where = ", ".join(machine["cards"][:1]) if conditions["device"] != "cpu" else machine["processor"]
     threads = conditions["threads"] or machine["cores"]
-    how = f"{threads} threads, " if conditions["device"] == "cpu" else ""
+    how = f"{threads} thread{'s' if threads != 1 else ''}, " if conditions["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "timm")
     return (
         f"{conditions['model']} ({conditions['gflop_per_image']:.3g} GFLOP an image) on {where}, {how}"

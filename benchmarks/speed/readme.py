@@ -1,0 +1,59 @@
+"""The README's table of speed, made of the committed rows: `python -m benchmarks.speed.readme` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.speed.rows import Row, read
+from benchmarks.speed.table import SPEED, engine_rows_of, notes, speed_cells, title_of
+
+RESULTS = Path("benchmarks/results")
+MARKS = ("<!-- bench-results -->", "<!-- /bench-results -->")
+
+
+def block(measurements: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """Return the lines between the marks: a table of each file's largest batch that every candidate was measured at."""
+    parts = []
+    for name, rows in measurements:
+        first = next(row for row in rows if row["kind"] == "conditions")
+        engines = engine_rows_of(rows)
+        candidates = {row["candidate"] for row in engines}
+        sizes = [
+            size
+            for size in {row["batch"] for row in engines}
+            if {row["candidate"] for row in engines if row["batch"] == size} == candidates
+        ]
+        title, versions = title_of(first).split("\n")
+        parts += [f"{title}:", "", _line(SPEED), _line(["---", *["---:"] * (len(SPEED) - 1)])]
+        parts += [_line(speed_cells(row)) for row in engines if row["batch"] == max(sizes)]
+        parts += ["", f"With {versions}; every row is in [{name}]({RESULTS.as_posix()}/{name})."]
+        parts += [f"{note[0].upper()}{note[1:]}." for note in notes(rows) if note.startswith(("qfae-run", "fastest"))]
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def _line(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def with_results(text: str, measurements: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """Return a text with the block between its marks."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{block(measurements)}\n{MARKS[1]}{after}"
+
+
+def committed(root: Path) -> list[tuple[str, list[Row]]]:
+    """Return the committed rows, by file name."""
+    return [(path.name, read(path)) for path in sorted((root / RESULTS).glob("*.jsonl"))]
+
+
+def main() -> None:
+    """Write the README of the working directory."""
+    readme = Path("README.md")
+    readme.write_text(with_results(readme.read_text(encoding="utf-8"), committed(Path())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""qfae-bench as its user meets it: processes, rows, table, page, and what is refused or missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.speed import candidates
+from benchmarks.speed.bench import Options
+from benchmarks.speed.candidates import CANDIDATES, GEMMS, candidates_on
+from benchmarks.speed.cli import command, main, parse_options
+from benchmarks.speed.page import latency_plot, write_page
+from benchmarks.speed.readme import committed, with_results
+from benchmarks.speed.rows import read
+from benchmarks.speed.subject import Asked, Subject, images_of
+from benchmarks.speed.workers import Worker, WorkerError, Workers
+from qfae_export.cli import main as export
+from qfae_runtime.errors import UsageError
+from tests.commands import ROOT, run
+from tests.export.tiny import checkpoint_file
+
+KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one small measurement, made by the command in a process of its own."""
+    folder = tmp_path_factory.mktemp("bench")
+    checkpoint_file(folder / "tiny.pt")
+    names = "torch,onnxruntime,openvino,onnxruntime-int8"
+    done = run(
+        "qfae-bench", "--ckpt", "tiny.pt", "--against", names, "--batches", "1,4", "--rounds", "2", "--seconds", "0.05",
+        "--files", "12", "--threads", "1", "--out", "bench", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
+    return folder / "bench"
+
+
+@pytest.fixture
+def rows(measured: Path) -> list[dict[str, Any]]:
+    return read(measured / "rows.jsonl")
+
+
+def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_a_row_says_what_was_measured(rows: list[dict[str, Any]]) -> None:
+    engines = of_kind(rows, "engine")
+    names = {"torch-plain", "torch", "onnxruntime", "openvino"}  # the baseline joins whatever is asked for
+    assert {(row["candidate"], row["batch"]) for row in engines} == {(name, size) for name in names for size in (1, 4)}
+    for row in engines:
+        assert row["rounds"] == 2
+        assert row["calls"] >= 6
+        assert row["error"]["score_iqr"] < 1e-3
+        assert row["error"]["spearman"] > 0.999
+        assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p99"]
+        assert row["images_per_second"]["low"] < row["images_per_second"]["mean"] < row["images_per_second"]["high"]
+        assert row["cold_start_s"] > row["load_s"] > 0
+        assert row["first_call_s"] > 0
+        assert row["host_peak_bytes"] > 50e6
+        assert row["disk_bytes"] > 100_000
+        assert row["version"]
+        assert row["gflops"] == pytest.approx(
+            row["images_per_second"]["mean"] * of_kind(rows, "conditions")[0]["gflop_per_image"]
+        )
+    plain = [row for row in engines if row["candidate"] == "torch-plain"]
+    assert all(row["times_plain"] == {"mean": 1, "low": 1, "high": 1} for row in plain)
+
+
+def test_conditions(rows: list[dict[str, Any]]) -> None:
+    [row] = of_kind(rows, "conditions")
+    assert row["model"] == "tiny.pt"
+    assert row["threads"] == 1
+    assert row["device"] == "cpu"
+    assert row["batches"] == [1, 4]
+    assert row["images_of_errors"] >= 32
+    assert {"torch", "onnxruntime", "openvino", "numpy"} <= row["versions"].keys()
+    assert row["hardware"]["processor"]
+
+
+def test_an_engine_is_held_against_the_fastest_products_of_its_precision(rows: list[dict[str, Any]]) -> None:
+    gemm = of_kind(rows, "gemm")
+    assert {row["candidate"] for row in gemm} == {"gemm-torch", "gemm-numpy", "gemm-onnxruntime", "gemm-openvino"}
+    best = max(row["gflops"] for row in gemm)
+    for row in of_kind(rows, "engine"):
+        assert row["share_of_gemm"] == pytest.approx(row["gflops"] / best)
+
+
+def test_what_cannot_be_measured_is_listed(rows: list[dict[str, Any]]) -> None:
+    [row] = of_kind(rows, "missing")
+    assert row["candidate"] == "onnxruntime-int8"
+    assert row["reason"] == "there is no int8 file of this engine"
+
+
+def test_files_through_qfae_run(rows: list[dict[str, Any]]) -> None:
+    without, with_maps = of_kind(rows, "end_to_end")
+    assert (without["maps"], with_maps["maps"]) == (False, True)
+    assert without["files"] == with_maps["files"] == 12
+    assert without["candidate"] in ("onnxruntime", "openvino")
+    for row in (without, with_maps):
+        seconds = row["seconds"]
+        for stage in ("decoding", "preprocessing", "engine", "writing"):
+            assert seconds[f"scoring_{stage}"] > 0, stage
+        assert row["share_of_engine"]["mean"] > 0
+        assert row["images_per_second"]["mean"] == pytest.approx(12 / seconds["scoring"], rel=0.5)
+        assert seconds["process"] > seconds["total"] > seconds["scoring"]
+    assert with_maps["seconds"]["scoring_drawing"] > 0
+
+
+def test_the_table(measured: Path) -> None:
+    printed = (measured.parent / "printed.txt").read_text(encoding="utf-8")
+    assert re.search(r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000", printed)
+    assert "not measured: onnxruntime-int8: there is no int8 file of this engine" in printed
+    assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: \d+ ± ", printed)
+    assert re.search(r"fastest FP32 products: .*, \d+ GFLOP/s", printed)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def test_the_page_is_one_file_with_two_plots(measured: Path) -> None:
+    parser = Tags()
+    parser.feed((measured / "bench.html").read_text(encoding="utf-8"))
+    names = [tag for tag, _ in parser.seen]
+    assert names.count("svg") == 2
+    assert not {"script", "link", "img", "iframe"} & set(names)
+    assert not [attrs for _, attrs in parser.seen if "href" in attrs or "src" in attrs]
+    labels = [attrs["aria-label"] for tag, attrs in parser.seen if tag == "svg"]
+    assert labels == ["latency against batch size", "throughput against score error"]
+    # A line for every candidate through every batch size; a point for each in the second plot.
+    lines = [str(attrs["points"]).split() for tag, attrs in parser.seen if tag == "polyline"]
+    assert [len(line) for line in lines] == [2, 2, 2, 2]
+    assert names.count("circle") == 8 + 4
+
+
+def test_labels_of_a_plot_never_lie_over_another(rows: list[dict[str, Any]]) -> None:
+    alike = [
+        {**of_kind(rows, "engine")[0], "title": f"candidate {number}", "candidate": str(number)} for number in range(20)
+    ]
+    plot = latency_plot(alike, {(row["title"], row["precision"]): "#000" for row in alike})
+    heights = sorted(line["label_y"] for line in plot["lines"])
+    assert np.diff(heights).min() >= 14.9
+    assert heights[-1] <= 371
+
+
+def test_a_page_of_values_that_are_not_finite(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    for row in of_kind(rows, "engine"):
+        row["error"] = {"fault": "score: the engine has 3 values that are not finite"}
+    write_page(rows, tmp_path / "page.html")
+    assert "not finite" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(measured: Path) -> None:
+    subject = Subject.load(measured / "model")
+    assert subject.asked == Asked(ckpt="tiny.pt")
+    images, labels, reference = images_of(measured / "model")
+    assert len(images) == len(labels) == len(reference.score)
+    with Worker(measured / "model", measured / "logs/again.log", 1) as worker:
+        steps: list[str] = []
+        same = {"asked": vars(Asked(ckpt="tiny.pt")), "flavours": ["onnx"], "max_batch": 4}
+        worker.ask("prepare", steps.append, **same)
+        assert steps == []
+        with pytest.raises(WorkerError, match=r"CheckpointError: checkpoint 'other\.pt': no such file"):
+            worker.ask("prepare", steps.append, **{**same, "asked": vars(Asked(ckpt="other.pt"))})
+
+
+# --- processes ---
+
+
+def test_a_process_that_dies_is_told_and_replaced(measured: Path) -> None:
+    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
+    try:
+        candidate = KNOWN["onnxruntime"]
+        first = workers.of(candidate)
+        assert workers.of(candidate) is first
+        first._process.kill()
+        with pytest.raises(WorkerError, match=r"its process ended with signal 9; see onnxruntime\.log"):
+            first.ask("time", batch=1, seconds=0.0, calls=1, settle=False)
+        workers.end(candidate.name)
+        assert workers.of(candidate).ask("time", batch=1, seconds=0.0, calls=2, settle=False)["settling"] == []
+        assert len(workers.openings[candidate.name]) == 2  # every fresh start is kept
+    finally:
+        workers.close()
+
+
+def test_where_memory_is_short_the_one_that_waited_longest_is_ended(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
+    try:
+        for name in ("onnxruntime", "openvino"):
+            workers.of(KNOWN[name])
+        workers.of(KNOWN["onnxruntime"])
+        room = iter([0, 10**15])
+        monkeypatch.setattr("benchmarks.speed.workers.memory_available", lambda: next(room))
+        workers.of(KNOWN["gemm-numpy"])
+        assert list(workers._open) == ["onnxruntime", "gemm-numpy"]
+    finally:
+        workers.close()
+
+
+def test_an_engine_process_loads_no_torch() -> None:
+    """A cold start must be that of the engine."""
+    code = "import benchmarks.speed.worker, sys; print({'torch', 'timm', 'onnx', 'qfae_train'} & set(sys.modules))"
+    assert run("python", "-c", code, cwd=ROOT).stdout == "set()\n"
+
+
+# --- an engine alone ---
+
+
+def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
+    checkpoint_file(tmp_path / "tiny.pt")
+    with pytest.raises(SystemExit) as left:
+        export(["--ckpt", str(tmp_path / "tiny.pt")])
+    assert left.value.code == 0
+    done = run(
+        "qfae-bench", "--engine", "tiny.onnx", "--against", "torch,openvino", "--batches", "1", "--rounds", "1",
+        "--seconds", "0.01", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "bench/rows.jsonl")
+    [row] = of_kind(rows, "engine")
+    assert row["candidate"] == "openvino"
+    assert row["error"]["score_iqr"] < 1e-3
+    assert row["times_plain"] is None
+    reasons = {row["candidate"]: row["reason"] for row in of_kind(rows, "missing")}
+    assert reasons == dict.fromkeys(("torch-plain", "torch"), "PyTorch needs the checkpoint: pass --ckpt")
+    assert of_kind(rows, "conditions")[0]["model"] == "tiny.onnx"
+
+
+# --- options and what is missing ---
+
+
+def given(**changes: Any) -> dict[str, Any]:
+    values = {one.name: one.default for one in command.params if one.name is not None}
+    values |= {"device": "cpu", "out": "bench", "backbone_weights": (), "perceptual_weights": None}
+    return {name: None if repr(value).startswith("Sentinel") else value for name, value in values.items()} | changes
+
+
+def test_every_fault_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_options(
+            ["x"],
+            given(random_weights="0", batches="1,0", rounds="many", seconds="-1", against="torch,warp", device="cpu"),
+        )
+    assert caught.value.faults == [
+        "'x': unexpected; everything is named by an option",
+        "--random-weights: name the architecture with --preset or --config",
+        f"--against: got 'warp'; accepted are {', '.join(one.name for one in candidates_on('cpu'))}",
+        "--batches: got '0', expected a whole number in 1..4096",
+        "--rounds: got 'many', expected a whole number in 1..1000",
+        "--seconds: got '-1', expected seconds, more than 0",
+    ]
+    with pytest.raises(
+        UsageError, match="nothing to measure: name --engine, --ckpt, or --preset with --random-weights"
+    ):
+        parse_options([], given())
+    with pytest.raises(UsageError, match="--against: got 'tensorrt'; does not run on cpu"):
+        parse_options([], given(ckpt="x.pt", against="tensorrt"))
+
+
+def test_defaults() -> None:
+    options = parse_options([], given(preset="brats", random_weights="0"))
+    assert options.asked == Asked(config="brats", random_weights=0)
+    assert options.plan.batches == (1, 2, 4, 8, 16, 32, 64)
+    assert options.candidates == candidates_on("cpu")
+    assert Options(Asked(), Path("x"), ()).gemm_batch == 8
+
+
+def test_missing_packages_come_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "find_spec", lambda name: None)
+    for candidate in CANDIDATES:
+        reason = candidates.lacking(candidate, candidate.devices[0])
+        assert reason is not None
+        assert re.fullmatch(r"[a-z, ]+ not installed: pip install .+", reason)
+
+
+def test_a_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.speed.candidates.shutil.which", lambda name: None)
+    assert candidates.lacking(KNOWN["torch-compile"], "cpu") == (
+        "no C++ compiler found, which torch needs for this: install g++"
+    )
+    assert candidates.lacking(KNOWN["torch"], "cpu") is None
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--ckpt", str(tmp_path / "no.pt"), "--out", str(tmp_path / "bench")])
+    assert left.value.code == 1
+    assert "CheckpointError: checkpoint" in capsys.readouterr().err
+
+
+# --- what is committed ---
+
+
+def test_the_readme_shows_the_committed_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert committed(ROOT), "there are rows"
+    assert with_results(text, committed(ROOT)) == text, "run: python -m benchmarks.speed.readme"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_committed_rows_are_whole(path: Path) -> None:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    [conditions] = of_kind(lines, "conditions")
+    machine = (
+        conditions["hardware"]["processor"] if conditions["device"] == "cpu" else conditions["hardware"]["cards"][0]
+    )
+    assert all(word.lower() in path.stem for word in machine.split()[:2]), "the hardware stands in the name"
+    for row in of_kind(lines, "engine"):
+        assert row["error"] is not None, "no speed without the score error"
+        assert math.isfinite(row["images_per_second"]["mean"])
