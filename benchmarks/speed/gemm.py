@@ -78,7 +78,6 @@ def _torch(product: Product, precision: str, device: str) -> Run:
 
     from benchmarks.speed.torch_engine import DTYPES
 
-    torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     left, right = (torch.from_numpy(one).to(device, DTYPES[precision]) for one in _operands(product))
     if device == "cpu":

@@ -117,6 +117,5 @@ def in_precision(graph: InferenceGraph, precision: str) -> InferenceGraph:
 
 def _settle(device: str) -> None:
     """FP32 means FP32: no TF32, and no reduced sums."""
-    torch.set_grad_enabled(False)
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

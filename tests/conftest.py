@@ -1,0 +1,18 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def leave_gradients_on() -> Iterator[None]:
+    """Nothing may switch torch's gradients off for the whole process: whoever trains in it next could not."""
+    yield
+    if torch := sys.modules.get("torch"):
+        switched_on = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        assert switched_on, "gradients were left switched off"
