@@ -23,7 +23,7 @@ from qfae_export.precision import Precision
 from qfae_export.rounded import RoundedEngine
 from qfae_runtime.agreement import Scale
 from qfae_runtime.certificate import PYTORCH, Link
-from qfae_runtime.contract import CONTRACTS, owed
+from qfae_runtime.contract import demanded, owed
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_train.autoencoder import AnomalyScorer
 
@@ -81,7 +81,8 @@ class Chain:
 
         An FP16 engine's report has the link to what its rounding does in PyTorch; false if that breaks the bounds.
         """
-        report = measure(engine, self.images, self.reference, CONTRACTS[precision], self.scale)
+        bounds = demanded(precision, self.images.labels)
+        report = measure(engine, self.images, self.reference, bounds, self.scale)
         return replace(report, links=self._rounded(precision))
 
     def accept(self, report: ParityReport, file: str, step: str, backend: str) -> ParityReport:
@@ -96,13 +97,14 @@ class Chain:
         links = (*self.links, *self._rounded(report.contract.name))
         return accepted(replace(report, links=links), file, backend)
 
-    def branch(self, engine: Engine, step: str) -> ParityReport:
-        """Measure another backend on the file of the last step, and pass no verdict; the chain stays as it is.
+    def branch(self, engine: Engine, step: str, precision: str) -> ParityReport:
+        """Measure what the chain does not go on from, and pass no verdict: another backend, or an INT8 engine.
 
-        The report's links are the chain's and one from its last step to this.
+        `precision` is the file's. The report's links are the chain's and one from its last step to this.
         """
-        contract = owed("fp32", engine.backend)
-        report = measure(engine, self.images, self.reference, CONTRACTS[contract], self.scale)
+        contract = owed(precision, engine.backend)
+        bounds = demanded(contract, self.images.labels)
+        report = measure(engine, self.images, self.reference, bounds, self.scale)
         if report.outputs is None:
             return report
         labels = [self.images.labels[number] for number in self.numbers]

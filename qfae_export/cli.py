@@ -52,6 +52,8 @@ Examples:
   qfae-export verify --engine brats.onnx --ckpt brats.pt
 """
 
+_MOST_PARITY_IMAGES = 100_000
+
 COMMANDS = {"verify": verify_command}
 """Commands beside exporting itself, by the first word."""
 
@@ -75,6 +77,15 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     "--fp16", is_flag=True, help="Write NAME.fp16.onnx as well, and its TensorRT plan where that can be built."
 )
 @click.option(
+    "--int8", is_flag=True, help="Write NAME.int8.onnx as well, for CPUs: most products in eight bits (docs/int8.md)."
+)
+@click.option(
+    "--calibration-images",
+    metavar="DIR",
+    help="Normal images of your kind, 32 or more, that INT8's scales are taken from; others than those measured on.  "
+    "[default: brain slices that come with qfae]",
+)
+@click.option(
     "--format",
     metavar="|".join(FORMATS),
     help="Stop at ONNX, or insist on a plan: of TensorRT, or of TensorRT-RTX, which needs no GPU to build.  "
@@ -85,7 +96,7 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     metavar=",".join(CPU_BACKENDS),
     default=REFERENCE,
     show_default=True,
-    help="What the FP32 engine is measured on here; each that keeps its contract gets a certificate.",
+    help="What the FP32 and INT8 engines are measured on here; each that keeps its contract gets a certificate.",
 )
 @click.option("--bisect", is_flag=True, help="Where FP16 breaks its contract, find what must stay FP32.")
 @click.option("--part", metavar="|".join(PARTS), default=PARTS[0], show_default=True, help="The whole graph or a half.")
@@ -100,6 +111,11 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     help="Real images to measure on, normal and anomalous.  [default: the validation images in the checkpoint; "
     "where it has none, brain slices that come with qfae]",
 )
+@click.option(
+    "--parity-count",
+    metavar="N",
+    help="How many of --parity-images to measure on, evenly spread.  [default: 32, or --max-batch if that is more]",
+)
 @click.option("--name", metavar="NAME", help="Name of the engine.  [default: the checkpoint's, without .pt]")
 @click.option(
     "--max-batch",
@@ -113,7 +129,8 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
 
     Writes NAME.onnx, NAME.json (the manifest, with the certificate) and NAME.golden.npz, after comparing scores, maps
     and reconstructions with PyTorch's on real images at batch 1, an odd batch and the largest batch. If one bound of
-    the contract is broken, nothing is written. With --fp16 there is NAME.fp16.onnx too, measured in the same way.
+    the contract is broken, nothing is written. With --fp16 there is NAME.fp16.onnx too, measured in the same way, and
+    with --int8 NAME.int8.onnx.
     """
     warnings.filterwarnings("ignore", module="torch")  # what matters about a checkpoint is said in a sentence
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -156,6 +173,9 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         max_batch=whole_number("--max-batch", given["max_batch"], MAX_BATCH, faults),
         overwrite=given["overwrite"],
         fp16=given["fp16"],
+        int8=given["int8"],
+        calibration_images=Path(given["calibration_images"]) if given["calibration_images"] else None,
+        parity_count=whole_number("--parity-count", given["parity_count"], _MOST_PARITY_IMAGES, faults),
         format=given["format"],
         bisect=given["bisect"],
         backends=tuple(dict.fromkeys(given["backends"].split(","))),
@@ -192,8 +212,8 @@ def _steps(console: Console) -> Iterator[Callable[[str], None]]:
 def _show(exported: Exported, options: Options, console: Console) -> None:
     for report in exported.reports.values():
         _show_report(report, console)
-    for backend, report in exported.others.items():
-        _show_other(backend, report, console)
+    for (engine_name, backend), report in exported.others.items():
+        _show_other(engine_name, backend, report, console)
     if exported.bisected is not None:
         console.print(exported.bisected.table())
     if exported.reports:
@@ -221,8 +241,8 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     console.print(f"next: qfae-run IMAGES --engine {engine} --out results/{extra}", soft_wrap=True, markup=False)
 
 
-def _show_other(backend: str, report: ParityReport, console: Console) -> None:
-    console.print(f"the FP32 engine in {backend}:")
+def _show_other(engine: str, backend: str, report: ParityReport, console: Console) -> None:
+    console.print(f"{engine} in {backend}:")
     console.print(report.table())
     if report:
         console.print(f"{backend}: keeps its contract ({report.contract.name}) and is certified", soft_wrap=True)

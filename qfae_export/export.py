@@ -20,23 +20,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qfae_export.backends import measure_others
-from qfae_export.bisect import Bisected, bisect
+from qfae_export.bisect import Bisected
 from qfae_export.chain import Chain
 from qfae_export.describe import bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
 from qfae_export.handover import put_in_place
-from qfae_export.images import ParityImages, choose, largest_batch
+from qfae_export.images import ParityImages, calibration, choose, largest_batch
+from qfae_export.int8 import int8_graph
+from qfae_export.measurements import Engines, Measurements, measure_engines
 from qfae_export.onnx_file import write_onnx
-from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, REFERENCE, Options
-from qfae_export.parity import ParityError, ParityReport, certificate_of, golden_of
+from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
+from qfae_export.parity import ParityError, ParityReport, golden_of
 from qfae_export.plans import SUFFIXES, Planned, add_plan, rebuild, wanted
-from qfae_export.precision import FP16, FP32, Precision
+from qfae_export.precision import FP16, Precision
 from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
-from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.command_line import size_text
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -56,8 +56,8 @@ Say = Callable[[str], None]
 class Exported:
     """Certified engines of one model: their files, the manifest, and what was measured of each.
 
-    `reports` holds a report by engine file; engines of random weights have none. `others` are those of further backends
-    on the FP32 engine, by backend; one that broke its contract is among them, and is not certified. `chain` is None
+    `reports` holds a report by engine file; engines of random weights have none. `others` are those of further
+    backends, by engine file and backend; one that broke its contract is among them, and is not certified. `chain` is None
     where no PyTorch was at hand.
     """
 
@@ -65,7 +65,7 @@ class Exported:
     manifest: Manifest
     engines: tuple[str, ...]
     reports: dict[str, ParityReport] = field(default_factory=dict)
-    others: dict[str, ParityReport] = field(default_factory=dict)
+    others: dict[tuple[str, str], ParityReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     from_onnx: bool = False
     bisected: Bisected | None = None
@@ -107,20 +107,9 @@ class Exported:
 class _Written(NamedTuple):
     """ONNX files with their policies, by engine, the chain as far as PyTorch goes, and a half's other half."""
 
-    engines: dict[str, tuple[list[Path], Precision]]
+    engines: Engines
     chain: Chain | None
     other: InferenceGraph | None
-
-
-@dataclass
-class _Measurements:
-    """What was measured of the ONNX engines."""
-
-    reports: dict[str, ParityReport] = field(default_factory=dict)
-    certificates: list[CertificateEntry] = field(default_factory=list)
-    others: dict[str, ParityReport] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    bisected: Bisected | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +184,12 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     """Write the ONNX engines, measure each, and write golden file and manifest beside them."""
     written = _written(source, options, folder, say)
     chain = written.chain
-    measured = _Measurements() if chain is None else _measure(written, chain, source, options, say)
+    measured = Measurements()
+    if chain is not None:
+        open_onnx = partial(_opened, source=source, part=options.part, other=written.other)
+        measured = measure_engines(
+            written.engines, chain, options, source.max_batch, open_onnx, lambda: _graph(source, options.part)[1], say
+        )
     golden = None
     if chain is not None and options.part == "full":
         golden = folder / f"{options.engine_name}.golden.npz"
@@ -242,37 +236,6 @@ def _check_as_written(folder: Path, name: str) -> None:
             raise ManifestError(f"{engine}: its certificate does not fit it as written; export again, or report this")
 
 
-def _measure(written: _Written, chain: Chain, source: _Source, options: Options, say: Say) -> _Measurements:
-    """Measure each ONNX engine against PyTorch; with --bisect, write one anew that breaks its contract.
-
-    Raises:
-        ParityError: an engine does not compute what PyTorch computes.
-
-    """
-    measured = _Measurements()
-    open_onnx = partial(_opened, source=source, part=options.part, other=written.other)
-    for engine, (files, precision) in written.engines.items():
-        say(f"comparing {engine} in ONNX Runtime with PyTorch")
-        with open_onnx(files[0]) as opened:
-            report = chain.measure(opened, precision.name)
-        if options.bisect and precision.name == "fp16" and not report:
-            _, graph = _graph(source, options.part)  # FP16 has rounded the other's weights
-            bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
-            measured.bisected, report = bisected, bisected.report
-            written.engines[engine] = (list(bisected.files), bisected.precision)
-            chain.round(graph, bisected.precision)
-            del graph
-        report = chain.accept(report, engine, f"ONNX {precision.name.upper()}", opened.backend)
-        measured.reports[engine] = report
-        measured.certificates.append(certificate_of(files[0], opened, report))
-        if precision.name == "fp32":
-            others = measure_others(files[0], chain, source.max_batch, options.backends, say)
-            measured.others |= {one.backend: one.report for one in others if one.report is not None}
-            measured.notes += [one.failed for one in others if one.failed is not None]
-            measured.certificates += [one.entry for one in others if one.entry is not None]
-    return measured
-
-
 def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Written:
     """Write the ONNX files, and begin the chain.
 
@@ -286,23 +249,33 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
         chain = Chain.begin(scorer, graph, source.images)
     other = None if options.part == "full" else InferenceGraph(scorer, _other(options.part))
     del scorer
-    engines = {}
-    for precision in (FP32, FP16) if options.fp16 else (FP32,):
-        engine = options.engine_name + (".onnx" if precision is FP32 else FP16_SUFFIX)
-        if chain is not None and precision is not FP32:
+    name = options.engine_name
+    engines = {f"{name}.onnx": _write(graph, folder / f"{name}.onnx", say)}
+    if options.int8:
+        images = calibration(options.calibration_images, source.config.preprocess_spec())
+        say(f"taking INT8's scales from {images.origin}")
+        engines[name + INT8_SUFFIX] = _write(int8_graph(graph, images.pixels), folder / (name + INT8_SUFFIX), say)
+        _let_go()
+    if options.fp16:
+        if chain is not None:
             say("rounding the graph as FP16 rounds")
-            chain.round(graph, precision)
-        say(f"writing {engine}")
-        engines[engine] = (write_onnx(graph.cast(precision), folder / engine), graph.precision)
+            chain.round(graph, FP16)
+        engines[name + FP16_SUFFIX] = _write(graph.cast(FP16), folder / (name + FP16_SUFFIX), say)
     del graph
     _let_go()
     return _Written(engines, chain, other)
 
 
+def _write(graph: InferenceGraph, path: Path, say: Say) -> tuple[list[Path], Precision]:
+    say(f"writing {path.name}")
+    return write_onnx(graph, path), graph.precision
+
+
 def _with_plan(exported: Exported, kind: str, say: Say) -> Exported:
-    """Add the plan of the last ONNX engine."""
-    onnx, chain = exported.folder / exported.engines[-1], exported.chain
-    precision = exported.manifest.files[onnx.name].precision or "fp32"
+    """Add the plan of the last ONNX engine that plans are made of."""
+    *_, name = (one for one in exported.engines if not one.endswith(INT8_SUFFIX))
+    onnx, chain = exported.folder / name, exported.chain
+    precision = exported.manifest.files[name].precision or "fp32"
 
     def measured(engine: Engine, file: str) -> ParityReport:
         assert chain is not None
@@ -347,7 +320,7 @@ def _other(part: str) -> str:
 
 
 def _refuse_existing(options: Options) -> None:
-    onnx = (".onnx", ".onnx.data", FP16_SUFFIX, f"{FP16_SUFFIX}.data")
+    onnx = [suffix + data for suffix in (".onnx", INT8_SUFFIX, FP16_SUFFIX) for data in ("", ".data")]
     suffixes = (*onnx, *SUFFIXES.values(), ".golden.npz", ".json")
     names = [options.engine_name + suffix for suffix in suffixes]
     existing = [name for name in names if (options.folder / name).exists()]
@@ -360,7 +333,7 @@ def _refuse_existing(options: Options) -> None:
 
 def _refuse_full_disk(options: Options, weights: int) -> None:
     """Say now what would otherwise be found out after minutes of scoring."""
-    needed = weights + (weights // 2 if options.fp16 else 0)
+    needed = weights + (weights // 2 if options.fp16 else 0) + (weights // 2 if options.int8 else 0)
     needed += weights if options.bisect else 0  # a trial, and what stays FP32
     needed += weights // 2 if options.fp16 and options.format != "onnx" else 0  # a plan
     free = shutil.disk_usage(options.folder).free
@@ -387,7 +360,7 @@ def _read(options: Options) -> _Source:
     path = options.ckpt
     checkpoint = open_checkpoint(path, config, options.weights)
     spec, stored = checkpoint.config.preprocess_spec(), checkpoint.parity_images.numpy()
-    images = choose(options.parity_images, spec, options.max_batch, stored, path.name)
+    images = choose(options.parity_images, spec, options.max_batch, stored, path.name, options.parity_count)
     held = [checkpoint]  # only until the scorer is made: it has what it needs, and the rest may be gigabytes
 
     def make_scorer() -> AnomalyScorer:
@@ -406,7 +379,7 @@ def _read(options: Options) -> _Source:
 def hand_over(exported: Exported, folder: Path) -> Exported:
     """Move the finished files to their final names, the manifest last: until then no engine there can be opened."""
     name, listed = exported.manifest.name, exported.manifest.files
-    suffixes = (".onnx", FP16_SUFFIX, *SUFFIXES.values(), ".golden.npz")
+    suffixes = (".onnx", INT8_SUFFIX, FP16_SUFFIX, *SUFFIXES.values(), ".golden.npz")
     stale = [one for suffix in suffixes for one in (name + suffix, f"{name}{suffix}.data") if one not in listed]
     put_in_place(exported.folder, folder, [file.name for file in exported.files], stale)
     return replace(exported, folder=folder)

@@ -66,19 +66,34 @@ class ParityImages:
 
 
 def choose(
-    folder: Path | None, spec: PreprocessSpec, max_batch: int | None, stored: UInt8 | None = None, file: str = ""
+    folder: Path | None,
+    spec: PreprocessSpec,
+    max_batch: int | None,
+    stored: UInt8 | None = None,
+    file: str = "",
+    count: int | None = None,
 ) -> ParityImages:
     """Return what an engine of `max_batch` is measured on: a folder's images, else the checkpoint's, else the slices.
 
-    `stored` are those of the checkpoint `file`, uint8 (N, S, S, 3).
+    `stored` are those of the checkpoint `file`, uint8 (N, S, S, 3); `count` is how many of a folder's are taken.
 
     Raises:
         ExportError: see from_folder and from_checkpoint.
 
     """
     if folder is not None:
-        return from_folder(folder, spec, max(FOLDER_LIMIT, max_batch or 0))
+        return from_folder(folder, spec, count or max(FOLDER_LIMIT, max_batch or 0))
     return from_slices(spec) if stored is None else from_checkpoint(stored, spec, file)
+
+
+def calibration(folder: Path | None, spec: PreprocessSpec) -> ParityImages:
+    """Return what INT8's scales are taken from: a folder's images, else the slices.
+
+    Raises:
+        ExportError: see from_folder.
+
+    """
+    return from_slices(spec) if folder is None else from_folder(folder, spec, FOLDER_LIMIT, "--calibration-images")
 
 
 def from_checkpoint(stored: UInt8, spec: PreprocessSpec, file: str) -> ParityImages:
@@ -117,8 +132,10 @@ def from_checkpoint(stored: UInt8, spec: PreprocessSpec, file: str) -> ParityIma
     )
 
 
-def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
+def from_folder(folder: Path, spec: PreprocessSpec, limit: int, option: str = "--parity-images") -> ParityImages:
     """Return at most `limit` images of a folder, evenly spread over its files, preprocessed as for scoring.
+
+    `option` is what named the folder.
 
     Raises:
         ExportError: the folder is missing or holds too few images, or images cannot be read (all are named).
@@ -127,9 +144,9 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
     try:
         found = scan([folder])
     except FileNotFoundError:
-        raise ExportError(f"--parity-images: {folder}: no such folder; name one that holds real images") from None
+        raise ExportError(f"{option}: {folder}: no such folder; name one that holds real images") from None
     if not found.images:
-        raise ExportError(f"--parity-images: {folder}: holds no images; name a folder of real images")
+        raise ExportError(f"{option}: {folder}: holds no images; name a folder of real images")
     first = spread(len(found.images), limit)
     order = [*first, *sorted(set(range(len(found.images))) - set(first))]
     prepared: list[UInt8] = []
@@ -151,7 +168,7 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int) -> ParityImages:
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ExportError(
-            f"--parity-images: {len(faults)} of {len(faults) + len(prepared)} images cannot be read: "
+            f"{option}: {len(faults)} of {len(faults) + len(prepared)} images cannot be read: "
             f"{'; '.join(faults[:_SHOWN])}{more}; remove them: a measurement leaves no image out"
         )
     origin = f"{len(different)} of the {len(found.images)} images in {folder.absolute().name}/"

@@ -55,10 +55,14 @@ class Unit(nn.Module):
 
 
 class Linear(Unit):
-    """`x @ weight + bias`. The weight is stored as it is multiplied, [in, out]: nothing is transposed at run time."""
+    """`x @ weight + bias`. The weight is stored as it is multiplied, [in, out]: nothing is transposed at run time.
+
+    `input_range`, least and largest value of x, is set where the product is to be INT8 in a file (int8.py).
+    """
 
     weight: Tensor
     bias: Tensor | None
+    input_range: tuple[float, float] | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take a weight as torch keeps it, [out, in]."""

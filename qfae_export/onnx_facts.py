@@ -85,7 +85,11 @@ def read_facts(path: Path) -> OnnxFacts:
     if model.producer_name != PRODUCER or precision is None:
         raise ExportError(
             f"{path}: was written by {model.producer_name or 'an unknown program'} in opset {opset}, expected "
-            f"{PRODUCER} and opset {' or '.join(str(version) for version in OPSETS.values())}; export it with this qfae"
+            f"{PRODUCER} and opset {' or '.join(map(str, sorted(set(OPSETS.values()))))}; export it with this qfae"
+        )
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        raise ExportError(
+            f"{path}: is an INT8 file, for CPUs; plans are made of FP32 and FP16 files: name one of those"
         )
     # The width of a head is the last dimension of an attention's first operand, of a softmax's product too.
     widths = {one.name: _last_dimension(one) for one in model.graph.value_info}

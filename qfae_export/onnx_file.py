@@ -1,9 +1,9 @@
-"""NAME.onnx and NAME.fp16.onnx: the inference graph as an ONNX file, the same bytes for the same weights and versions.
+"""NAME.onnx, NAME.int8.onnx, NAME.fp16.onnx: the inference graph as a file, the same bytes for the same weights.
 
 FP32 is opset 18, attention decomposed into MatMul and Softmax: every ONNX Runtime and OpenVINO of recent years runs
-that, and ONNX Runtime's CUDA provider keeps opset 18's Resize on the GPU. FP16 is opset 23, which has Attention and
-Gelu as single operations: what TensorRT fuses. An FP32 Attention parses in TensorRT and then fails to build, so the
-two are different files.
+that, and ONNX Runtime's CUDA provider keeps opset 18's Resize on the GPU. INT8 is the same with eight-bit products
+(qdq.py). FP16 is opset 23, which has Attention and Gelu as single operations: what TensorRT fuses. An FP32 Attention
+parses in TensorRT and then fails to build, so the two are different files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import torch
 
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph, Reconstruction
+from qfae_export.layers import Linear
+from qfae_export.qdq import add_qdq
 from qfae_export.simplify import simplify
 from qfae_runtime import __version__
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES
 from qfae_runtime.manifest import MAX_BATCH
 
-OPSETS = {"fp32": 18, "fp16": 23}
+OPSETS = {"fp32": 18, "int8": 18, "fp16": 23}
 """The opset of each flavour."""
 
 PRODUCER = "qfae-export"
@@ -106,6 +108,14 @@ def trace(graph: InferenceGraph) -> ir.Model:
         ) from error
     _check_attentions(program, model)
     _name_nodes(model)
+    ranges = {
+        name: one.input_range for name, one in graph.named_modules() if isinstance(one, Linear) and one.input_range
+    }
+    if (got := add_qdq(model, ranges)) != len(ranges):
+        raise ExportError(
+            f"torch {torch.__version__} writes {got} of {len(ranges)} INT8 products as one operation; export with the "
+            "versions of torch and onnxscript this project is tested with, or leave out --int8"
+        )
     _strip(model)
     return model
 

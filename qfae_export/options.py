@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qfae_runtime.contract import MIN_IMAGES
 from qfae_runtime.engines import CPU_BACKENDS
 from qfae_runtime.engines.backends import NOT_INSTALLED, lacking, reference_of
 from qfae_runtime.manifest import FORMATS
@@ -15,8 +16,9 @@ DEFAULT_MAX_BATCH = 32
 PARTS = ("full", "reconstruction", "scorer")
 REFERENCE = reference_of("onnx").name
 FP16_SUFFIX = ".fp16.onnx"
+INT8_SUFFIX = ".int8.onnx"
 
-_TAKEN = (".fp16", ".rtx", ".golden", ".reconstruction", ".scorer")
+_TAKEN = (".fp16", ".int8", ".rtx", ".golden", ".reconstruction", ".scorer")
 
 # What a manifest accepts as a file name, with room for suffixes.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -36,7 +38,11 @@ class Options:
     name            NAME of NAME.onnx, NAME.json, NAME.golden.npz; None: the checkpoint's name without suffix
     max_batch       largest batch of the engine; None: DEFAULT_MAX_BATCH, or as many as there are parity images
     fp16            write NAME.fp16.onnx as well
-    backends        CPU backends that the FP32 engine is measured on, "onnxruntime" among them; each gets a certificate
+    int8            write NAME.int8.onnx as well
+    calibration_images  folder of images that INT8's scales are taken from; None: the slices in this package
+    parity_count    images of `parity_images` to measure on; None: 32, or the largest batch if that is more
+    backends        CPU backends that FP32 and INT8 engines are measured on, "onnxruntime" among them; each gets a
+                    certificate
     format          "onnx", "plan" or "rtx-plan"; None: a plan with fp16 where one can be built, else ONNX
     part            "full", or one half of the graph
     bisect          where FP16 breaks its contract, find what must stay FP32
@@ -52,6 +58,9 @@ class Options:
     config: str | None = None
     weights: WeightFiles = field(default_factory=WeightFiles)
     fp16: bool = False
+    int8: bool = False
+    calibration_images: Path | None = None
+    parity_count: int | None = None
     format: str | None = None
     part: str = "full"
     bisect: bool = False
@@ -73,7 +82,7 @@ class Options:
         elif self.ckpt is not None:
             name = self.ckpt.stem
         elif self.onnx is not None:
-            name = self.onnx.name.removesuffix(FP16_SUFFIX).removesuffix(".onnx")
+            name = self.onnx.name.removesuffix(FP16_SUFFIX).removesuffix(INT8_SUFFIX).removesuffix(".onnx")
         else:
             name = f"{Path(self.config or 'model').stem}-random"
         return name if self.part == "full" else f"{name}.{self.part}"
@@ -109,6 +118,7 @@ class Options:
                 if given
             ]
         faults += self._faults_of_backends()
+        faults += self._faults_of_int8()
         if self.bisect and not self.fp16 and self.onnx is None:
             faults.append("--bisect: finds what must stay FP32 in an FP16 engine; pass --fp16 too")
         if self.onnx is not None:
@@ -149,6 +159,18 @@ class Options:
             faults.append("--backends: means nothing with --random-weights, which are measured on nothing")
         return faults
 
+    def _faults_of_int8(self) -> list[str]:
+        faults = []
+        if self.int8 and self.part != "full":
+            faults.append("--int8: means nothing with --part, for it is measured as a whole; leave out --part")
+        if self.calibration_images is not None and not self.int8:
+            faults.append("--calibration-images: gives INT8 its scales; pass --int8 too")
+        if self.parity_count is not None and self.parity_images is None:
+            faults.append("--parity-count: counts images of a folder; pass --parity-images DIR too")
+        if self.parity_count is not None and self.parity_count < MIN_IMAGES:
+            faults.append(f"--parity-count: got {self.parity_count}, a measurement needs {MIN_IMAGES} images at least")
+        return faults
+
     def _faults_of_rebuilding(self) -> list[str]:
         idle = (
             ("--out", self.out is not None),
@@ -156,6 +178,7 @@ class Options:
             ("--max-batch", self.max_batch is not None),
             ("--preset or --config", self.config is not None),
             ("--fp16", self.fp16),
+            ("--int8", self.int8),
             ("--part", self.part != "full"),
             ("--bisect", self.bisect),
             ("--backends", self.backends != (REFERENCE,)),

@@ -1,4 +1,4 @@
-"""The FP16 policy as data: what is computed in half precision, what stays in FP32, and why.
+"""The FP16 and INT8 policies as data: what is computed in fewer bits, what stays in FP32, and why.
 
 A unit is an operation of the inference graph, named by its place: `encoder.12.fc1`, `qformer.1.attention`,
 `decoder.head`, `perceptual.7.residual`. Blocks are numbered from 1. A selector names a unit or everything below a
@@ -7,6 +7,7 @@ place: `perceptual`, `perceptual.7`, `perceptual.7.fc1`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,30 @@ FP16_RULES: dict[str, dict[str, str]] = {
 """What an FP16 engine computes in which type. The manifest repeats it."""
 
 
+INT8_RULES: dict[str, dict[str, str]] = {
+    "matrix products of the encoder's and the perceptual network's blocks": {
+        "type": "int8",
+        "why": "nearly all of the work; a scale a column of weights, a scale an activation, sums in int32",
+    },
+    "attentions, softmax, LayerNorm, GELU, residual streams": {"type": "float32", "why": "little work, large ranges"},
+    "the encoder's first block": {
+        "type": "float32",
+        "why": "its residual stream carries what all others add to; alone it cost as much as the rest of the encoder",
+    },
+    "embeddings": {"type": "float32", "why": "little work, and pixels are all that the model sees"},
+    "Q-Former and decoder": {
+        "type": "float32",
+        "why": "little work, and they write the reconstruction: an error there is an error of every distance; the last "
+        "layer alone changed more ranks than all of the encoder",
+    },
+    "features to score": {"type": "float32", "why": "1 - cosine cancels most digits, and such maps are multiplied"},
+}
+"""What an INT8 engine computes in which type. The manifest repeats it."""
+
+# encoder.2.qkv, encoder2.17.fc1, perceptual.1.fc2, but no encoder's first block.
+_INT8_UNITS = re.compile(r"(encoder\d*\.(?!1\.)\d+|perceptual\.\d+)\.(qkv|proj|fc1|fc2)")
+
+
 @dataclass(frozen=True)
 class Precision:
     """The type of every unit. `kept` are the selectors of what stays FP32 in an FP16 graph.
@@ -45,9 +70,13 @@ class Precision:
 
     def dtype(self, unit: str) -> torch.dtype:
         """Return the type a unit is computed in."""
-        if self.name == "fp32" or any(covers(selector, unit) for selector in self.kept):
+        if self.name != "fp16" or any(covers(selector, unit) for selector in self.kept):
             return torch.float32
         return torch.float16
+
+    def in_int8(self, unit: str) -> bool:
+        """Say whether a unit's product is computed in eight bits."""
+        return self.name == "int8" and _INT8_UNITS.fullmatch(unit) is not None
 
     @classmethod
     def described(cls, stored: Mapping[str, Any]) -> Precision:
@@ -58,11 +87,14 @@ class Precision:
         """Return plain JSON values for the manifest."""
         if self.name == "fp32":
             return {"policy": "fp32"}
+        if self.name == "int8":
+            return {"policy": "int8", "rules": INT8_RULES}
         return {"policy": "fp16", "rules": FP16_RULES, "kept_fp32": [*self.kept, *self.foreign]}
 
 
 FP32 = Precision("fp32")
 FP16 = Precision("fp16")
+INT8 = Precision("int8")
 
 
 def covers(selector: str, unit: str) -> bool:

@@ -33,6 +33,7 @@ QUANTITIES = {
     "score_abs": Quantity("score error, largest"),
     "score_rel": Quantity("score error, relative"),
     "score_p999": Quantity("score error, p99.9"),
+    "score_median": Quantity("score error, median / IQR"),
     "score_iqr": Quantity("score error, p99.9 / IQR"),
     "spearman": Quantity("score ranks, Spearman", larger_is_better=True),
     "flips": Quantity("decisions flipped"),
@@ -142,6 +143,7 @@ def measure_agreement(
     error = np.abs(have - want)
     p999 = float(np.percentile(error, 99.9))
     values: dict[str, float | None] = {"score_p999": p999, "score_iqr": _ratio(p999, scale.score_iqr)}
+    values["score_median"] = _ratio(float(np.median(error)), scale.score_iqr)
     values["spearman"] = _spearman(want, have)
     flipped = (want >= scale.threshold) != (have >= scale.threshold)
     values["flips"] = float(flipped.sum())

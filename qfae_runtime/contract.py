@@ -102,10 +102,38 @@ CONTRACTS = {
     ),
     "fp16": Contract("fp16", _HALF),
     "bf16": Contract("bf16", _HALF),
+    "int8": Contract(
+        "int8",
+        {
+            "score_median": 0.05,
+            "score_iqr": 2.0,
+            "spearman": 0.995,
+            "flips_beyond": 0.0,
+            "map_cosine_p1": 0.9,
+            "reconstruction_p999": 4.0,
+        },
+    ),
 }
-"""What each precision promises. FP32 adds bounds on every single value; the others allow what rounding costs."""
+"""What each precision promises. FP32 adds bounds on every single value; the others allow what rounding costs.
+
+INT8 promises that images are told apart as before, not that their scores are the same.
+"""
+
+AUROC_CHANGE = 0.003
+"""What INT8 may change the area under the ROC curve by, where enough labels are known."""
+
+MIN_PAIRS = 10 / AUROC_CHANGE
+"""Pairs of a normal and an anomalous image, so that one of them changing places is a tenth of AUROC_CHANGE."""
 
 _OF_BACKEND = {"openvino-bf16": "bf16"}
+
+
+def demanded(precision: str, labels: Sequence[bool | None]) -> Contract:
+    """Return what is asked of an engine on images with these labels (True: anomalous, None: unknown)."""
+    contract = CONTRACTS[precision]
+    if precision != "int8" or labels.count(True) * labels.count(False) < MIN_PAIRS:
+        return contract
+    return replace(contract, bounds={**contract.bounds, "auroc_change": AUROC_CHANGE})
 
 
 def owed(precision: str, backend: str) -> str:

@@ -31,10 +31,10 @@ __all__ = [
     "sha256_of",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROLES = ("engine", "weights", "golden")
 FORMATS = ("onnx", "plan", "rtx-plan")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MAX_BATCH = 4096
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")

@@ -30,9 +30,9 @@ class Backend(NamedTuple):
 
 _ANY = ("fp32", "fp16", "bf16")
 RUNNERS = (
-    Backend("onnxruntime", ("onnx",), _ANY, ("cpu", "cuda:0"), reference=True),
+    Backend("onnxruntime", ("onnx",), (*_ANY, "int8"), ("cpu", "cuda:0"), reference=True),
     Backend("onnxruntime-tensorrt", ("onnx",), _ANY, ("cuda:0",)),
-    Backend("openvino", ("onnx",), ("fp32",), ("cpu",)),
+    Backend("openvino", ("onnx",), ("fp32", "int8"), ("cpu",)),
     Backend("openvino-bf16", ("onnx",), ("fp32",), ("cpu",)),
     Backend("tensorrt", ("plan",), _ANY, ("cuda:0",), reference=True),
     Backend("tensorrt-rtx", ("rtx-plan",), _ANY, ("cuda:0",), reference=True),

@@ -1,6 +1,6 @@
 """The OpenVINO backends: the same FP32 ONNX file on a CPU, computed in FP32 or, where the CPU can, in BF16.
 
-    openvino        FP32; owes the FP32 contract
+    openvino        FP32, or the INT8 that an INT8 file says; owes the contract of the file
     openvino-bf16   products and what lies between them in BF16; owes the BF16 contract
 
 The file is compiled once, for every batch size: measured on two cores, a model compiled for one size is no faster, and
@@ -26,6 +26,7 @@ from qfae_runtime.errors import EngineError
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
 """By backend: OpenVINO's name of the type that it computes in."""
 
+_INTEGERS = {"i8", "u8"}  # products of files that say so
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 _TYPES = {"u8": "uint8", "f32": "float32"}  # of OpenVINO: of numpy
 _PRODUCTS = ("FullyConnected", "MatMul", "Convolution")  # the layers that nearly all of the work is in
@@ -131,7 +132,7 @@ class OpenVinoEngine:
                 f"{what}: OpenVINO {self.version} cannot load it: {one_line(error)}; "
                 "export it again with qfae-export, or run it with --backend onnxruntime"
             ) from None
-        if wrong := computed - {PRECISIONS[backend]}:
+        if wrong := computed - {PRECISIONS[backend]} - _INTEGERS:
             self._request = None
             raise EngineError(
                 f"{what}: OpenVINO {self.version} computes products in {', '.join(sorted(wrong))}, expected "

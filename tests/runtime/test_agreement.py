@@ -64,6 +64,7 @@ def test_every_quantity_against_another_computation() -> None:
         "score_abs": error.max(),
         "score_rel": (error / want.score).max(),
         "score_p999": np.percentile(error, 99.9),
+        "score_median": np.percentile(error, 50) / iqr,
         "score_iqr": np.percentile(error, 99.9) / iqr,
         "spearman": spearmanr(want.score, got.score).statistic,
         "flips": flipped.sum(),

@@ -1,0 +1,107 @@
+"""INT8: the products that are computed in eight bits, and the scales that calibration images give them.
+
+Two steps, both on a copy of the FP32 graph. Smoothing moves what is large in few channels of an activation into the
+weights, where every column has a scale of its own anyway; it changes nothing in real numbers. Then each product is
+given the range that its input had on the calibration images; `qdq.py` writes it into the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qfae_export.graph import InferenceGraph
+from qfae_export.layers import Linear, TransformerBlock
+from qfae_export.parity import pytorch_scores
+from qfae_export.precision import INT8
+from qfae_runtime.arrays import UInt8
+
+_ALPHA = 0.5  # how much of an activation's spread goes into the weights; the paper's value for most models
+_TINY = 1e-5
+
+
+@dataclass
+class _Seen:
+    """The least and the largest value of every channel that a product's input had."""
+
+    low: Tensor
+    high: Tensor
+
+    def add(self, x: Tensor) -> None:
+        self.low = torch.minimum(self.low, x.amin(0))
+        self.high = torch.maximum(self.high, x.amax(0))
+
+    @property
+    def largest(self) -> Tensor:
+        return torch.maximum(self.low.abs(), self.high.abs()).clamp(min=_TINY)
+
+    def scaled(self, factor: Tensor) -> _Seen:
+        return _Seen(self.low * factor, self.high * factor)
+
+
+def int8_graph(graph: InferenceGraph, images: UInt8) -> InferenceGraph:
+    """Return a copy of an FP32 graph whose products have ranges from images uint8 (N, S, S, 3), and the INT8 policy.
+
+    The copy computes in FP32, and what the graph computes: `trace` makes eight bits of the ranges. It shares what is
+    not smoothed.
+    """
+    copied = graph.at(INT8)
+    chosen = {name: one for name, one in copied.named_modules() if isinstance(one, Linear) and INT8.in_int8(name)}
+    with _watched(chosen) as seen:
+        pytorch_scores(copied, images)
+    for name, module in copied.named_modules():
+        if isinstance(module, TransformerBlock) and INT8.in_int8(f"{name}.qkv"):
+            _smooth(module, name, seen)
+    for name, product in chosen.items():
+        product.input_range = (min(float(seen[name].low.min()), 0.0), max(float(seen[name].high.max()), 0.0))
+    return copied
+
+
+@contextmanager
+def _watched(products: dict[str, Linear]) -> Iterator[dict[str, _Seen]]:
+    """Yield what the products' inputs, [..., channels], are seen to be while the graph runs within."""
+    seen: dict[str, _Seen] = {}
+
+    def watch(name: str, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2)
+        seen.setdefault(name, _Seen(x.amin(0), x.amax(0))).add(x)
+
+    hooks = [product.register_forward_pre_hook(partial(watch, name)) for name, product in products.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _smooth(block: TransformerBlock, place: str, seen: dict[str, _Seen]) -> None:
+    """Divide activations by a factor a channel, and multiply the rows of the weights that take them, in place.
+
+    Before `qkv` and `fc1` the LayerNorm takes the division. Before `proj` v's columns do: an attention's outputs are
+    sums of v's. Before `fc2` stands the GELU, which nothing passes.
+    """
+    for norm, product, name in ((block.norm1, block.qkv, "qkv"), (block.norm2, block.fc1, "fc1")):
+        factor = _factor(seen[f"{place}.{name}"], product.weight)
+        norm.weight, norm.bias = norm.weight / factor, norm.bias / factor
+        product.weight = product.weight * factor[:, None]
+        seen[f"{place}.{name}"] = seen[f"{place}.{name}"].scaled(1 / factor)
+    factor = _factor(seen[f"{place}.proj"], block.proj.weight)
+    queries_and_keys = torch.ones(2 * len(factor))
+    columns = torch.cat([queries_and_keys, 1 / factor])
+    block.qkv.weight = block.qkv.weight * columns
+    block.qkv.bias = block.qkv.bias * columns if block.qkv.bias is not None else None
+    block.proj.weight = block.proj.weight * factor[:, None]
+    seen[f"{place}.proj"] = seen[f"{place}.proj"].scaled(1 / factor)
+
+
+def _factor(seen: _Seen, weight: Tensor) -> Tensor:
+    """Return the factor of every channel; Xiao et al., SmoothQuant, ICML 2023, equation 4."""
+    rows = weight.abs().amax(1).clamp(min=_TINY)
+    factor: Tensor = seen.largest**_ALPHA / rows ** (1 - _ALPHA)
+    return factor
