@@ -80,6 +80,12 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     "--int8", is_flag=True, help="Write NAME.int8.onnx as well, for CPUs: most products in eight bits (docs/int8.md)."
 )
 @click.option(
+    "--int8-keep",
+    metavar="PLACE,...",
+    default="",
+    help="What stays FP32 in it, besides: decoder (safer maps, a fifth slower), encoder.3, perceptual.7.fc1.",
+)
+@click.option(
     "--calibration-images",
     metavar="DIR",
     help="Normal images of your kind, 32 or more, that INT8's scales are taken from; others than those measured on.  "
@@ -174,6 +180,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         overwrite=given["overwrite"],
         fp16=given["fp16"],
         int8=given["int8"],
+        int8_keep=tuple(filter(None, given["int8_keep"].split(","))),
         calibration_images=Path(given["calibration_images"]) if given["calibration_images"] else None,
         parity_count=whole_number("--parity-count", given["parity_count"], _MOST_PARITY_IMAGES, faults),
         format=given["format"],

@@ -34,7 +34,7 @@ from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
 from qfae_export.parity import ParityError, ParityReport, golden_of
 from qfae_export.plans import SUFFIXES, Planned, add_plan, rebuild, wanted
-from qfae_export.precision import FP16, Precision
+from qfae_export.precision import FP16, INT8, Precision
 from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
 from qfae_runtime.command_line import size_text
@@ -57,8 +57,8 @@ class Exported:
     """Certified engines of one model: their files, the manifest, and what was measured of each.
 
     `reports` holds a report by engine file; engines of random weights have none. `others` are those of further
-    backends, by engine file and backend; one that broke its contract is among them, and is not certified. `chain` is None
-    where no PyTorch was at hand.
+    backends, by engine file and backend; one that broke its contract is among them, and is not certified. `chain` is
+    None where no PyTorch was at hand.
     """
 
     folder: Path
@@ -254,7 +254,9 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     if options.int8:
         images = calibration(options.calibration_images, source.config.preprocess_spec())
         say(f"taking INT8's scales from {images.origin}")
-        engines[name + INT8_SUFFIX] = _write(int8_graph(graph, images.pixels), folder / (name + INT8_SUFFIX), say)
+        int8 = int8_graph(graph, images.pixels, replace(INT8, kept=options.int8_keep))
+        engines[name + INT8_SUFFIX] = _write(int8, folder / (name + INT8_SUFFIX), say)
+        del int8
         _let_go()
     if options.fp16:
         if chain is not None:

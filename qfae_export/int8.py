@@ -19,7 +19,7 @@ from torch import Tensor
 from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Linear, TransformerBlock
 from qfae_export.parity import pytorch_scores
-from qfae_export.precision import INT8
+from qfae_export.precision import INT8, Precision
 from qfae_runtime.arrays import UInt8
 
 _ALPHA = 0.5  # how much of an activation's spread goes into the weights; the paper's value for most models
@@ -45,18 +45,22 @@ class _Seen:
         return _Seen(self.low * factor, self.high * factor)
 
 
-def int8_graph(graph: InferenceGraph, images: UInt8) -> InferenceGraph:
+def int8_graph(graph: InferenceGraph, images: UInt8, policy: Precision = INT8) -> InferenceGraph:
     """Return a copy of an FP32 graph whose products have ranges from images uint8 (N, S, S, 3), and the INT8 policy.
 
     The copy computes in FP32, and what the graph computes: `trace` makes eight bits of the ranges. It shares what is
     not smoothed.
+
+    Raises:
+        ExportError: a selector of the policy names nothing in this graph.
+
     """
-    copied = graph.at(INT8)
-    chosen = {name: one for name, one in copied.named_modules() if isinstance(one, Linear) and INT8.in_int8(name)}
+    copied = graph.at(policy)
+    chosen = {name: one for name, one in copied.named_modules() if isinstance(one, Linear) and policy.in_int8(name)}
     with _watched(chosen) as seen:
         pytorch_scores(copied, images)
     for name, module in copied.named_modules():
-        if isinstance(module, TransformerBlock) and INT8.in_int8(f"{name}.qkv"):
+        if isinstance(module, TransformerBlock):
             _smooth(module, name, seen)
     for name, product in chosen.items():
         product.input_range = (min(float(seen[name].low.min()), 0.0), max(float(seen[name].high.max()), 0.0))
@@ -84,20 +88,25 @@ def _smooth(block: TransformerBlock, place: str, seen: dict[str, _Seen]) -> None
     """Divide activations by a factor a channel, and multiply the rows of the weights that take them, in place.
 
     Before `qkv` and `fc1` the LayerNorm takes the division. Before `proj` v's columns do: an attention's outputs are
-    sums of v's. Before `fc2` stands the GELU, which nothing passes.
+    sums of v's. Before `fc2` stands the GELU, which nothing passes. Products that stay FP32 are left as they are.
     """
     for norm, product, name in ((block.norm1, block.qkv, "qkv"), (block.norm2, block.fc1, "fc1")):
-        factor = _factor(seen[f"{place}.{name}"], product.weight)
-        norm.weight, norm.bias = norm.weight / factor, norm.bias / factor
-        product.weight = product.weight * factor[:, None]
-        seen[f"{place}.{name}"] = seen[f"{place}.{name}"].scaled(1 / factor)
-    factor = _factor(seen[f"{place}.proj"], block.proj.weight)
-    queries_and_keys = torch.ones(2 * len(factor))
-    columns = torch.cat([queries_and_keys, 1 / factor])
-    block.qkv.weight = block.qkv.weight * columns
-    block.qkv.bias = block.qkv.bias * columns if block.qkv.bias is not None else None
-    block.proj.weight = block.proj.weight * factor[:, None]
-    seen[f"{place}.proj"] = seen[f"{place}.proj"].scaled(1 / factor)
+        if f"{place}.{name}" in seen:
+            factor = _moved(product, f"{place}.{name}", seen)
+            norm.weight, norm.bias = norm.weight / factor, norm.bias / factor
+    if f"{place}.proj" in seen:
+        factor = _moved(block.proj, f"{place}.proj", seen)
+        columns = torch.cat([torch.ones(2 * len(factor)), 1 / factor])  # of q, k and v
+        block.qkv.weight = block.qkv.weight * columns
+        block.qkv.bias = block.qkv.bias * columns if block.qkv.bias is not None else None
+
+
+def _moved(product: Linear, name: str, seen: dict[str, _Seen]) -> Tensor:
+    """Multiply a product's rows by their factors, and return those."""
+    factor = _factor(seen[name], product.weight)
+    product.weight = product.weight * factor[:, None]
+    seen[name] = seen[name].scaled(1 / factor)
+    return factor
 
 
 def _factor(seen: _Seen, weight: Tensor) -> Tensor:

@@ -34,32 +34,32 @@ FP16_RULES: dict[str, dict[str, str]] = {
 
 
 INT8_RULES: dict[str, dict[str, str]] = {
-    "matrix products of the encoder's and the perceptual network's blocks": {
+    "matrix products of the blocks": {
         "type": "int8",
         "why": "nearly all of the work; a scale a column of weights, a scale an activation, sums in int32",
     },
-    "attentions, softmax, LayerNorm, GELU, residual streams": {"type": "float32", "why": "little work, large ranges"},
     "the encoder's first block": {
         "type": "float32",
-        "why": "its residual stream carries what all others add to; alone it cost as much as the rest of the encoder",
+        "why": "all others add to its residual stream; alone it cost as many ranks as the rest of the encoder",
     },
-    "embeddings": {"type": "float32", "why": "little work, and pixels are all that the model sees"},
-    "Q-Former and decoder": {
+    "the decoder's head": {
         "type": "float32",
-        "why": "little work, and they write the reconstruction: an error there is an error of every distance; the last "
-        "layer alone changed more ranks than all of the encoder",
+        "why": "it writes the pixels, an error of which is an error of every distance; alone it cost more ranks than "
+        "everything else",
     },
+    "embeddings and Q-Former": {"type": "float32", "why": "little work, and everything later depends on it"},
+    "attentions, softmax, LayerNorm, GELU, residual streams": {"type": "float32", "why": "little work, large ranges"},
     "features to score": {"type": "float32", "why": "1 - cosine cancels most digits, and such maps are multiplied"},
 }
 """What an INT8 engine computes in which type. The manifest repeats it."""
 
-# encoder.2.qkv, encoder2.17.fc1, perceptual.1.fc2, but no encoder's first block.
-_INT8_UNITS = re.compile(r"(encoder\d*\.(?!1\.)\d+|perceptual\.\d+)\.(qkv|proj|fc1|fc2)")
+# encoder.2.qkv, encoder2.17.fc1, decoder.1.proj, perceptual.1.fc2, but no encoder's first block.
+_INT8_UNITS = re.compile(r"(encoder\d*\.(?!1\.)|decoder\.|perceptual\.)\d+\.(qkv|proj|fc1|fc2)")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The type of every unit. `kept` are the selectors of what stays FP32 in an FP16 graph.
+    """The type of every unit. `kept` are the selectors of what stays FP32 in an FP16 or INT8 graph.
 
     `foreign` are blocks of other kinds than are known here, which stay FP32 whatever is asked for.
     """
@@ -76,7 +76,8 @@ class Precision:
 
     def in_int8(self, unit: str) -> bool:
         """Say whether a unit's product is computed in eight bits."""
-        return self.name == "int8" and _INT8_UNITS.fullmatch(unit) is not None
+        kept = any(covers(selector, unit) for selector in self.kept)
+        return self.name == "int8" and not kept and _INT8_UNITS.fullmatch(unit) is not None
 
     @classmethod
     def described(cls, stored: Mapping[str, Any]) -> Precision:
@@ -88,7 +89,7 @@ class Precision:
         if self.name == "fp32":
             return {"policy": "fp32"}
         if self.name == "int8":
-            return {"policy": "int8", "rules": INT8_RULES}
+            return {"policy": "int8", "rules": INT8_RULES, "kept_fp32": [*self.kept]}
         return {"policy": "fp16", "rules": FP16_RULES, "kept_fp32": [*self.kept, *self.foreign]}
 
 

@@ -109,7 +109,7 @@ CONTRACTS = {
             "score_iqr": 2.0,
             "spearman": 0.995,
             "flips_beyond": 0.0,
-            "map_cosine_p1": 0.9,
+            "map_cosine_p1": 0.75,
             "reconstruction_p999": 4.0,
         },
     ),
