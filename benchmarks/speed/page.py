@@ -26,6 +26,7 @@ from benchmarks.speed.table import (
     title_of,
     with_interval,
 )
+from qfae_runtime.writers.whole import whole_file
 
 WIDTH, HEIGHT = 880.0, 420.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 690.0, 16.0, 370.0
@@ -96,9 +97,8 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
         with_interval=with_interval,
         box={"width": WIDTH, "height": HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
     )
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def latency_plot(engines: Sequence[Row], colours: dict[tuple[str, str], str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from benchmarks.speed.workers import Workers
 from qfae_runtime import __version__
 from qfae_runtime.agreement import Agreement
 from qfae_runtime.verdicts import hardware
+from qfae_runtime.writers.whole import whole_file
 
 Row = dict[str, Any]
 
@@ -181,9 +182,8 @@ def _interval(interval: Interval) -> dict[str, float | None]:
 
 def save(rows: Sequence[Row], path: Path) -> None:
     """Write rows, one a line, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read(path: Path) -> list[Row]:

@@ -21,6 +21,7 @@ from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.files import EngineFile, check_engine_file
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.golden import load_golden
+from qfae_runtime.writers.whole import whole_file
 
 SUBJECT, IMAGES, RANDOM = "subject.json", "images.npz", "random.pt"
 NAME = "model"
@@ -64,8 +65,9 @@ class Subject:
     files: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        """Write subject.json."""
-        (folder / SUBJECT).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write subject.json, whole or not at all."""
+        with whole_file(folder / SUBJECT) as part:
+            part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Subject:
