@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.candidates import BASELINE, Candidate
+from benchmarks.speed.candidates import BASELINE, KNOWN, Candidate
 from benchmarks.speed.rounds import Measured, Plan
 from benchmarks.speed.statistics import Interval, latency, speed_up, throughput
 from benchmarks.speed.subject import Subject
@@ -74,13 +74,11 @@ def engine_rows(
     subject: Subject,
     agreements: dict[str, Agreement],
     built: dict[str, float],
+    limits: dict[str, Row],
 ) -> list[Row]:
-    """Return a row for every candidate at every batch size that was measured."""
-    best = best_gemm(gemm_rows(candidates, measured, workers))
+    """Return a row for every engine at every batch size that was measured; `limits` is what `best_gemm` says."""
     found = []
     for candidate in candidates:
-        if candidate.model == "gemm":
-            continue
         for batch in plan.batches:
             visits = measured.of(candidate.name, batch)
             if not visits:
@@ -88,7 +86,7 @@ def engine_rows(
             rate = throughput(visits)
             opening = workers.openings[candidate.name][0]
             flops = rate.mean * subject.flop
-            limit = best.get(candidate.precision)
+            limit = limits.get(candidate.precision)
             ratio = speed_up(visits, measured.of(BASELINE, batch))
             found.append(
                 {
@@ -124,7 +122,7 @@ def gemm_rows(candidates: Sequence[Candidate], measured: Measured, workers: Work
     found = []
     for candidate in candidates:
         visits = [one for one in measured.visits if one.candidate == candidate.name]
-        if candidate.model != "gemm" or not visits:
+        if not visits:
             continue
         flop = workers.openings[candidate.name][0].flop or 0
         rates = Interval.over([flop * len(visit.seconds) / sum(visit.seconds) / 1e9 for visit in visits])
@@ -162,10 +160,14 @@ def missing_row(candidate: Candidate, reason: str) -> Row:
     }
 
 
-def left_out_rows(candidates: Sequence[Candidate], measured: Measured) -> list[Row]:
-    """Return rows of the batch sizes that a candidate was not measured at."""
-    known = {one.name: one for one in candidates}
-    return [{**missing_row(known[name], reason), "batch": batch} for (name, batch), reason in measured.left_out.items()]
+def failed_rows(measured: Measured) -> list[Row]:
+    """Return rows of the engines and libraries that failed while they were measured."""
+    return [missing_row(KNOWN[name], reason) for name, reason in measured.failed.items()]
+
+
+def left_out_rows(measured: Measured) -> list[Row]:
+    """Return rows of the batch sizes that an engine or a library was not measured at."""
+    return [{**missing_row(KNOWN[name], reason), "batch": batch} for (name, batch), reason in measured.left_out.items()]
 
 
 def _errors(agreement: Agreement | None) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.speed import candidates
 from benchmarks.speed.bench import Options
-from benchmarks.speed.candidates import CANDIDATES, GEMMS, candidates_on
+from benchmarks.speed.candidates import CANDIDATES, KNOWN, candidates_on
 from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
 from benchmarks.speed.readme import committed, with_results
@@ -25,8 +25,6 @@ from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
 from tests.export.tiny import checkpoint_file
-
-KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
 
 
 @pytest.fixture(scope="module")
