@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def end_to_end(
         "files": files,
         "maps": maps,
         "rounds": rounds,
-        "images_per_second": vars(Interval.over(rates)),
-        "share_of_engine": vars(Interval.over(shares)),
+        "images_per_second": asdict(Interval.over(rates)),
+        "share_of_engine": asdict(Interval.over(shares)),
         "seconds": {name: sum(one.get(name, 0.0) for one in stages) / len(stages) for name in stages[0]},
     }
 

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,8 +99,8 @@ def engine_rows(
                     "calls": sum(len(visit.seconds) for visit in visits),
                     "rounds": len(visits),
                     "latency_ms": latency(visits),
-                    "images_per_second": _interval(rate),
-                    "times_plain": _interval(ratio) if ratio is not None else None,
+                    "images_per_second": asdict(rate),
+                    "times_plain": asdict(ratio) if ratio is not None else None,
                     "gflops": flops / 1e9,
                     "share_of_gemm": flops / 1e9 / limit["gflops"] if limit is not None else None,
                     "gemm_of": limit["title"] if limit is not None else None,
@@ -134,7 +135,7 @@ def gemm_rows(candidates: Sequence[Candidate], measured: Measured, workers: Work
                 "precision": candidate.precision,
                 "batch": visits[0].batch,
                 "gflops": rates.mean,
-                "gflops_interval": _interval(rates),
+                "gflops_interval": asdict(rates),
             }
         )
     return found
@@ -176,10 +177,6 @@ def _errors(agreement: Agreement | None) -> dict[str, Any] | None:
     if agreement.fault is not None:
         return {"fault": agreement.fault}
     return {name: agreement.values[name] for name in ERRORS}
-
-
-def _interval(interval: Interval) -> dict[str, float | None]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def save(rows: Sequence[Row], path: Path) -> None:

@@ -20,6 +20,7 @@ from benchmarks.speed.page import latency_plot, write_page
 from benchmarks.speed.readme import committed, with_results
 from benchmarks.speed.rows import read
 from benchmarks.speed.subject import Asked, Subject, images_of
+from benchmarks.speed.table import named
 from benchmarks.speed.workers import Worker, WorkerError, Workers
 from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
@@ -150,7 +151,7 @@ def test_labels_of_a_plot_never_lie_over_another(rows: list[dict[str, Any]]) -> 
     alike = [
         {**of_kind(rows, "engine")[0], "title": f"candidate {number}", "candidate": str(number)} for number in range(20)
     ]
-    plot = latency_plot(alike, {(row["title"], row["precision"]): "#000" for row in alike})
+    plot = latency_plot(alike, {named(row): "#000" for row in alike})
     heights = sorted(line["label_y"] for line in plot["lines"])
     assert np.diff(heights).min() >= 14.9
     assert heights[-1] <= 371
