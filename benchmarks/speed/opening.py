@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.speed.candidates import Candidate
-from benchmarks.speed.gemm import Gemm, Product, maker
+from benchmarks.speed.gemm import Gemm, maker
 from benchmarks.speed.subject import NAME, Subject, images_of, opened
 from qfae_runtime.engines.base import Engine
 
@@ -81,7 +81,7 @@ def ready(candidate: Candidate, folder: Path, device: str, threads: int | None, 
 
 
 def _gemm(candidate: Candidate, subject: Subject, device: str, threads: int | None, batch: int) -> Ready:
-    products = [Product(rows * batch, *rest) for rows, *rest in subject.products]  # type: ignore[arg-type]
+    products = [one._replace(rows=one.rows * batch) for one in subject.products]
     library = candidate.backend.partition("-")[0]
     gemm = Gemm(products, maker(library, candidate.precision, device, threads))
     return Ready(lambda size: gemm.seconds(), None, 0, gemm.flop)

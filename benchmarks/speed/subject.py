@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.speed.gemm import Product
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.files import EngineFile, check_engine_file
@@ -61,7 +62,7 @@ class Subject:
     asked: Asked
     image_size: int
     flop: int
-    products: tuple[tuple[int, int, int, int, bool], ...]
+    products: tuple[Product, ...]
     files: dict[str, str]
 
     def save(self, folder: Path) -> None:
@@ -73,7 +74,7 @@ class Subject:
     def load(cls, folder: Path) -> Subject:
         """Read subject.json."""
         stored: dict[str, Any] = json.loads((folder / SUBJECT).read_text(encoding="utf-8"))
-        products = tuple((int(a), int(b), int(c), int(d), bool(e)) for a, b, c, d, e in stored["products"])
+        products = tuple(Product(*one) for one in stored["products"])
         return cls(**{**stored, "asked": Asked(**stored["asked"]), "products": products})
 
 
@@ -154,7 +155,7 @@ def _of_engine(asked: Asked, folder: Path) -> Subject:
     golden = load_golden(path.read_bytes(), path.name, manifest.image_size)
     labels = np.full(len(golden.images), -1, np.int8)
     np.savez(folder / IMAGES, images=golden.images, labels=labels, **golden.scores._asdict())
-    products: tuple[Any, ...] = ()
+    products: tuple[Product, ...] = ()
     if file.format == "onnx":
         from benchmarks.speed.work import products_of
 
