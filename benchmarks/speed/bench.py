@@ -23,7 +23,7 @@ from benchmarks.speed.rows import (
     missing_row,
 )
 from benchmarks.speed.statistics import throughput
-from benchmarks.speed.subject import Asked, Subject, images_of
+from benchmarks.speed.subject import WRITTEN, Asked, Subject, images_of
 from benchmarks.speed.workers import Worker, WorkerError, Workers
 from qfae_runtime.agreement import Agreement, Scale, measure_agreement
 from qfae_runtime.engines.base import Scores
@@ -118,7 +118,7 @@ def _able(
 def _prepared(options: Options, candidates: Sequence[Candidate], say: Say) -> Subject:
     """Have the model's files written by a process of its own, whose memory goes with it."""
     models = {PLANS.get(one.model, one.model) for one in candidates}
-    flavours = sorted(models & {"onnx", "fp16", "int8"})
+    flavours = sorted(models & WRITTEN.keys())
     with Worker(options.model, options.out / "logs" / "prepare.log", options.threads) as worker:
         asked = asdict(options.asked)
         worker.ask("prepare", say, asked=asked, flavours=flavours, max_batch=max(options.plan.batches))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,15 @@ from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
 from benchmarks.speed.readme import committed, with_results
 from benchmarks.speed.rows import read
-from benchmarks.speed.subject import Asked, Subject, images_of
+from benchmarks.speed.subject import SUBJECT, Asked, Subject, images_of, prepare
 from benchmarks.speed.table import named
 from benchmarks.speed.workers import Worker, WorkerError, Workers
 from qfae_export.cli import main as export
+from qfae_runtime.engines.base import Scores
 from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
-from tests.export.tiny import checkpoint_file
+from tests.export.tiny import checkpoint_file, config_of
+from tests.train.made_up import toml
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def test_the_table(measured: Path) -> None:
     printed = (measured.parent / "printed.txt").read_text(encoding="utf-8")
     assert re.search(r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000", printed)
     assert "not measured: onnxruntime-int8: there is no int8 file of this engine" in printed
-    assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: \d+ ± ", printed)
+    assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: [\d.]+ ± ", printed)
     assert re.search(r"fastest FP32 products: .*, \d+ GFLOP/s", printed)
 
 
@@ -164,7 +168,10 @@ def test_a_page_of_values_that_are_not_finite(rows: list[dict[str, Any]], tmp_pa
     assert "not finite" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(measured: Path) -> None:
+def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(measured.parent)  # the checkpoint was named from there
     subject = Subject.load(measured / "model")
     assert subject.asked == Asked(ckpt="tiny.pt")
     images, labels, reference = images_of(measured / "model")
@@ -176,6 +183,59 @@ def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(measured: Pa
         assert steps == []
         with pytest.raises(WorkerError, match=r"CheckpointError: checkpoint 'other\.pt': no such file"):
             worker.ask("prepare", steps.append, **{**same, "asked": vars(Asked(ckpt="other.pt"))})
+
+
+@pytest.fixture
+def quick_export(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph is traced: who is told apart by checkpoint, configuration and reference needs no other file."""
+
+    def copied(graph: object, path: Path) -> list[Path]:
+        return [shutil.copy(measured / "model/model.onnx", path)]
+
+    monkeypatch.setattr("qfae_export.onnx_file.write_onnx", copied)
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    """Of the same size and time even: a checkpoint that was trained on, copied over the old one."""
+    checkpoint, folder, steps = checkpoint_file(tmp_path / "tiny.pt"), tmp_path / "model", []
+
+    def prepared(batch: int = 4) -> tuple[Subject, Scores]:
+        steps.clear()
+        subject = prepare(Asked(ckpt=str(checkpoint)), folder, ["onnx"], batch, steps.append)
+        return subject, images_of(folder)[2]
+
+    before, scores = prepared()
+    built = [folder / "model.fp32.cpu.pt2", folder / "model.fp16.plan"]
+    for path in built:
+        path.write_bytes(b"built of the first")
+    assert prepared(batch=2)[0] == before
+    assert steps == []
+    status = checkpoint.stat()
+    checkpoint_file(checkpoint, change=lambda states: states[0]["blocks.0.mlp.fc1.weight"].mul_(2))
+    os.utime(checkpoint, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert checkpoint.stat().st_size == status.st_size
+    after, others = prepared()
+    assert after.sources != before.sources
+    assert np.abs(others.score - scores.score).max() > 1e-4
+    assert not any(path.exists() for path in built)
+    assert prepared(batch=8)[0].max_batch == 8, "the files say for which batches they are"
+    assert steps != []
+    (folder / SUBJECT).write_text('{"asked": {}, "of": "another version"}', encoding="utf-8")
+    assert prepared()[0] == after
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_random_weights_are_those_of_the_seed_that_is_asked_for(tmp_path: Path) -> None:
+    """And of the file's present content."""
+    file, folder = tmp_path / "tiny.toml", tmp_path / "model"
+    scores = []
+    for seed, blocks in ((0, [1, 2]), (1, [1, 2]), (1, [1])):
+        file.write_text(toml(config_of(blocks=blocks)), encoding="utf-8")
+        prepare(Asked(config=str(file), random_weights=seed), folder, ["onnx"], 4, lambda step: None)
+        scores.append(images_of(folder)[2].score)
+    assert np.abs(scores[1] - scores[0]).max() > 1e-4
+    assert np.abs(scores[2] - scores[1]).max() > 1e-4
 
 
 # --- processes ---
