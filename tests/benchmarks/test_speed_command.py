@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.speed import candidates
+from benchmarks.speed import candidates, gpu
 from benchmarks.speed.bench import Options
 from benchmarks.speed.candidates import CANDIDATES, KNOWN, candidates_on
 from benchmarks.speed.cli import command, main, parse_options
@@ -339,6 +339,33 @@ def test_defaults() -> None:
     assert options.plan.batches == (1, 2, 4, 8, 16, 32, 64)
     assert options.candidates == candidates_on("cpu")
     assert Options(Asked(), Path("x"), ()).gemm_batch == 8
+
+
+def gpu_options(*words: str) -> Options:
+    """What `make bench-gpu ARGS="..."` measures, as click and the command understand it."""
+    parsed = command.make_context("qfae-bench", gpu.arguments(words)).params
+    return parse_options(parsed.pop("rest"), parsed)
+
+
+def test_bench_gpu_measures_what_is_given_in_place_of_its_own(tmp_path: Path) -> None:
+    assert gpu_options().asked == Asked(config="brats", random_weights=0)
+    assert gpu_options().plan.batches == (1, 8, 32, 64)
+    assert gpu_options("--preset=demo", "--batches=1,2", "--files", "0").asked == Asked(config="demo", random_weights=0)
+    assert gpu_options("--preset=demo", "--batches=1,2", "--files", "0").plan.batches == (1, 2)
+    assert gpu_options("--device", "cpu", "--rounds=2", "--rounds", "9").plan.rounds == 9
+    assert gpu_options("--device", "cpu").device == "cpu"
+    file = tmp_path / "weights.pt"
+    file.touch()
+    twice = gpu_options("--backbone-weights", f"a={file}", f"--backbone-weights=b={file}")
+    assert twice.asked.encoders == {"a": str(file), "b": str(file)}
+
+
+def test_bench_gpu_leaves_out_its_own_model_for_another() -> None:
+    assert gpu_options("--engine=x.onnx").asked == Asked(engine="x.onnx")
+    assert gpu_options("--ckpt=my.pt").asked == Asked(ckpt="my.pt")
+    assert gpu_options("--ckpt", "last.pth", "--preset", "liver").asked == Asked(ckpt="last.pth", config="liver")
+    assert gpu_options("--config=my.toml").asked == Asked(config="my.toml", random_weights=0)
+    assert gpu_options("--config", "my.toml", "--random-weights=3").asked == Asked(config="my.toml", random_weights=3)
 
 
 def test_missing_packages_come_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
