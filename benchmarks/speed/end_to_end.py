@@ -19,6 +19,7 @@ from benchmarks.speed.rows import Row
 from benchmarks.speed.statistics import Interval
 from benchmarks.speed.subject import NAME, images_of
 from benchmarks.speed.workers import WorkerError, Workers
+from qfae_runtime.children import importing_alike
 
 SIDE = 240
 """Pixels of the files' sides, those of BraTS's slices."""
@@ -90,7 +91,7 @@ def _run(
     command += [] if maps else ["--no-maps"]
     command += ["--threads", str(workers.threads)] if workers.threads is not None else []
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=importing_alike(), check=False)
     if done.returncode:
         raise WorkerError(f"qfae-run: {' '.join(done.stderr.split())[-500:]}")
     record: dict[str, Any] = json.loads((results / "run.json").read_text(encoding="utf-8"))

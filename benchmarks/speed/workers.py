@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.speed.candidates import Candidate
+from qfae_runtime.children import importing_alike
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.verdicts import memory_bytes
 
@@ -32,7 +32,7 @@ class Worker:
         self.started = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
-        variables = dict(os.environ)
+        variables = importing_alike()
         if threads is not None:
             variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         with log.open("ab") as stderr:

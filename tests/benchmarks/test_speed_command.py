@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -277,6 +279,42 @@ def test_an_engine_process_loads_no_torch() -> None:
     """A cold start must be that of the engine."""
     code = "import benchmarks.speed.worker, sys; print({'torch', 'timm', 'onnx', 'qfae_train'} & set(sys.modules))"
     assert run("python", "-c", code, cwd=ROOT).stdout == "set()\n"
+
+
+FROM_A_COPY = """
+import sys
+from pathlib import Path
+from benchmarks.speed.candidates import KNOWN
+from benchmarks.speed.end_to_end import _run
+from benchmarks.speed.workers import Worker, WorkerError, Workers
+bench, out = map(Path, sys.argv[1:])
+with Worker(bench / "model", out / "worker.log", 1) as worker:
+    try:
+        worker.ask("nothing")
+    except WorkerError:
+        pass
+workers = Workers(bench / "model", out, "cpu", 1, 4, 4)
+record, _ = _run(KNOWN["onnxruntime"], workers, bench / "pictures", out / "results", 4, False)
+print(record["qfae"])
+"""
+
+
+def test_processes_import_what_started_them(measured: Path, tmp_path: Path) -> None:
+    """As `make bench-gpu` does it: from a checkout that is not installed, or is not the one that is."""
+    root, out = tmp_path / "checkout", tmp_path / "out"
+    for name in ("benchmarks", "qfae_runtime"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (root / "qfae_runtime/__init__.py").open("a", encoding="utf-8") as file:
+        file.write('\n__version__ = "a copy"\n')
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["QFAE_CACHE"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_A_COPY, str(measured), str(out)],
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a copy\n"
+    assert str(root / "benchmarks/speed/worker.py") in (out / "worker.log").read_text(encoding="utf-8")
 
 
 # --- an engine alone ---
