@@ -214,7 +214,8 @@ def test_a_graph_in_half_precision(precision: str) -> None:
 
 @pytest.mark.parametrize("way", ["compiled", "packaged"])
 def test_compiled_graphs_score_as_eager_ones(way: str, tmp_path: Path) -> None:
-    scorer = scorer_of(config_of())
+    # Every kind of block once: compilers take seconds for each.
+    scorer = scorer_of(config_of(encoders=[vit(depth=1)], hidden_states=(-1,), blocks=[1]))
     images = pictures(4)
     want = eager(InferenceGraph(scorer), SIZE, "cpu").run(images)
     if way == "compiled":
