@@ -112,10 +112,10 @@ class Subject:
 
 
 def sources_of(asked: Asked) -> dict[str, str]:
-    """Return what tells a model from another under the same names, by what it is of.
+    """Return what tells a model from another one under the same names, by those names.
 
-    It is the SHA-256 of files and of the configuration, and of a folder of images the names, sizes and times of change.
-    A file that cannot be read is left out: reading the model says why.
+    It is the SHA-256 of files and of the configuration; of a folder of images, digests of names, sizes and times of
+    change. What cannot be read is left out: reading the model says why.
 
     Raises:
         ConfigError: there is no such configuration, or it is faulty.
@@ -123,16 +123,15 @@ def sources_of(asked: Asked) -> dict[str, str]:
     """
     from qfae_train.config import load
 
-    files = {*filter(None, (asked.ckpt, asked.perceptual)), *asked.encoders.values()}
-    found = {}
+    files, found = {asked.ckpt, asked.perceptual, *asked.encoders.values()}, {}
     if asked.config is not None:
         config = load(asked.config)
         found[asked.config] = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
-        files |= {entry.weights for entry in (*config.model.encoders, config.perceptual) if entry.weights}
+        files |= {config.perceptual.weights, *(entry.weights for entry in config.model.encoders)}
     with suppress(OSError):
         if asked.engine is not None:
             found[asked.engine] = sha256_of_engine(Path(asked.engine))
-    for name in sorted(files):
+    for name in sorted(filter(None, files)):
         with suppress(OSError):
             found[name] = sha256_of(Path(name))
     with suppress(OSError):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.speed import candidates, gpu
 from benchmarks.speed.bench import Options
@@ -23,7 +24,7 @@ from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
 from benchmarks.speed.readme import committed, with_results
 from benchmarks.speed.rows import read
-from benchmarks.speed.subject import SUBJECT, Asked, Subject, images_of, prepare
+from benchmarks.speed.subject import RANDOM, SUBJECT, Asked, Subject, images_of, prepare
 from benchmarks.speed.table import named
 from benchmarks.speed.workers import Worker, WorkerError, Workers
 from qfae_export.cli import main as export
@@ -192,7 +193,8 @@ def quick_export(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy the ONNX file of the tiny model, for tracing its graph again takes long; all else happens as always."""
 
     def copied(graph: object, path: Path) -> list[Path]:
-        return [shutil.copy(measured / "model/model.onnx", path)]
+        shutil.copy(measured / "model/model.onnx", path)
+        return [path]
 
     monkeypatch.setattr("qfae_export.onnx_file.write_onnx", copied)
     monkeypatch.setattr("qfae_export.export.write_onnx", copied)
@@ -201,7 +203,11 @@ def quick_export(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_export")
 def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
     """Of the same size and time even: a checkpoint that was trained on, copied over the old one."""
-    checkpoint, folder, steps = checkpoint_file(tmp_path / "tiny.pt"), tmp_path / "model", []
+    checkpoint, folder = checkpoint_file(tmp_path / "tiny.pt"), tmp_path / "model"
+    steps: list[str] = []
+
+    def trained_on(states: list[dict[str, torch.Tensor]]) -> None:
+        states[0]["blocks.0.mlp.fc1.weight"] *= 2
 
     def prepared(batch: int = 4) -> tuple[Subject, Scores]:
         steps.clear()
@@ -215,7 +221,7 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path
     assert prepared(batch=2)[0] == before
     assert steps == []
     status = checkpoint.stat()
-    checkpoint_file(checkpoint, change=lambda states: states[0]["blocks.0.mlp.fc1.weight"].mul_(2))
+    checkpoint_file(checkpoint, change=trained_on)
     os.utime(checkpoint, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert checkpoint.stat().st_size == status.st_size
     after, others = prepared()
@@ -239,6 +245,10 @@ def test_random_weights_are_those_of_the_seed_that_is_asked_for(tmp_path: Path) 
         scores.append(images_of(folder)[2].score)
     assert np.abs(scores[1] - scores[0]).max() > 1e-4
     assert np.abs(scores[2] - scores[1]).max() > 1e-4
+    # A checkpoint that lies there itself makes no room for what is made of it.
+    prepare(Asked(ckpt=str(folder / RANDOM)), folder, ["onnx"], 4, lambda step: None)
+    assert (folder / RANDOM).exists()
+    np.testing.assert_array_equal(images_of(folder)[2].score, scores[2])
 
 
 # --- processes ---
@@ -327,6 +337,9 @@ def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as left:
         export(["--ckpt", str(tmp_path / "tiny.pt")])
     assert left.value.code == 0
+    stale = tmp_path / "bench/model/model.fp32.plan"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     done = run(
         "qfae-bench", "--engine", "tiny.onnx", "--against", "torch,openvino", "--batches", "1", "--rounds", "1",
         "--seconds", "0.01", cwd=tmp_path,
@@ -340,6 +353,7 @@ def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
     reasons = {row["candidate"]: row["reason"] for row in of_kind(rows, "missing")}
     assert reasons == dict.fromkeys(("torch-plain", "torch"), "PyTorch needs the checkpoint: pass --ckpt")
     assert of_kind(rows, "conditions")[0]["model"] == "tiny.onnx"
+    assert not stale.exists(), "it was built of another engine"
 
 
 # --- options and what is missing ---
