@@ -27,6 +27,7 @@ from qfae_export.tensorrt_session import Profile, Session
 from qfae_runtime.engines.cuda import Gpu
 from qfae_runtime.errors import OutputError
 from qfae_runtime.verdicts import cache_folder
+from qfae_runtime.writers.whole import whole_file
 
 RTX_TARGETS = ("SM80", "SM86", "SM89", "SM120")
 """Compute capabilities of an rtx-plan by the library's names: Ampere, Ada and Blackwell cards.
@@ -164,20 +165,17 @@ def _kernels(session: Session, plan: Any) -> tuple[list[Kernel], str]:
 
 
 def _write(plan: Any, out: Path) -> None:
-    """Write the plan under a temporary name and rename it.
+    """Write the plan.
 
     Raises:
         OutputError: it cannot be written; nothing of it is left.
 
     """
     content = memoryview(plan)
-    part = out.with_name(f".{out.name}.part")
     try:
-        part.write_bytes(content)
-        part.replace(out)
+        with whole_file(out) as part:
+            part.write_bytes(content)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         free = ""
         with suppress(OSError):
             free = f", {shutil.disk_usage(out.parent).free / 1e9:.2f} GB are free"

@@ -142,10 +142,14 @@ def _memory(environment: dict[str, Any], cache: Path | None) -> Path | None:
 
 def hardware() -> dict[str, Any]:
     """Return what this machine computes with, for records: processor, cores that may be used, memory, NVIDIA cards."""
-    memory = None
+    return {"processor": _cpu_name(), "cores": _cores(), "memory_bytes": memory_bytes(), "cards": _cards()}
+
+
+def memory_bytes() -> int | None:
+    """Return how much memory this machine has; None where the system does not tell."""
     with suppress(AttributeError, OSError, ValueError):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"processor": _cpu_name(), "cores": _cores(), "memory_bytes": memory, "cards": _cards()}
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def _cores() -> int:

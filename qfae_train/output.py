@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qfae_runtime.errors import OutputError
+from qfae_runtime.writers import whole
 
 
 def last_beside(out: Path) -> Path:
@@ -28,7 +29,7 @@ def check_writable(out: Path) -> None:
     """
     with _sentences(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        tried = _unfinished(last_beside(out))
+        tried = whole.part_of(last_beside(out))
         try:
             tried.write_bytes(bytes(4096))
         finally:
@@ -56,7 +57,7 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Hand out a neighbour of `path` to write to; it is renamed when the block ends and removed when it fails.
+    """Give the path to write to, as the runtime's `whole_file` does; its folder is made.
 
     Raises:
         OutputError: it cannot be written.
@@ -64,17 +65,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     with _sentences(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = _unfinished(path)
-        try:
+        with whole.whole_file(path) as unfinished:
             yield unfinished
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
 
 
 @contextmanager

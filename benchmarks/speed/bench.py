@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speed.candidates import CPU, GEMMS, Candidate, lacking
-from benchmarks.speed.end_to_end import can_run, end_to_end, write_pictures
-from benchmarks.speed.opening import PLANS
+from benchmarks.speed.end_to_end import end_to_end, write_pictures
+from benchmarks.speed.opening import PLANS, built_file
 from benchmarks.speed.rounds import Measured, Plan, measure
-from benchmarks.speed.rows import Row, conditions, engine_rows, gemm_rows, left_out_rows, missing_row
+from benchmarks.speed.rows import (
+    Row,
+    best_gemm,
+    conditions,
+    engine_rows,
+    failed_rows,
+    gemm_rows,
+    left_out_rows,
+    missing_row,
+)
 from benchmarks.speed.statistics import throughput
-from benchmarks.speed.subject import Asked, Subject, images_of
+from benchmarks.speed.subject import WRITTEN, Asked, Subject, images_of
 from benchmarks.speed.workers import Worker, WorkerError, Workers
 from qfae_runtime.agreement import Agreement, Scale, measure_agreement
 from qfae_runtime.engines.base import Scores
@@ -61,14 +70,14 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
 
     """
     missing: list[Row] = []
-    present = [one for one in options.candidates if not _is_missing(one, lacking(one, options.device), missing)]
+    present = _able(options.candidates, lambda one: lacking(one, options.device), missing)
     subject = _prepared(options, present, say)
-    present = [one for one in present if not _is_missing(one, _no_file(one, subject), missing)]
+    present = _able(present, lambda one: _no_file(one, subject), missing)
     gemms = [one for one in GEMMS if options.device in one.devices and lacking(one, options.device) is None]
     gemms = [one for one in gemms if subject.products and any(one.precision == other.precision for other in present)]
     built = _built(options, present, missing, say)
     present = [one for one in present if one.name in built]
-    images, _, _ = images_of(options.model)
+    images, labels, reference = images_of(options.model)
     first = conditions(subject, options.plan, options.device, options.threads, len(images))
     workers = Workers(
         options.model,
@@ -79,30 +88,37 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
         max(options.plan.batches),
     )
     try:
-        agreements = _scored(options, present, workers, missing, say)
+        agreements = _scored(options, present, labels, reference, workers, missing, say)
         present = [one for one in present if one.name in agreements]
         measured = measure(options.plan, [*present, *gemms], workers, say)
         whole = _end_to_end(options, present, measured, workers, missing, say)
-        failed = [one for one in present if one.name in measured.failed]
-        missing += [missing_row(one, measured.failed[one.name]) for one in failed]
+        missing += failed_rows(measured)
         seconds = {name: value for name, value in built.items() if value is not None}
-        rows = engine_rows([*present, *gemms], options.plan, measured, workers, subject, agreements, seconds)
         gemm = gemm_rows(gemms, measured, workers)
+        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, seconds, best_gemm(gemm))
     finally:
         workers.close()
-    return [first, *rows, *gemm, *whole, *left_out_rows(present, measured), *missing]
+    return [first, *rows, *gemm, *whole, *left_out_rows(measured), *missing]
 
 
-def _is_missing(candidate: Candidate, reason: str | None, missing: list[Row]) -> bool:
-    if reason is not None:
-        missing.append(missing_row(candidate, reason))
-    return reason is not None
+def _able(
+    candidates: Sequence[Candidate], why_not: Callable[[Candidate], str | None], missing: list[Row]
+) -> list[Candidate]:
+    """Return the candidates that nothing speaks against; the others get a row in `missing`, with the reason."""
+    able = []
+    for candidate in candidates:
+        reason = why_not(candidate)
+        if reason is None:
+            able.append(candidate)
+        else:
+            missing.append(missing_row(candidate, reason))
+    return able
 
 
 def _prepared(options: Options, candidates: Sequence[Candidate], say: Say) -> Subject:
     """Have the model's files written by a process of its own, whose memory goes with it."""
     models = {PLANS.get(one.model, one.model) for one in candidates}
-    flavours = sorted(models & {"onnx", "fp16", "int8"})
+    flavours = sorted(models & WRITTEN.keys())
     with Worker(options.model, options.out / "logs" / "prepare.log", options.threads) as worker:
         asked = asdict(options.asked)
         worker.ask("prepare", say, asked=asked, flavours=flavours, max_batch=max(options.plan.batches))
@@ -124,7 +140,7 @@ def _built(options: Options, candidates: Sequence[Candidate], missing: list[Row]
     """Build what has to be built, each in its own process; return the seconds, None where there is nothing to do."""
     found: dict[str, float | None] = {}
     for candidate in candidates:
-        if candidate.model not in PLANS and candidate.backend != "aot":
+        if built_file(candidate, options.model, options.device) is None:
             found[candidate.name] = None
             continue
         say(f"building {candidate.name}")
@@ -139,10 +155,15 @@ def _built(options: Options, candidates: Sequence[Candidate], missing: list[Row]
 
 
 def _scored(
-    options: Options, candidates: Sequence[Candidate], workers: Workers, missing: list[Row], say: Say
+    options: Options,
+    candidates: Sequence[Candidate],
+    labels: Sequence[bool | None],
+    reference: Scores,
+    workers: Workers,
+    missing: list[Row],
+    say: Say,
 ) -> dict[str, Agreement]:
-    """Open every candidate once and hold its outputs on the images against PyTorch FP32."""
-    _, labels, reference = images_of(options.model)
+    """Open every candidate once and hold its outputs on the images against PyTorch FP32, the reference."""
     scale = Scale.of(reference, labels)
     found = {}
     for candidate in candidates:
@@ -171,7 +192,7 @@ def _end_to_end(
     say: Say,
 ) -> list[Row]:
     """Run qfae-run with the fastest engine that it can run, without heat maps and with them."""
-    able = [one for one in candidates if can_run(one) and one.name not in measured.failed]
+    able = [one for one in candidates if one.model == "onnx" and one.name not in measured.failed]
     sizes = [batch for batch in options.plan.batches if all(measured.of(one.name, batch) for one in able)]
     if not options.files or not able or not sizes or options.asked.engine is not None:
         return []

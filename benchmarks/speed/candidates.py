@@ -15,9 +15,6 @@ CPU, CUDA = "cpu", "cuda:0"
 BASELINE = "torch-plain"
 """What speed-ups are relative to."""
 
-REFERENCE = "torch-fp32-modules"
-"""What scores are held against: the training modules in FP32; not timed."""
-
 
 class Candidate(NamedTuple):
     """One thing to measure.
@@ -81,6 +78,9 @@ GEMMS = (
     Candidate("gemm-openvino-int8", "OpenVINO", "int8", "gemm", "openvino-int8", (CPU,), *_OPENVINO),
 )
 """The model's own matrix products through the libraries at hand: what a faster engine could reach."""
+
+KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
+"""All of them by name."""
 
 
 def candidates_on(device: str) -> tuple[Candidate, ...]:

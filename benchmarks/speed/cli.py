@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +54,11 @@ Examples:
 @click.option("--against", metavar="NAME,...", help="What to measure.  [default: all that runs on the device]")
 @click.option("--device", metavar="|".join(DEVICES), default=CPU, show_default=True, help="Where to run.")
 @click.option("--threads", metavar="N", help="Threads on the processor.  [default: all cores]")
-@click.option("--batches", metavar="N,...", help="Batch sizes.  [default: 1,2,4,8,16,32,64]")
-@click.option("--rounds", metavar="N", help="Visits to every candidate at every size.  [default: 5]")
-@click.option("--seconds", metavar="S", help="Least seconds of a visit.  [default: 1]")
-@click.option("--longest", metavar="S", help="Leave out batches that would take longer.  [default: 20]")
-@click.option("--files", metavar="N", help="Files to score through qfae-run; 0: none.  [default: 64]")
+@click.option("--batches", metavar="N,...", help=f"Batch sizes.  [default: {','.join(map(str, Plan.batches))}]")
+@click.option("--rounds", metavar="N", help=f"Visits to every candidate at every size.  [default: {Plan.rounds}]")
+@click.option("--seconds", metavar="S", help=f"Least seconds of a visit.  [default: {Plan.seconds:g}]")
+@click.option("--longest", metavar="S", help=f"Leave out batches that would take longer.  [default: {Plan.longest:g}]")
+@click.option("--files", metavar="N", help=f"Files to score through qfae-run; 0: none.  [default: {Options.files}]")
 @click.option("--out", metavar="DIR", default="bench", show_default=True, help="Rows, page, logs, the model's files.")
 @weight_options
 @click.version_option(__version__, prog_name=PROGRAM)
@@ -115,15 +114,13 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
     if given["device"] not in DEVICES:
         faults.append(f"--device: got {given['device']!r}, accepted are {', '.join(DEVICES)}")
     candidates = _candidates(given["against"], given["device"], faults)
-    default = Plan()
     plan = Plan(
-        batches=_batches(given["batches"], faults) or default.batches,
-        rounds=whole_number("--rounds", given["rounds"], 1000, faults) or default.rounds,
-        seconds=_seconds("--seconds", given["seconds"], faults, default.seconds),
-        longest=_seconds("--longest", given["longest"], faults, default.longest),
+        batches=_batches(given["batches"], faults) or Plan.batches,
+        rounds=whole_number("--rounds", given["rounds"], 1000, faults) or Plan.rounds,
+        seconds=_seconds("--seconds", given["seconds"], faults, Plan.seconds),
+        longest=_seconds("--longest", given["longest"], faults, Plan.longest),
     )
-    known = {one.name: one.default for one in fields(Options)}
-    files: Any = 0 if given["files"] == "0" else whole_number("--files", given["files"], 100_000, faults)
+    files = 0 if given["files"] == "0" else whole_number("--files", given["files"], 100_000, faults)
     threads = whole_number("--threads", given["threads"], 1024, faults)
     if faults:
         raise UsageError(faults)
@@ -136,7 +133,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         perceptual=str(weights.perceptual) if weights.perceptual is not None else None,
         images=given["images"],
     )
-    files = known["files"] if files is None else files
+    files = Options.files if files is None else files
     return Options(asked, Path(given["out"]), candidates, plan, given["device"], threads, files)
 
 

@@ -8,27 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 
-from benchmarks.speed.candidates import CANDIDATES, Candidate
+from benchmarks.speed.candidates import Candidate
 from benchmarks.speed.rows import Row
 from benchmarks.speed.statistics import Interval
 from benchmarks.speed.subject import NAME, images_of
 from benchmarks.speed.workers import WorkerError, Workers
+from qfae_runtime.children import importing_alike
 
 SIDE = 240
 """Pixels of the files' sides, those of BraTS's slices."""
 
 _RUN = "import sys; from qfae_runtime.cli import main; main(sys.argv[1:])"
-_BACKENDS = {one.name: one.backend for one in CANDIDATES if one.model == "onnx"}
-
-
-def can_run(candidate: Candidate) -> bool:
-    """Say whether qfae-run runs what a candidate runs."""
-    return candidate.name in _BACKENDS
 
 
 def write_pictures(folder: Path, count: int, model: Path) -> None:
@@ -52,7 +48,7 @@ def end_to_end(
     maps: bool,
     say: Callable[[str], None],
 ) -> Row:
-    """Run the engine alone and the whole run in turn, and return the row.
+    """Run an engine of the file "onnx" alone, and qfae-run with it, in turn, and return the row.
 
     Raises:
         WorkerError: either failed.
@@ -79,8 +75,8 @@ def end_to_end(
         "files": files,
         "maps": maps,
         "rounds": rounds,
-        "images_per_second": vars(Interval.over(rates)),
-        "share_of_engine": vars(Interval.over(shares)),
+        "images_per_second": asdict(Interval.over(rates)),
+        "share_of_engine": asdict(Interval.over(shares)),
         "seconds": {name: sum(one.get(name, 0.0) for one in stages) / len(stages) for name in stages[0]},
     }
 
@@ -91,11 +87,11 @@ def _run(
     """Run qfae-run in a process of its own; return run.json and the seconds of the process."""
     command = [sys.executable, "-P", "-c", _RUN, str(pictures), "--engine", str(workers.folder / f"{NAME}.onnx")]
     command += ["--out", str(results), "--overwrite", "--quiet", "--allow-uncertified", "--batch-size", str(batch)]
-    command += ["--backend", _BACKENDS[candidate.name], "--device", workers.device]
+    command += ["--backend", candidate.backend, "--device", workers.device]
     command += [] if maps else ["--no-maps"]
     command += ["--threads", str(workers.threads)] if workers.threads is not None else []
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=importing_alike(), check=False)
     if done.returncode:
         raise WorkerError(f"qfae-run: {' '.join(done.stderr.split())[-500:]}")
     record: dict[str, Any] = json.loads((results / "run.json").read_text(encoding="utf-8"))

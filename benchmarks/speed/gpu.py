@@ -10,20 +10,23 @@ from collections.abc import Sequence
 
 from benchmarks.speed.cli import main as bench
 
+PRESET, WEIGHTS = ("--preset", "brats"), ("--random-weights", "0")
 ARGUMENTS = (
-    *("--preset", "brats", "--random-weights", "0", "--device", "cuda:0"),
+    *("--device", "cuda:0"),
     *("--batches", "1,8,32,64", "--rounds", "3", "--seconds", "0.5", "--longest", "10"),
     *("--files", "256", "--out", "build/bench-gpu"),
 )
 
 
 def arguments(given: Sequence[str]) -> list[str]:
-    """Return the arguments of qfae-bench; what is given takes the place of what stands here."""
-    options = dict(zip(ARGUMENTS[::2], ARGUMENTS[1::2], strict=True))
-    options |= dict(zip(given[::2], given[1::2], strict=False))
-    if "--config" in options:
-        options.pop("--preset", None)
-    return [word for pair in options.items() for word in pair]
+    """Return the arguments of qfae-bench: those that stand here, then what is given, which comes last and counts.
+
+    Where another model is named, the preset or the random weights that would contradict it are left out.
+    """
+    named = {word.partition("=")[0] for word in given}
+    preset = () if named & {"--engine", "--ckpt", "--config"} else PRESET
+    weights = () if named & {"--engine", "--ckpt"} else WEIGHTS
+    return [*preset, *weights, *ARGUMENTS, *given]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.speed.candidates import Candidate
-from benchmarks.speed.gemm import Gemm, Product, maker
+from benchmarks.speed.gemm import Gemm, maker
 from benchmarks.speed.subject import NAME, Subject, images_of, opened
 from qfae_runtime.engines.base import Engine
-from qfae_runtime.errors import QfaeError
 
 PLANS = {"plan": "onnx", "plan-fp16": "fp16"}
 """The file that a plan is built from."""
@@ -72,8 +72,6 @@ def ready(candidate: Candidate, folder: Path, device: str, threads: int | None, 
     images, _, _ = images_of(folder)
 
     def seconds(size: int) -> float:
-        import time
-
         pixels = images[np.arange(size) % len(images)]
         start = time.perf_counter()
         engine.run(pixels)
@@ -83,7 +81,7 @@ def ready(candidate: Candidate, folder: Path, device: str, threads: int | None, 
 
 
 def _gemm(candidate: Candidate, subject: Subject, device: str, threads: int | None, batch: int) -> Ready:
-    products = [Product(rows * batch, *rest) for rows, *rest in subject.products]  # type: ignore[arg-type]
+    products = [one._replace(rows=one.rows * batch) for one in subject.products]
     library = candidate.backend.partition("-")[0]
     gemm = Gemm(products, maker(library, candidate.precision, device, threads))
     return Ready(lambda size: gemm.seconds(), None, 0, gemm.flop)
@@ -135,6 +133,3 @@ def _checkpoint_files(subject: Subject, folder: Path) -> list[Path]:
     asked = subject.asked
     named = [asked.ckpt or str(folder / "random.pt"), *asked.encoders.values(), asked.perceptual]
     return [Path(one) for one in named if one is not None]
-
-
-__all__ = ["QfaeError", "Ready", "build", "built_file", "ready"]

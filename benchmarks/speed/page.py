@@ -6,7 +6,7 @@ Plots are laid out here as plain numbers; page.html draws them as SVG.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from benchmarks.speed.table import (
     title_of,
     with_interval,
 )
+from qfae_runtime.writers.histogram import log_ticks
+from qfae_runtime.writers.whole import whole_file
 
 WIDTH, HEIGHT = 880.0, 420.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 690.0, 16.0, 370.0
@@ -65,11 +67,8 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self) -> list[dict[str, Any]]:
-        """Return powers of ten, with 2 and 5 between them where there are few."""
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        factors = (1, 2, 5) if len(decades) <= 4 else (1,)
-        values = [factor * 10.0**decade for decade in decades for factor in factors]
-        return [{"at": self.at(one), "text": f"{one:g}"} for one in values if self.low <= one <= self.high]
+        """Return ticks at round numbers: where, and the text."""
+        return [{"at": self.at(one), "text": f"{one:g}"} for one in log_ticks(self.low, self.high, most_decades=4)]
 
 
 def write_page(rows: Sequence[Row], path: Path) -> None:
@@ -79,7 +78,7 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
     )
     first = next(row for row in rows if row["kind"] == "conditions")
     engines = engine_rows_of(rows)
-    names = list(dict.fromkeys((row["title"], row["precision"]) for row in engines))
+    names = list(dict.fromkeys(map(named, engines)))
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)}
     text = environment.get_template("page.html").render(
         conditions=first,
@@ -96,13 +95,15 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
         with_interval=with_interval,
         box={"width": WIDTH, "height": HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
     )
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
-def latency_plot(engines: Sequence[Row], colours: dict[tuple[str, str], str]) -> dict[str, Any]:
-    """Lay out the median seconds of a batch against its size, a line for each candidate, both axes logarithmic."""
+def latency_plot(engines: Sequence[Row], colours: dict[str, str]) -> dict[str, Any]:
+    """Lay out the median seconds of a batch against its size, a line for each candidate, both axes logarithmic.
+
+    `colours` are by what `named` says of a row.
+    """
     x = Axis.over([row["batch"] for row in engines], _LEFT, _RIGHT)
     y = Axis.over([row["latency_ms"]["p50"] for row in engines], _BOTTOM, _TOP)
     lines = []
@@ -111,12 +112,12 @@ def latency_plot(engines: Sequence[Row], colours: dict[tuple[str, str], str]) ->
             {
                 "x": x.at(row["batch"]),
                 "y": y.at(row["latency_ms"]["p50"]),
-                "title": f"{_label(name)}, batch {row['batch']}: {row['latency_ms']['p50']:.3g} ms",
+                "title": f"{name}, batch {row['batch']}: {row['latency_ms']['p50']:.3g} ms",
             }
             for row in engines
-            if (row["title"], row["precision"]) == name
+            if named(row) == name
         ]
-        lines.append({"label": _label(name), "colour": colour, "points": points, "y": points[-1]["y"]})
+        lines.append({"label": name, "colour": colour, "points": points, "y": points[-1]["y"]})
     batches = sorted({row["batch"] for row in engines})
     return {
         "lines": _apart(lines),
@@ -125,26 +126,25 @@ def latency_plot(engines: Sequence[Row], colours: dict[tuple[str, str], str]) ->
     }
 
 
-def error_plot(engines: Sequence[Row], colours: dict[tuple[str, str], str]) -> dict[str, Any] | None:
+def error_plot(engines: Sequence[Row], colours: dict[str, str]) -> dict[str, Any] | None:
     """Lay out the best images per second of each candidate against its score error; None where no error is known."""
-    best: dict[tuple[str, str], Row] = {}
+    best: dict[str, Row] = {}
     for row in engines:
-        name = (row["title"], row["precision"])
+        name = named(row)
         known = (row["error"] or {}).get("score_iqr") is not None
         if known and row["images_per_second"]["mean"] > _rate(best.get(name)):
             best[name] = row
     if not best:
         return None
-    error: Callable[[Row], float] = lambda row: max(_LEAST_ERROR, row["error"]["score_iqr"])  # noqa: E731
-    x = Axis.over([*map(error, best.values()), 1e-6, 1e-1], _LEFT, _RIGHT)
+    x = Axis.over([*map(_error, best.values()), 1e-6, 1e-1], _LEFT, _RIGHT)
     y = Axis.over([_rate(row) for row in best.values()], _BOTTOM, _TOP)
     points = [
         {
-            "label": _label(name),
+            "label": name,
             "colour": colours[name],
-            "x": x.at(error(row)),
+            "x": x.at(_error(row)),
             "y": y.at(_rate(row)),
-            "title": f"{_label(name)}, batch {row['batch']}: {_rate(row):.3g} images/s, error {error(row):.1e}",
+            "title": f"{name}, batch {row['batch']}: {_rate(row):.3g} images/s, error {_error(row):.1e}",
         }
         for name, row in best.items()
     ]
@@ -155,8 +155,8 @@ def _rate(row: Row | None) -> float:
     return float(row["images_per_second"]["mean"]) if row is not None else 0.0
 
 
-def _label(name: tuple[str, str]) -> str:
-    return f"{name[0]}, {name[1].upper()}"
+def _error(row: Row) -> float:
+    return max(_LEAST_ERROR, float(row["error"]["score_iqr"]))
 
 
 def _apart(marks: list[dict[str, Any]], least: float = 15.0) -> list[dict[str, Any]]:

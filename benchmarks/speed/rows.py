@@ -14,12 +14,13 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.candidates import BASELINE, Candidate
+from benchmarks.speed.candidates import BASELINE, KNOWN, Candidate
 from benchmarks.speed.rounds import Measured, Plan
 from benchmarks.speed.statistics import Interval, latency, speed_up, throughput
 from benchmarks.speed.subject import Subject
@@ -27,6 +28,7 @@ from benchmarks.speed.workers import Workers
 from qfae_runtime import __version__
 from qfae_runtime.agreement import Agreement
 from qfae_runtime.verdicts import hardware
+from qfae_runtime.writers.whole import whole_file
 
 Row = dict[str, Any]
 
@@ -73,13 +75,11 @@ def engine_rows(
     subject: Subject,
     agreements: dict[str, Agreement],
     built: dict[str, float],
+    limits: dict[str, Row],
 ) -> list[Row]:
-    """Return a row for every candidate at every batch size that was measured."""
-    best = best_gemm(gemm_rows(candidates, measured, workers))
+    """Return a row for every engine at every batch size that was measured; `limits` is what `best_gemm` says."""
     found = []
     for candidate in candidates:
-        if candidate.model == "gemm":
-            continue
         for batch in plan.batches:
             visits = measured.of(candidate.name, batch)
             if not visits:
@@ -87,7 +87,7 @@ def engine_rows(
             rate = throughput(visits)
             opening = workers.openings[candidate.name][0]
             flops = rate.mean * subject.flop
-            limit = best.get(candidate.precision)
+            limit = limits.get(candidate.precision)
             ratio = speed_up(visits, measured.of(BASELINE, batch))
             found.append(
                 {
@@ -99,8 +99,8 @@ def engine_rows(
                     "calls": sum(len(visit.seconds) for visit in visits),
                     "rounds": len(visits),
                     "latency_ms": latency(visits),
-                    "images_per_second": _interval(rate),
-                    "times_plain": _interval(ratio) if ratio is not None else None,
+                    "images_per_second": asdict(rate),
+                    "times_plain": asdict(ratio) if ratio is not None else None,
                     "gflops": flops / 1e9,
                     "share_of_gemm": flops / 1e9 / limit["gflops"] if limit is not None else None,
                     "gemm_of": limit["title"] if limit is not None else None,
@@ -123,7 +123,7 @@ def gemm_rows(candidates: Sequence[Candidate], measured: Measured, workers: Work
     found = []
     for candidate in candidates:
         visits = [one for one in measured.visits if one.candidate == candidate.name]
-        if candidate.model != "gemm" or not visits:
+        if not visits:
             continue
         flop = workers.openings[candidate.name][0].flop or 0
         rates = Interval.over([flop * len(visit.seconds) / sum(visit.seconds) / 1e9 for visit in visits])
@@ -135,7 +135,7 @@ def gemm_rows(candidates: Sequence[Candidate], measured: Measured, workers: Work
                 "precision": candidate.precision,
                 "batch": visits[0].batch,
                 "gflops": rates.mean,
-                "gflops_interval": _interval(rates),
+                "gflops_interval": asdict(rates),
             }
         )
     return found
@@ -161,10 +161,14 @@ def missing_row(candidate: Candidate, reason: str) -> Row:
     }
 
 
-def left_out_rows(candidates: Sequence[Candidate], measured: Measured) -> list[Row]:
-    """Return rows of the batch sizes that a candidate was not measured at."""
-    known = {one.name: one for one in candidates}
-    return [{**missing_row(known[name], reason), "batch": batch} for (name, batch), reason in measured.left_out.items()]
+def failed_rows(measured: Measured) -> list[Row]:
+    """Return rows of the engines and libraries that failed while they were measured."""
+    return [missing_row(KNOWN[name], reason) for name, reason in measured.failed.items()]
+
+
+def left_out_rows(measured: Measured) -> list[Row]:
+    """Return rows of the batch sizes that an engine or a library was not measured at."""
+    return [{**missing_row(KNOWN[name], reason), "batch": batch} for (name, batch), reason in measured.left_out.items()]
 
 
 def _errors(agreement: Agreement | None) -> dict[str, Any] | None:
@@ -175,15 +179,10 @@ def _errors(agreement: Agreement | None) -> dict[str, Any] | None:
     return {name: agreement.values[name] for name in ERRORS}
 
 
-def _interval(interval: Interval) -> dict[str, float | None]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
-
-
 def save(rows: Sequence[Row], path: Path) -> None:
     """Write rows, one a line, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read(path: Path) -> list[Row]:

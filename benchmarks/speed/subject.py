@@ -3,29 +3,46 @@
 subject.json    what it is, and how much an image costs
 images.npz      the images it is measured on, and PyTorch's FP32 outputs on them
 random.pt       the checkpoint, where its weights are random
-NAME.onnx ...   the engine files that candidates ask for, with a manifest
+model.onnx ...  the engine files that candidates ask for, with a manifest
+model.*.plan, model.*.pt2   what was built of them for candidates that need it
+
+All of it is kept for the next run of the very same model, and replaced for another one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.speed.gemm import Product
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.files import EngineFile, check_engine_file
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.golden import load_golden
+from qfae_runtime.hashing import sha256_of, sha256_of_engine
+from qfae_runtime.inputs import Inputs
+from qfae_runtime.layout import scan
+from qfae_runtime.writers.whole import whole_file
+
+if TYPE_CHECKING:
+    from qfae_export.graph import InferenceGraph
+    from qfae_train.checkpoint import Checkpoint
 
 SUBJECT, IMAGES, RANDOM = "subject.json", "images.npz", "random.pt"
 NAME = "model"
-SUFFIXES = {"onnx": ".onnx", "fp16": ".fp16.onnx", "int8": ".int8.onnx"}
-"""Engine files by what candidates call them."""
+WRITTEN = {"onnx": f"{NAME}.onnx", "fp16": f"{NAME}.fp16.onnx"}
+"""The engine files that are written here, by what candidates call them."""
+
+# subject.json goes first: without it nothing is taken for kept.
+_MADE = (SUBJECT, IMAGES, RANDOM, f"{NAME}.json", f"{NAME}.onnx*", f"{NAME}.*.onnx*", f"{NAME}.*.plan", f"{NAME}.*.pt2")
 
 
 @dataclass(frozen=True)
@@ -55,24 +72,74 @@ class Asked:
 
 @dataclass(frozen=True)
 class Subject:
-    """What subject.json says. `flop` is the least an image needs; `products` are its matrix products at batch 1."""
+    """What subject.json says.
+
+    asked       what to measure, and `sources` what that was: see sources_of
+    max_batch   the largest batch that the files are for
+    flop        the least that an image needs
+    products    the matrix products of an image
+    files       engine files by what candidates call them
+    """
 
     asked: Asked
+    sources: dict[str, str]
+    max_batch: int
     image_size: int
     flop: int
-    products: tuple[tuple[int, int, int, int, bool], ...]
+    products: tuple[Product, ...]
     files: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        """Write subject.json."""
-        (folder / SUBJECT).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write subject.json, whole or not at all."""
+        with whole_file(folder / SUBJECT) as part:
+            part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Subject:
         """Read subject.json."""
         stored: dict[str, Any] = json.loads((folder / SUBJECT).read_text(encoding="utf-8"))
-        products = tuple((int(a), int(b), int(c), int(d), bool(e)) for a, b, c, d, e in stored["products"])
+        products = tuple(Product(*one) for one in stored["products"])
         return cls(**{**stored, "asked": Asked(**stored["asked"]), "products": products})
+
+    @classmethod
+    def kept(cls, folder: Path, asked: Asked, sources: dict[str, str], max_batch: int) -> Subject | None:
+        """Return what an earlier run left of the very same model, for batches as large; None if it left none."""
+        try:
+            found = cls.load(folder)
+        except (OSError, ValueError, KeyError, TypeError):  # none, or one of another version
+            return None
+        return found if (found.asked, found.sources) == (asked, sources) and found.max_batch >= max_batch else None
+
+
+def sources_of(asked: Asked) -> dict[str, str]:
+    """Return what tells a model from another one under the same names, by those names.
+
+    It is the SHA-256 of files and of the configuration; of a folder of images, digests of names, sizes and times of
+    change. What cannot be read is left out: reading the model says why.
+
+    Raises:
+        ConfigError: there is no such configuration, or it is faulty.
+
+    """
+    from qfae_train.config import load
+
+    files, found = {asked.ckpt, asked.perceptual, *asked.encoders.values()}, {}
+    if asked.config is not None:
+        config = load(asked.config)
+        found[asked.config] = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+        files |= {config.perceptual.weights, *(entry.weights for entry in config.model.encoders)}
+    with suppress(OSError):
+        if asked.engine is not None:
+            found[asked.engine] = sha256_of_engine(Path(asked.engine))
+    for name in sorted(filter(None, files)):
+        with suppress(OSError):
+            found[name] = sha256_of(Path(name))
+    with suppress(OSError):
+        if asked.images is not None:
+            images = scan([Path(asked.images)])
+            names = [images.source_of(path) for path in images.images]
+            found[asked.images] = json.dumps(Inputs.of(images.images, names, None, hashed=False).fingerprint())
+    return found
 
 
 def images_of(folder: Path) -> tuple[UInt8, tuple[bool | None, ...], Scores]:
@@ -85,30 +152,30 @@ def images_of(folder: Path) -> tuple[UInt8, tuple[bool | None, ...], Scores]:
 def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int, say: Callable[[str], None]) -> Subject:
     """Write the files of a model into `folder`, and score its images with PyTorch FP32; needs torch.
 
-    What is there already of the very same model is kept.
+    What is there already of the very same model is kept; of another one, nothing is.
 
     Raises:
         QfaeError: a checkpoint, weights or images cannot be had, or the model cannot be exported.
 
     """
     from benchmarks.speed.work import least_flop, products_of
-    from qfae_export.describe import manifest_of, provenance_of
     from qfae_export.graph import InferenceGraph
     from qfae_export.images import choose
-    from qfae_export.onnx_file import write_onnx
     from qfae_export.parity import reference_scores
-    from qfae_export.precision import FP16, FP32
     from qfae_train.checkpoint import build_scorer
 
-    if (folder / SUBJECT).is_file():
-        found = Subject.load(folder)
-        if found.asked == asked and asked.engine is None and all(flavour in found.files for flavour in flavours):
-            return found
+    sources = sources_of(asked)
+    kept = Subject.kept(folder, asked, sources, max_batch)
+    if kept is not None and asked.engine is None and all(flavour in kept.files for flavour in flavours):
+        return kept
     folder.mkdir(parents=True, exist_ok=True)
     if asked.engine is not None and asked.ckpt is None:
-        return _of_engine(asked, folder)
+        return _of_engine(asked, folder, sources, max_batch)
     say("reading the model")
-    checkpoint, weights = opened(asked, folder)
+    read = opened(asked, folder) if asked.ckpt is not None else None  # before anything makes room for it
+    if kept is None:
+        _clear(folder, sources)
+    checkpoint, weights = read or opened(asked, folder)
     spec = checkpoint.config.preprocess_spec()
     chosen = choose(Path(asked.images) if asked.images else None, spec, None, checkpoint.parity_images.numpy(), NAME)
     scorer = build_scorer(checkpoint, weights)
@@ -118,26 +185,51 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     np.savez(folder / IMAGES, images=chosen.pixels, labels=np.array(labels, np.int8), **reference._asdict())
     graph = InferenceGraph(scorer)
     del scorer
-    written = {}
-    for flavour, precision in (("onnx", FP32), ("fp16", FP16)):
-        if flavour in flavours or flavour == "onnx":
-            say(f"writing {NAME}{SUFFIXES[flavour]}")
-            path = folder / f"{NAME}{SUFFIXES[flavour]}"
-            written[path.name] = (write_onnx(graph.cast(precision), path), precision)
-    manifest = manifest_of(
-        NAME, checkpoint.config, "full", max_batch, written, None, (), provenance_of(checkpoint, asked.title)
-    )
-    manifest.save(folder / f"{NAME}.json")
-    files = {flavour: f"{NAME}{SUFFIXES[flavour]}" for flavour in SUFFIXES if f"{NAME}{SUFFIXES[flavour]}" in written}
-    products = tuple(products_of(folder / f"{NAME}.onnx"))
+    files = _write_engines(graph, checkpoint, asked.title, folder, flavours, max_batch, say)
     if asked.engine is not None:
         files |= _engine_file(check_engine_file(Path(asked.engine)))
-    subject = Subject(asked, spec.image_size, least_flop(checkpoint.config), products, files)
+    products, flop = tuple(products_of(folder / WRITTEN["onnx"])), least_flop(checkpoint.config)
+    subject = Subject(asked, sources, max_batch, spec.image_size, flop, products, files)
     subject.save(folder)
     return subject
 
 
-def _of_engine(asked: Asked, folder: Path) -> Subject:
+def _clear(folder: Path, sources: Iterable[str]) -> None:
+    """Remove what was made of another model, for nothing of it may be taken for this one's; what is asked for stays."""
+    asked = {Path(source).resolve() for source in sources}
+    for path in (path for pattern in _MADE for path in folder.glob(pattern)):
+        if path.resolve() not in asked:
+            path.unlink()
+
+
+def _write_engines(
+    graph: InferenceGraph,
+    checkpoint: Checkpoint,
+    title: str,
+    folder: Path,
+    flavours: Sequence[str],
+    max_batch: int,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Write the engine files of these flavours, FP32 in any case, and their manifest; return them by flavour."""
+    from qfae_export.describe import manifest_of, provenance_of
+    from qfae_export.onnx_file import write_onnx
+    from qfae_export.precision import FP16, FP32
+
+    written, files = {}, {}
+    for flavour, precision in (("onnx", FP32), ("fp16", FP16)):
+        if flavour in flavours or flavour == "onnx":
+            path = folder / WRITTEN[flavour]
+            say(f"writing {path.name}")
+            written[path.name] = (write_onnx(graph.cast(precision), path), precision)
+            files[flavour] = path.name
+    provenance = provenance_of(checkpoint, title)
+    manifest = manifest_of(NAME, checkpoint.config, "full", max_batch, written, None, (), provenance)
+    manifest.save(folder / f"{NAME}.json")
+    return files
+
+
+def _of_engine(asked: Asked, folder: Path, sources: dict[str, str], max_batch: int) -> Subject:
     """Take an exported engine as it is; its golden images are what scores are measured on.
 
     Raises:
@@ -149,15 +241,18 @@ def _of_engine(asked: Asked, folder: Path) -> Subject:
     path = file.path.parent / (manifest.golden or "")
     if manifest.golden is None or not path.is_file():
         raise QfaeError(f"{file.path}: its manifest names no golden images to measure scores on; pass --ckpt as well")
+    if Subject.kept(folder, asked, sources, max_batch) is None:
+        _clear(folder, sources)
     golden = load_golden(path.read_bytes(), path.name, manifest.image_size)
     labels = np.full(len(golden.images), -1, np.int8)
     np.savez(folder / IMAGES, images=golden.images, labels=labels, **golden.scores._asdict())
-    products: tuple[Any, ...] = ()
+    products: tuple[Product, ...] = ()
     if file.format == "onnx":
         from benchmarks.speed.work import products_of
 
         products = tuple(products_of(file.path))
-    subject = Subject(asked, manifest.image_size, sum(one.flop for one in products), products, _engine_file(file))
+    flop, files = sum(one.flop for one in products), _engine_file(file)
+    subject = Subject(asked, sources, max_batch, manifest.image_size, flop, products, files)
     subject.save(folder)
     return subject
 

@@ -24,14 +24,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from benchmarks.speed.candidates import CANDIDATES, GEMMS, Candidate
+from benchmarks.speed.candidates import KNOWN
 from benchmarks.speed.opening import Ready, build, ready
 from benchmarks.speed.subject import Asked, images_of, prepare
 from qfae_runtime.engines.base import Scores
 
 _SCORED_AT_ONCE = 8
 _SHOWN = 200  # characters of an error; all of it is in the log
-_KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
 
 
 class Work:
@@ -50,14 +49,14 @@ class Work:
     def build(self, candidate: str, device: str, max_batch: int) -> dict[str, Any]:
         """Build what a candidate runs."""
         start = time.perf_counter()
-        build(_known(candidate), self.folder, device, max_batch)
+        build(KNOWN[candidate], self.folder, device, max_batch)
         return {"seconds": time.perf_counter() - start}
 
     def open(self, candidate: str, device: str, threads: int | None, batch: int, most: int) -> dict[str, Any]:
         """Open a candidate and score one image; `at` is the system's monotonic clock after that."""
         self.device, self.free = device, _device_free(device)
         start = time.perf_counter()
-        self.opened = ready(_known(candidate), self.folder, device, threads, batch, most)
+        self.opened = ready(KNOWN[candidate], self.folder, device, threads, batch, most)
         loaded = time.perf_counter() - start
         first = self.opened.seconds(1)
         version = self.opened.engine.version if self.opened.engine is not None else ""
@@ -94,10 +93,6 @@ class Work:
         """Return the peaks of this process; of a device, what it has less of now than before the candidate came."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"host": host, "device": max(0, self.free - _device_free(self.device)) if self.free else None}
-
-
-def _known(name: str) -> Candidate:
-    return _KNOWN[name]
 
 
 def _device_free(device: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.speed.candidates import Candidate
+from qfae_runtime.children import importing_alike
 from qfae_runtime.errors import QfaeError
+from qfae_runtime.verdicts import memory_bytes
 
 _ROOM = 0.15
 """The share of the machine's memory that stays free; beyond it, the process that waited longest is ended."""
@@ -31,7 +32,7 @@ class Worker:
         self.started = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
-        variables = dict(os.environ)
+        variables = importing_alike()
         if threads is not None:
             variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         with log.open("ab") as stderr:
@@ -169,8 +170,8 @@ class Workers:
 
     def _make_room(self, name: str) -> None:
         needed = int(self.peaks.get(name, {}).get("host") or 0)
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        while self._open and memory_available() - needed < _ROOM * total:
+        least = needed + _ROOM * (memory_bytes() or 0)
+        while self._open and memory_available() < least:
             self.end(next(iter(self._open)))
 
     def note_memory(self, candidate: Candidate) -> None:
@@ -196,9 +197,9 @@ class Workers:
 
 
 def memory_available() -> int:
-    """Return the bytes that processes can still take, as Linux estimates it; all of them on another system."""
+    """Return the bytes that processes can still take, as Linux estimates it; all there are on another system."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return memory_bytes() or sys.maxsize
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

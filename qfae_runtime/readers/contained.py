@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from qfae_runtime.children import importing_alike
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers.base import ReadOptions, Slice
 
@@ -31,7 +31,6 @@ MEMORY_BYTES = 4 * 2**30
 
 _NEXT, _STOP = b"next\n", b"stop\n"
 _SECONDS_TO_END = 5.0
-_PACKAGES = str(Path(__file__).parents[2])
 _idle: list[_Child] = []
 _lock = threading.Lock()
 
@@ -110,8 +109,6 @@ class _Child:
     """A decoding process and the pipes to it."""
 
     def __init__(self) -> None:
-        # The package is found wherever this one was, also where it is not installed.
-        paths = [_PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])]
         limit = str(2 * math.ceil(SECONDS_PER_PICTURE))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "qfae_runtime.readers.child", str(MEMORY_BYTES), limit],
@@ -119,7 +116,7 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # what ends a whole group of processes is for the one that asks
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+            env={**importing_alike(), "OPENBLAS_NUM_THREADS": "1"},
         )
 
     def ask(self, kind: str, path: Path, options: ReadOptions) -> None:

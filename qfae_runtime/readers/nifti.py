@@ -74,12 +74,10 @@ def read_volume(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
             wanted = _wanted(header, options, source)
             stored = _values(file, len(head), header, source)
         volume = _canonical(stored, header)
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # of floating-point values; numpy would print a warning of it
+        with _without_warnings():
             rule = _rule(stored, header, options)
         for number in wanted:
-            with np.errstate(over="ignore", invalid="ignore"):
+            with _without_warnings():
                 drawn, how = _drawn(_plane(volume, options.axis, number), header, rule)
             applied = [options.axis, *([how] if how else [])]
             if header.scaled:
@@ -87,6 +85,11 @@ def read_volume(path: Path, source: str, options: ReadOptions) -> Iterator[Slice
             if not header.placed:
                 applied.append("orientation not stated")
             yield Slice(drawn, source, number, "; ".join(applied))
+
+
+def _without_warnings() -> np.errstate:
+    """Keep numpy from warning of values that overflow; never over a yield, where others compute meanwhile."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def _parse(head: bytes, source: str) -> _Header:

@@ -19,7 +19,7 @@ from qfae_runtime.results import ROWS_NAME, RUN_NAME, read_record
 from qfae_runtime.writers.heatmap import is_ours
 from qfae_runtime.writers.maps import is_map, listed_names
 from qfae_runtime.writers.records import Row, drop_torn_line, keep_rows, read_rows
-from qfae_runtime.writers.whole import whole_file
+from qfae_runtime.writers.whole import part_of, whole_file
 
 _FILES = ("scores.csv", ROWS_NAME, "report.html", RUN_NAME, "inputs.jsonl", "metrics.json")
 
@@ -224,7 +224,7 @@ class ResultsFolder:
         _remove(self.maps, lambda path: path.relative_to(self.root).as_posix() in maps and is_map(path))
         for path in self._single_files():
             path.unlink(missing_ok=True)
-            path.with_name(f".{path.name}.part").unlink(missing_ok=True)
+            part_of(path).unlink(missing_ok=True)
 
 
 def make_parent(path: Path, inside: Path) -> None:

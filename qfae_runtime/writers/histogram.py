@@ -56,7 +56,7 @@ def layout(scores: Mapping[str, list[float]], threshold: float | None) -> dict[s
     axes = _Axes(low, high, _TOP + height, height / tallest, logarithmic)
     bottom = axes.base + (height if mirrored else 0.0)
     levels = [level for level in (_ticks(0, tallest, 3) if tallest > 1 else [1.0]) if level == int(level)]
-    ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high, 6)
+    ticks = log_ticks(low, high, most_decades=5) if logarithmic else _ticks(low, high, 6)
     signs = (1, -1) if mirrored else (1,)
     return {
         "bars": [
@@ -109,9 +109,9 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
     return [float(f"{n * step:.12g}") for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between two ends, with 2 and 5 between them where there are few."""
+def log_ticks(low: float, high: float, most_decades: int) -> list[float]:
+    """Return the powers of ten between two ends above 0; up to `most_decades` of them, with 2 and 5 between."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1,) if len(decades) > 5 else (1, 2, 5)
+    factors = (1, 2, 5) if len(decades) <= most_decades else (1,)
     values = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
     return [value for value in values if low <= value <= high]

@@ -10,7 +10,7 @@ from pathlib import Path
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give the path to write to, beside `path`; when all is written it takes the name, after an error it is removed."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = part_of(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -18,3 +18,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # what went wrong is told, not what could not be cleared away after it
             temporary.unlink(missing_ok=True)
         raise
+
+
+def part_of(path: Path) -> Path:
+    """Return what a file is called while it is written."""
+    return path.with_name(f".{path.name}.part")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,36 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.speed import candidates
+from benchmarks.speed import candidates, gpu
 from benchmarks.speed.bench import Options
-from benchmarks.speed.candidates import CANDIDATES, GEMMS, candidates_on
+from benchmarks.speed.candidates import CANDIDATES, KNOWN, candidates_on
 from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
 from benchmarks.speed.readme import committed, with_results
 from benchmarks.speed.rows import read
-from benchmarks.speed.subject import Asked, Subject, images_of
-from benchmarks.speed.workers import Worker, WorkerError, Workers
+from benchmarks.speed.subject import Asked
+from benchmarks.speed.table import named
+from benchmarks.speed.workers import WorkerError, Workers
 from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
 from tests.export.tiny import checkpoint_file
-
-KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one small measurement, made by the command in a process of its own."""
-    folder = tmp_path_factory.mktemp("bench")
-    checkpoint_file(folder / "tiny.pt")
-    names = "torch,onnxruntime,openvino,onnxruntime-int8"
-    done = run(
-        "qfae-bench", "--ckpt", "tiny.pt", "--against", names, "--batches", "1,4", "--rounds", "2", "--seconds", "0.05",
-        "--files", "12", "--threads", "1", "--out", "bench", cwd=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
-    return folder / "bench"
 
 
 @pytest.fixture
@@ -120,7 +108,7 @@ def test_the_table(measured: Path) -> None:
     printed = (measured.parent / "printed.txt").read_text(encoding="utf-8")
     assert re.search(r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000", printed)
     assert "not measured: onnxruntime-int8: there is no int8 file of this engine" in printed
-    assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: \d+ ± ", printed)
+    assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: [\d.]+ ± ", printed)
     assert re.search(r"fastest FP32 products: .*, \d+ GFLOP/s", printed)
 
 
@@ -152,7 +140,7 @@ def test_labels_of_a_plot_never_lie_over_another(rows: list[dict[str, Any]]) -> 
     alike = [
         {**of_kind(rows, "engine")[0], "title": f"candidate {number}", "candidate": str(number)} for number in range(20)
     ]
-    plot = latency_plot(alike, {(row["title"], row["precision"]): "#000" for row in alike})
+    plot = latency_plot(alike, {named(row): "#000" for row in alike})
     heights = sorted(line["label_y"] for line in plot["lines"])
     assert np.diff(heights).min() >= 14.9
     assert heights[-1] <= 371
@@ -163,20 +151,6 @@ def test_a_page_of_values_that_are_not_finite(rows: list[dict[str, Any]], tmp_pa
         row["error"] = {"fault": "score: the engine has 3 values that are not finite"}
     write_page(rows, tmp_path / "page.html")
     assert "not finite" in (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
-def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(measured: Path) -> None:
-    subject = Subject.load(measured / "model")
-    assert subject.asked == Asked(ckpt="tiny.pt")
-    images, labels, reference = images_of(measured / "model")
-    assert len(images) == len(labels) == len(reference.score)
-    with Worker(measured / "model", measured / "logs/again.log", 1) as worker:
-        steps: list[str] = []
-        same = {"asked": vars(Asked(ckpt="tiny.pt")), "flavours": ["onnx"], "max_batch": 4}
-        worker.ask("prepare", steps.append, **same)
-        assert steps == []
-        with pytest.raises(WorkerError, match=r"CheckpointError: checkpoint 'other\.pt': no such file"):
-            worker.ask("prepare", steps.append, **{**same, "asked": vars(Asked(ckpt="other.pt"))})
 
 
 # --- processes ---
@@ -220,14 +194,54 @@ def test_an_engine_process_loads_no_torch() -> None:
     assert run("python", "-c", code, cwd=ROOT).stdout == "set()\n"
 
 
+FROM_A_COPY = """
+import sys
+from pathlib import Path
+from benchmarks.speed.candidates import KNOWN
+from benchmarks.speed.end_to_end import _run
+from benchmarks.speed.workers import Worker, WorkerError, Workers
+bench, out = map(Path, sys.argv[1:])
+with Worker(bench / "model", out / "worker.log", 1) as worker:
+    try:
+        worker.ask("nothing")
+    except WorkerError:
+        pass
+workers = Workers(bench / "model", out, "cpu", 1, 4, 4)
+record, _ = _run(KNOWN["onnxruntime"], workers, bench / "pictures", out / "results", 4, False)
+print(record["qfae"])
+"""
+
+
+def test_processes_import_what_started_them(measured: Path, tmp_path: Path) -> None:
+    """As `make bench-gpu` does it: from a checkout that is not installed, or is not the one that is."""
+    root, out = tmp_path / "checkout", tmp_path / "out"
+    for name in ("benchmarks", "qfae_runtime"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (root / "qfae_runtime/__init__.py").open("a", encoding="utf-8") as file:
+        file.write('\n__version__ = "a copy"\n')
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["QFAE_CACHE"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_A_COPY, str(measured), str(out)],
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a copy\n"
+    assert str(root / "benchmarks/speed/worker.py") in (out / "worker.log").read_text(encoding="utf-8")
+
+
 # --- an engine alone ---
 
 
+@pytest.mark.usefixtures("quick_export")
 def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
     checkpoint_file(tmp_path / "tiny.pt")
     with pytest.raises(SystemExit) as left:
         export(["--ckpt", str(tmp_path / "tiny.pt")])
     assert left.value.code == 0
+    stale = tmp_path / "bench/model/model.fp32.plan"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     done = run(
         "qfae-bench", "--engine", "tiny.onnx", "--against", "torch,openvino", "--batches", "1", "--rounds", "1",
         "--seconds", "0.01", cwd=tmp_path,
@@ -241,6 +255,7 @@ def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
     reasons = {row["candidate"]: row["reason"] for row in of_kind(rows, "missing")}
     assert reasons == dict.fromkeys(("torch-plain", "torch"), "PyTorch needs the checkpoint: pass --ckpt")
     assert of_kind(rows, "conditions")[0]["model"] == "tiny.onnx"
+    assert not stale.exists(), "it was built of another engine"
 
 
 # --- options and what is missing ---
@@ -280,6 +295,33 @@ def test_defaults() -> None:
     assert options.plan.batches == (1, 2, 4, 8, 16, 32, 64)
     assert options.candidates == candidates_on("cpu")
     assert Options(Asked(), Path("x"), ()).gemm_batch == 8
+
+
+def gpu_options(*words: str) -> Options:
+    """What `make bench-gpu ARGS="..."` measures, as click and the command understand it."""
+    parsed = command.make_context("qfae-bench", gpu.arguments(words)).params
+    return parse_options(parsed.pop("rest"), parsed)
+
+
+def test_bench_gpu_measures_what_is_given_in_place_of_its_own(tmp_path: Path) -> None:
+    assert gpu_options().asked == Asked(config="brats", random_weights=0)
+    assert gpu_options().plan.batches == (1, 8, 32, 64)
+    assert gpu_options("--preset=demo", "--batches=1,2", "--files", "0").asked == Asked(config="demo", random_weights=0)
+    assert gpu_options("--preset=demo", "--batches=1,2", "--files", "0").plan.batches == (1, 2)
+    assert gpu_options("--device", "cpu", "--rounds=2", "--rounds", "9").plan.rounds == 9
+    assert gpu_options("--device", "cpu").device == "cpu"
+    file = tmp_path / "weights.pt"
+    file.touch()
+    twice = gpu_options("--backbone-weights", f"a={file}", f"--backbone-weights=b={file}")
+    assert twice.asked.encoders == {"a": str(file), "b": str(file)}
+
+
+def test_bench_gpu_leaves_out_its_own_model_for_another() -> None:
+    assert gpu_options("--engine=x.onnx").asked == Asked(engine="x.onnx")
+    assert gpu_options("--ckpt=my.pt").asked == Asked(ckpt="my.pt")
+    assert gpu_options("--ckpt", "last.pth", "--preset", "liver").asked == Asked(ckpt="last.pth", config="liver")
+    assert gpu_options("--config=my.toml").asked == Asked(config="my.toml", random_weights=0)
+    assert gpu_options("--config", "my.toml", "--random-weights=3").asked == Asked(config="my.toml", random_weights=3)
 
 
 def test_missing_packages_come_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from benchmarks.speed import gemm
-from benchmarks.speed.candidates import CANDIDATES, GEMMS, Candidate
+from benchmarks.speed.candidates import GEMMS, KNOWN, Candidate
 from benchmarks.speed.gemm import Gemm, Product
 from benchmarks.speed.plain import PlainScorer
 from benchmarks.speed.rounds import Measured, Plan, measure
+from benchmarks.speed.rows import failed_rows, left_out_rows
 from benchmarks.speed.statistics import Interval, Visit, latency, speed_up, throughput
 from benchmarks.speed.torch_engine import compiled, eager, in_precision, package, packaged
 from benchmarks.speed.workers import WorkerError, Workers
@@ -22,9 +23,6 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Unit
 from qfae_train.checkpoint import build_scorer, load
 from tests.export.tiny import SIZE, checkpoint_file, config_of, pictures, scorer_of, vit
-
-KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
-
 
 # --- what is computed from seconds ---
 
@@ -128,6 +126,15 @@ def test_a_candidate_that_fails_is_ended_and_the_others_go_on() -> None:
     assert len(measured.of("openvino", 2)) == 2
 
 
+def test_products_that_fail_or_take_too_long_are_listed_too() -> None:
+    script = Script({"gemm-torch": 0.1, "gemm-numpy": 1.0}, fails={"gemm-numpy"})
+    measured = run(script, Plan(batches=(4,), rounds=2, longest=10), "gemm-torch", "gemm-numpy")
+    [failed], [left_out] = failed_rows(measured), left_out_rows(measured)
+    assert (failed["title"], failed["reason"]) == ("numpy", "out of memory")
+    assert (left_out["title"], left_out["batch"]) == ("torch.matmul", 4)
+    assert left_out["reason"] == "a batch would take about 40 s"
+
+
 def test_products_are_measured_at_their_own_batch_alone() -> None:
     script = Script({"gemm-torch": 1.0, "torch": 1.0})
     run(script, Plan(batches=(1, 4, 8), rounds=1), "torch", "gemm-torch")
@@ -207,7 +214,8 @@ def test_a_graph_in_half_precision(precision: str) -> None:
 
 @pytest.mark.parametrize("way", ["compiled", "packaged"])
 def test_compiled_graphs_score_as_eager_ones(way: str, tmp_path: Path) -> None:
-    scorer = scorer_of(config_of())
+    # Every kind of block once: compilers take seconds for each.
+    scorer = scorer_of(config_of(encoders=[vit(depth=1)], hidden_states=(-1,), blocks=[1]))
     images = pictures(4)
     want = eager(InferenceGraph(scorer), SIZE, "cpu").run(images)
     if way == "compiled":

@@ -24,9 +24,9 @@ from tests.export.tiny import config_of, vit
 RICH = config_of(encoders=[vit(), vit(48, 2)], qformer_blocks=3)
 """Two encoders, self-attention of the queries, a cross-attention whose query is no constant."""
 
+# Tracing takes seconds a graph. What other presets have, two encoders and other patch sizes, RICH has as well.
 WRITTEN = {
     "brats": (small("brats"), FP32),
-    "liver": (small("liver"), FP32),
     "rich": (RICH, FP32),
     "brats in FP16": (small("brats"), FP16),
     "rich in FP16": (RICH, FP16),

@@ -340,7 +340,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_read(
         out.write_bytes(b"")
         out = out / "x.pt"
     else:
-        (tmp_path / "a.last.pt.part").symlink_to("/dev/full")
+        (tmp_path / ".a.last.pt.part").symlink_to("/dev/full")
     with pytest.raises(OutputError, match=r"': cannot be written \(.+\); free the disk or name another --out$"):
         run(tiny.config(weights), tmp_path / "nodata", out)
     assert [path.name for path in tmp_path.iterdir()] == (["a.pt"] if where == "file" else [])

@@ -1,0 +1,84 @@
+"""What qfae-bench keeps of a model between runs, and that it takes no other one for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.speed.subject import RANDOM, SUBJECT, Asked, Subject, images_of, prepare
+from benchmarks.speed.workers import Worker, WorkerError
+from qfae_runtime.engines.base import Scores
+from tests.export.tiny import checkpoint_file, config_of
+from tests.train.made_up import toml
+
+
+def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(measured.parent)  # the checkpoint was named from there
+    subject = Subject.load(measured / "model")
+    assert subject.asked == Asked(ckpt="tiny.pt")
+    images, labels, reference = images_of(measured / "model")
+    assert len(images) == len(labels) == len(reference.score)
+    with Worker(measured / "model", measured / "logs/again.log", 1) as worker:
+        steps: list[str] = []
+        same = {"asked": vars(Asked(ckpt="tiny.pt")), "flavours": ["onnx"], "max_batch": 4}
+        worker.ask("prepare", steps.append, **same)
+        assert steps == []
+        with pytest.raises(WorkerError, match=r"CheckpointError: checkpoint 'other\.pt': no such file"):
+            worker.ask("prepare", steps.append, **{**same, "asked": vars(Asked(ckpt="other.pt"))})
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    """Of the same size and time even: a checkpoint that was trained on, copied over the old one."""
+    checkpoint, folder = checkpoint_file(tmp_path / "tiny.pt"), tmp_path / "model"
+    steps: list[str] = []
+
+    def trained_on(states: list[dict[str, torch.Tensor]]) -> None:
+        states[0]["blocks.0.mlp.fc1.weight"] *= 2
+
+    def prepared(batch: int = 4) -> tuple[Subject, Scores]:
+        steps.clear()
+        subject = prepare(Asked(ckpt=str(checkpoint)), folder, ["onnx"], batch, steps.append)
+        return subject, images_of(folder)[2]
+
+    before, scores = prepared()
+    built = [folder / "model.fp32.cpu.pt2", folder / "model.fp16.plan"]
+    for path in built:
+        path.write_bytes(b"built of the first")
+    assert prepared(batch=2)[0] == before
+    assert steps == []
+    status = checkpoint.stat()
+    checkpoint_file(checkpoint, change=trained_on)
+    os.utime(checkpoint, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert checkpoint.stat().st_size == status.st_size
+    after, others = prepared()
+    assert after.sources != before.sources
+    assert np.abs(others.score - scores.score).max() > 1e-4
+    assert not any(path.exists() for path in built)
+    assert prepared(batch=8)[0].max_batch == 8, "the files say for which batches they are"
+    assert steps != []
+    (folder / SUBJECT).write_text('{"asked": {}, "of": "another version"}', encoding="utf-8")
+    assert prepared()[0] == after
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_random_weights_are_those_of_the_seed_that_is_asked_for(tmp_path: Path) -> None:
+    """And of the file's present content."""
+    file, folder = tmp_path / "tiny.toml", tmp_path / "model"
+    scores = []
+    for seed, blocks in ((0, [1, 2]), (1, [1, 2]), (1, [1])):
+        file.write_text(toml(config_of(blocks=blocks)), encoding="utf-8")
+        prepare(Asked(config=str(file), random_weights=seed), folder, ["onnx"], 4, lambda step: None)
+        scores.append(images_of(folder)[2].score)
+    assert np.abs(scores[1] - scores[0]).max() > 1e-4
+    assert np.abs(scores[2] - scores[1]).max() > 1e-4
+    # A checkpoint that lies there itself makes no room for what is made of it.
+    prepare(Asked(ckpt=str(folder / RANDOM)), folder, ["onnx"], 4, lambda step: None)
+    assert (folder / RANDOM).exists()
+    np.testing.assert_array_equal(images_of(folder)[2].score, scores[2])
