@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 SUBJECT, IMAGES, RANDOM = "subject.json", "images.npz", "random.pt"
 NAME = "model"
-WRITTEN = {"onnx": f"{NAME}.onnx", "fp16": f"{NAME}.fp16.onnx"}
-"""The engine files that are written here, by what candidates call them."""
+WRITTEN = {"onnx": f"{NAME}.onnx", "int8": f"{NAME}.int8.onnx", "fp16": f"{NAME}.fp16.onnx"}
+"""The engine files that are written here, by what candidates call them; INT8's scales are of qfae's brain slices."""
 
 # subject.json goes first: without it nothing is taken for kept.
 _MADE = (SUBJECT, IMAGES, RANDOM, f"{NAME}.json", f"{NAME}.onnx*", f"{NAME}.*.onnx*", f"{NAME}.*.plan", f"{NAME}.*.pt2")
@@ -213,16 +213,23 @@ def _write_engines(
 ) -> dict[str, str]:
     """Write the engine files of these flavours, FP32 in any case, and their manifest; return them by flavour."""
     from qfae_export.describe import manifest_of, provenance_of
+    from qfae_export.images import calibration
+    from qfae_export.int8 import int8_graph
     from qfae_export.onnx_file import write_onnx
     from qfae_export.precision import FP16, FP32
 
+    def made(flavour: str) -> InferenceGraph:
+        if flavour == "int8":
+            return int8_graph(graph, calibration(None, checkpoint.config.preprocess_spec()).pixels)
+        return graph.cast(FP32 if flavour == "onnx" else FP16)  # FP16 rounds the weights, so it comes last
+
     written, files = {}, {}
-    for flavour, precision in (("onnx", FP32), ("fp16", FP16)):
+    for flavour, name in WRITTEN.items():
         if flavour in flavours or flavour == "onnx":
-            path = folder / WRITTEN[flavour]
-            say(f"writing {path.name}")
-            written[path.name] = (write_onnx(graph.cast(precision), path), precision)
-            files[flavour] = path.name
+            say(f"writing {name}")
+            cast = made(flavour)
+            written[name] = (write_onnx(cast, folder / name), cast.precision)
+            files[flavour] = name
     provenance = provenance_of(checkpoint, title)
     manifest = manifest_of(NAME, checkpoint.config, "full", max_batch, written, None, (), provenance)
     manifest.save(folder / f"{NAME}.json")
