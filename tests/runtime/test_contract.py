@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qfae_runtime.agreement import measure_agreement
-from qfae_runtime.contract import CONTRACTS, Contract
+from qfae_runtime.contract import CONTRACTS, Contract, demanded
 from qfae_runtime.engines.base import Scores
 
 from .test_agreement import changed, scores
@@ -115,3 +115,42 @@ def test_stricter_and_laxer(name: str, bound: float, expected: bool) -> None:
 def test_a_missing_bound_is_laxer() -> None:
     assert not replace(FP16, bounds={"score_iqr": 0.0}).is_as_strict_as(FP16)
     assert not FP16.is_as_strict_as(FP32)
+
+
+# --- INT8 ---
+
+
+def test_what_int8_promises() -> None:
+    """That images are told apart as before: typical errors, ranks, decisions, and the area where labels say it."""
+    assert dict(CONTRACTS["int8"].bounds) == {
+        "score_median": 0.05,
+        "score_iqr": 2.0,
+        "spearman": 0.995,
+        "flips_beyond": 0.0,
+        "map_cosine_p1": 0.75,
+        "reconstruction_p999": 4.0,
+    }
+    few, many = [True, False] * 50, [True, False] * 60
+    assert "auroc_change" not in demanded("int8", few).bounds, "one pair would be an eighth of the bound"
+    assert demanded("int8", many).bounds["auroc_change"] == 0.003
+    assert demanded("int8", [None] * 200) == CONTRACTS["int8"]
+    assert demanded("fp16", many) == FP16
+    assert demanded("int8", many).is_as_strict_as(CONTRACTS["int8"])
+
+
+def test_an_area_that_int8_changed_is_refused() -> None:
+    """A planted fault that ranks hardly show: the lowest anomalous scores fall below the highest normal ones."""
+    rng = np.random.default_rng(5)
+    count = 400
+    maps = rng.random((count, 4, 4), dtype=np.float32)
+    anomalous = [number >= count // 2 for number in range(count)]
+    scores_ = np.linspace(0, 1, count, dtype=np.float32)
+    reference = Scores(scores_, maps, np.zeros((count, 4, 4, 3), np.uint8))
+    swapped = scores_.copy()
+    swapped[188:212] = swapped[188:212][::-1]
+    contract = demanded("int8", anomalous)
+    agreement = measure_agreement(reference, reference._replace(score=swapped), anomalous)
+    assert agreement.values["spearman"] is not None
+    assert agreement.values["spearman"] > 0.999
+    assert titles(contract.failures(agreement)) == ["AUROC, change"]
+    assert contract.failures(measure_agreement(reference, reference, anomalous)) == []

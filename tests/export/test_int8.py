@@ -1,0 +1,276 @@
+"""INT8: what is rounded and how, that the file says so, and what the gate makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import numpy_helper
+
+import qfae_export.int8
+from qfae_export.errors import ExportError
+from qfae_export.export import Exported, Options, ParityError, export
+from qfae_export.graph import InferenceGraph
+from qfae_export.int8 import int8_graph
+from qfae_export.layers import Linear
+from qfae_export.onnx_file import write_onnx
+from qfae_export.parity import pytorch_scores
+from qfae_export.precision import INT8
+from qfae_export.qdq import activation_scale, weight_scales
+from qfae_runtime import open_engine
+from qfae_runtime.engines import openvino
+from qfae_runtime.manifest import Manifest
+from qfae_runtime.selftest import self_test
+from tests.export.test_cli import run
+from tests.export.tiny import SIZE, config_of, picture_folder, pictures, scorer_of, vit
+
+# Encoder blocks 2 and 3 of which the last is a tap, one decoder block, two perceptual ones: four products each.
+BLOCKS = ["encoder.2", "encoder.3", "decoder.1", "perceptual.1", "perceptual.2"]
+PRODUCTS = [f"{block}.{name}" for block in BLOCKS for name in ("qkv", "proj", "fc1", "fc2")]
+
+
+@pytest.fixture(scope="module")
+def graph() -> InferenceGraph:
+    """A tiny model with channels that are far larger than others, as trained transformers have."""
+    graph = InferenceGraph(scorer_of(config_of()))
+    for name, module in graph.named_modules():
+        if name.endswith(("norm1", "norm2")):
+            module.weight[3] *= 30
+    return graph
+
+
+@pytest.fixture(scope="module")
+def rounded(graph: InferenceGraph) -> InferenceGraph:
+    return int8_graph(graph, pictures(32))
+
+
+@pytest.fixture(scope="module")
+def file(rounded: InferenceGraph, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_onnx(rounded, tmp_path_factory.mktemp("int8") / "tiny.int8.onnx")[0]
+
+
+def products(graph: InferenceGraph) -> dict[str, Linear]:
+    return {name: one for name, one in graph.named_modules() if isinstance(one, Linear) and one.input_range}
+
+
+def test_smoothing_changes_nothing_but_how_large_channels_are(graph: InferenceGraph, rounded: InferenceGraph) -> None:
+    images = pictures(6)
+    before, after = pytorch_scores(graph, images), pytorch_scores(rounded, images)
+    np.testing.assert_allclose(after.score, before.score, rtol=1e-4)
+    np.testing.assert_allclose(after.anomaly_map, before.anomaly_map, atol=1e-5)
+    # One channel was thirty times the others; its share of the range is what eight bits have for all.
+    was, now = (cast(Any, one.get_submodule("encoder.2.norm1")).weight for one in (graph, rounded))
+    assert float(was.abs().max() / was.abs().median()) > 20
+    assert float(now.abs().max() / now.abs().median()) < 10
+    assert graph.precision.name == "fp32"
+    assert not products(graph), "the graph itself is left as it is"
+
+
+def test_what_is_computed_in_eight_bits(rounded: InferenceGraph, file: Path) -> None:
+    """The policy, the file and this list agree; the first block, the head, the Q-Former and the embeddings are not."""
+    assert sorted(products(rounded)) == sorted(PRODUCTS)
+    model = onnx.load(str(file))
+    quantised = [node.name.rpartition("/")[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert sorted(quantised) == sorted(PRODUCTS)
+    weights = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    assert {name for name, array in weights.items() if array.dtype == np.int8 and array.ndim == 2} == {
+        f"{name}.weight_int8" for name in PRODUCTS
+    }
+    # What a GELU gives takes unsigned bytes; attention outputs never do, whatever their range.
+    assert {name for name in PRODUCTS if weights[f"{name}.input_offset"].dtype == np.uint8} == {
+        name for name in PRODUCTS if name.endswith("fc2")
+    }
+
+
+def test_a_weight_is_there_once(file: Path, graph: InferenceGraph, tmp_path: Path) -> None:
+    [whole] = write_onnx(graph, tmp_path / "tiny.onnx")
+    saved = sum(cast(Linear, graph.get_submodule(name)).weight.numel() for name in PRODUCTS) * 3
+    assert whole.stat().st_size - file.stat().st_size > 0.8 * saved
+
+
+def emulated(graph: InferenceGraph) -> InferenceGraph:
+    """The same in PyTorch, written from the definition: round, clip to the type's range, and back."""
+    with torch.no_grad():
+        for name, product in products(graph).items():
+            low, high = product.input_range or (0, 0)
+            if name.endswith("fc2"):
+                scale, least, most = (high - low) / 255, 0, 255
+                offset = round(-low / scale)
+            else:
+                scale, least, most, offset = max(-low, high) / 127, -128, 127, 0
+            columns = product.weight.abs().amax(0) / 127
+            product.weight = torch.clamp(torch.round(product.weight / columns), -127, 127) * columns
+
+            def rounding(
+                _: object, inputs: Any, scale: float = scale, least: int = least, most: int = most, offset: int = offset
+            ) -> Any:
+                return ((torch.clamp(torch.round(inputs[0] / scale) + offset, least, most) - offset) * scale,)
+
+            product.register_forward_pre_hook(rounding)
+    return graph
+
+
+def test_the_file_computes_the_rounding_and_nothing_else(graph: InferenceGraph, file: Path) -> None:
+    images = pictures(12)
+    want = pytorch_scores(emulated(int8_graph(graph, pictures(32))), images)
+    exact = pytorch_scores(graph, images)
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    score, anomaly_map, _ = session.run(None, {"images": images})
+    change = np.abs(want.score - exact.score).max()
+    assert change > 1e-5, "eight bits must show"
+    assert np.abs(score - want.score).max() < 0.2 * change
+    assert np.abs(anomaly_map - want.anomaly_map).max() < 0.3 * np.abs(want.anomaly_map - exact.anomaly_map).max()
+
+
+def test_smoothing_is_worth_it(graph: InferenceGraph, rounded: InferenceGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures(12)
+    exact = pytorch_scores(graph, images)
+    smooth = pytorch_scores(emulated(int8_graph(graph, pictures(32))), images)
+    monkeypatch.setattr(qfae_export.int8, "_smooth", lambda *_: None)
+    rough = pytorch_scores(emulated(int8_graph(graph, pictures(32))), images)
+    error = [np.abs(one.anomaly_map - exact.anomaly_map).mean() for one in (smooth, rough)]
+    assert error[0] < 0.7 * error[1]
+
+
+def test_scales() -> None:
+    weight = np.array([[1.0, 0.0, -2.54], [-1.27, 0.0, 0.0]], np.float32)
+    np.testing.assert_allclose(weight_scales(weight), [0.01, 1.0, 0.02], rtol=1e-6)
+    assert activation_scale(-1.27, 1.0) == (np.float32(0.01), np.int8(0))
+    scale, offset = activation_scale(-0.17, 5.0)
+    assert float(scale) == pytest.approx(5.17 / 255)
+    assert (int(offset), offset.dtype) == (8, np.dtype(np.uint8))
+    assert activation_scale(0.0, 5.0, signed=True) == (np.float32(5 / 127), np.int8(0))
+    assert activation_scale(0.0, 0.0) == (np.float32(1), np.int8(0)), "an input that is always 0"
+
+
+def test_places_that_are_kept(graph: InferenceGraph) -> None:
+    kept = int8_graph(graph, pictures(4), replace(INT8, kept=("decoder", "encoder.2.fc1")))
+    assert sorted(products(kept)) == sorted(
+        name for name in PRODUCTS if not name.startswith("decoder") and name != "encoder.2.fc1"
+    )
+    before, after = pytorch_scores(graph, pictures(4)), pytorch_scores(kept, pictures(4))
+    np.testing.assert_allclose(after.score, before.score, rtol=1e-4)
+    with pytest.raises(ExportError, match=r"precision: decoder\.9: no such place in this model; expected, for"):
+        int8_graph(graph, pictures(4), replace(INT8, kept=("decoder.9",)))
+
+
+def test_the_second_encoders_first_block_is_kept_too() -> None:
+    graph = InferenceGraph(scorer_of(config_of(encoders=[vit(), vit(48, 4)])))
+    assert not [
+        name for name in products(int8_graph(graph, pictures(4))) if name.startswith(("encoder.1.", "encoder2.1."))
+    ]
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_openvino_computes_in_integers(file: Path, graph: InferenceGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[set[str]] = []
+    computed: Callable[[Any], set[str]] = openvino._computed_in
+
+    def noted(compiled: Any) -> set[str]:
+        found.append(computed(compiled))
+        return found[-1]
+
+    monkeypatch.setattr(openvino, "_computed_in", noted)
+    with openvino.OpenVinoEngine(file, SIZE, 8) as engine:
+        got = engine.run(pictures(8))
+    assert "i8" in found[0]
+    np.testing.assert_allclose(got.score, pytorch_scores(graph, pictures(8)).score, rtol=0.1)
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("made")
+    images = picture_folder(folder / "normal", 33)
+    backends = ("onnxruntime", "openvino") if find_spec("openvino") is not None else ("onnxruntime",)
+    options = Options(checkpoint, out=folder / "out", int8=True, calibration_images=images, backends=backends)
+    return export(options)
+
+
+def test_an_int8_engine_comes_with_its_certificate(
+    made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "cache"))
+    assert made.engines == ("tiny.onnx", "tiny.int8.onnx")
+    assert made.engine.name == "tiny.int8.onnx"
+    manifest = Manifest.load(made.folder / "tiny.json")
+    assert manifest.files["tiny.int8.onnx"].precision == "int8"
+    assert manifest.precision["tiny.int8.onnx"]["policy"] == "int8"
+    certificate = manifest.certified("tiny.int8.onnx", "onnxruntime", "cpu")
+    assert certificate is not None
+    assert certificate.contract.name == "int8"
+    assert [link.target for link in certificate.links] == ["graph FP32", "ONNX FP32", "ONNX INT8"]
+    assert [link.contract for link in certificate.links] == ["fp32", "fp32", "int8"]
+    with open_engine(made.engine) as opened:
+        assert self_test(opened).status == "passed"
+        score = opened.engine.run(pictures(4)).score
+    with open_engine(made.folder / "tiny.onnx") as opened:
+        exact = opened.engine.run(pictures(4)).score
+    assert 0 < np.abs(score - exact).max() < 0.05 * exact.max()
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_openvino_is_certified_on_it_by_the_same_contract(made: Exported) -> None:
+    report = made.others["tiny.int8.onnx", "openvino"]
+    assert report, report.failures()
+    assert report.contract.name == "int8"
+    assert made.manifest.certified("tiny.int8.onnx", "openvino", "cpu") is not None
+    assert ("tiny.int8.onnx", "openvino-bf16") not in made.others
+
+
+def test_scales_that_cut_off_are_caught(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: ranges of a tenth, as of images of another kind."""
+
+    def narrow(*arguments: Any) -> InferenceGraph:
+        graph = int8_graph(*arguments)
+        for product in products(graph).values():
+            low, high = product.input_range or (0, 0)
+            product.input_range = (low / 10, high / 10)
+        return graph
+
+    monkeypatch.setattr("qfae_export.export.int8_graph", narrow)
+    with pytest.raises(ParityError) as refused:
+        export(Options(checkpoint, out=tmp_path / "out", int8=True))
+    lines = str(refused.value).splitlines()
+    assert lines[0] == (
+        "tiny.int8.onnx: onnxruntime does not compute what PyTorch FP32 computes, so nothing was written:"
+    )
+    assert "the step at fault: ONNX FP32 -> ONNX INT8" in lines
+    assert lines[-1].startswith(
+        "INT8 rounds more than this model bears, or its scales come from images of another kind:"
+    )
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, made: Exported, tmp_path: Path) -> None:
+    done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8-keep", "decoder", "--parity-count", "40")
+    assert done.code == 2
+    assert "--int8-keep: says what stays FP32 in an INT8 engine; pass --int8 too" in done.err
+    assert "--parity-count: counts images of a folder; pass --parity-images DIR too" in done.err
+    done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--calibration-images", tmp_path / "none")
+    assert "--calibration-images: gives INT8 its scales; pass --int8 too" in done.err
+    done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--part", "scorer")
+    assert "--int8: means nothing with --part, for it is measured as a whole; leave out --part" in done.err
+    done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--calibration-images", tmp_path / "none")
+    assert done.code == 1
+    assert f"--calibration-images: {tmp_path / 'none'}: no such folder; name one that holds real images" in done.err
+    done = run(capsys, "--onnx", made.engine, "--format", "rtx-plan")
+    assert done.code == 1
+    assert "is an INT8 file, for CPUs; plans are made of FP32 and FP16 files: name one of those" in done.err
+
+
+def test_the_manifest_says_what_is_computed_how(made: Exported) -> None:
+    stored = json.loads((made.folder / "tiny.json").read_text(encoding="utf-8"))["precision"]["tiny.int8.onnx"]
+    assert stored["rules"]["the decoder's head"]["type"] == "float32"
+    assert stored["kept_fp32"] == []
