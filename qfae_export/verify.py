@@ -11,7 +11,7 @@ from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, choose
 from qfae_export.parity import ParityReport, certificate_of, measure
-from qfae_export.precision import FP32, Precision
+from qfae_export.precision import FP16, Precision
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores, card_of
@@ -125,7 +125,7 @@ def _anew(
     graph = InferenceGraph(scorer)
     chain = Chain.begin(scorer, graph, images)
     policy = Precision.described(opened.manifest.precision[opened.path.name])
-    if policy.name != FP32.name:
+    if policy.name == FP16.name:
         say("rounding the graph as FP16 rounds")
         chain.round(graph, policy)
     return chain

@@ -20,7 +20,7 @@ from qfae_runtime.cli import run_command
 from qfae_train.config import Backbone, Perceptual
 from tests.benchmarks.test_reproduce import tree
 from tests.commands import ROOT, run
-from tests.export.tiny import checkpoint_file
+from tests.export.tiny import checkpoint_file, picture_folder
 from tests.train.made_up import DINOV2, config, made_up, toml
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_no_command_is_left_untested() -> None:
 
 
 def test_train_export_run(tmp_path: Path) -> None:
-    [activate], [build], [calibrate, score] = commands("."), commands("python"), commands("qfae-run")
+    [activate], [build], [calibrate, score] = commands("."), commands("python"), commands("qfae-run")[:2]
     train, export = commands("qfae-train")[0], commands("qfae-export")[0]
     assert activate == [".", ".venv/bin/activate"]
     assert run(*build, "--splits", "valid", cwd=tmp_path).returncode == 0
@@ -109,7 +109,7 @@ def test_bench(tmp_path: Path) -> None:
 def test_fp16_and_tensorrt(tmp_path: Path) -> None:
     """As far as a machine without TensorRT and GPU comes: FP16, the reason why there is no plan, and verifying."""
     checkpoint_file(tmp_path / "brats.pt")
-    export, rebuild, verify = commands("qfae-export")[2:]
+    export, rebuild, verify = commands("qfae-export")[2:5]
     done = run(*export, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "brats.fp16.onnx").is_file()
@@ -121,6 +121,17 @@ def test_fp16_and_tensorrt(tmp_path: Path) -> None:
         verify = [word.replace("brats.plan", "brats.fp16.onnx") for word in verify]
     done = run(*verify, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_int8(tmp_path: Path) -> None:
+    checkpoint_file(tmp_path / "brats.pt")
+    picture_folder(tmp_path / "normals", 33)
+    picture_folder(tmp_path / "images", 3)
+    [export], score = commands("qfae-export")[5:], commands("qfae-run")[2]
+    for command in (export, score):
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results/run.json").read_text(encoding="utf-8"))["counts"]["scored"] == 3
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "demo-train", "reproduce"])

@@ -270,6 +270,13 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, 
     assert "is an INT8 file, for CPUs; plans are made of FP32 and FP16 files: name one of those" in done.err
 
 
+def test_verify_measures_it_again(capsys: pytest.CaptureFixture[str], checkpoint: Path, made: Exported) -> None:
+    done = run(capsys, "verify", "--engine", made.engine, "--ckpt", checkpoint)
+    assert done.code == 0, done.err
+    assert "contract int8" in done.out
+    assert "rounding" not in done.err, "that step is FP16's"
+
+
 def test_the_manifest_says_what_is_computed_how(made: Exported) -> None:
     stored = json.loads((made.folder / "tiny.json").read_text(encoding="utf-8"))["precision"]["tiny.int8.onnx"]
     assert stored["rules"]["the decoder's head"]["type"] == "float32"
