@@ -1,0 +1,73 @@
+"""What INT8 costs the demonstration's model, as a table in docs/int8.md: exported anew, measured on its test slices.
+
+python -m demo.dataset --out build/demo/data
+python -m benchmarks.int8
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+
+from qfae_export.export import Options, export
+from qfae_export.options import INT8_SUFFIX
+from qfae_runtime.agreement import QUANTITIES
+
+DOCUMENT = Path("docs/int8.md")
+SHOWN = ("score_median", "score_iqr", "spearman", "auroc_change", "flips", "map_cosine_p1")
+WAYS = {
+    "as it is": (),
+    "`--int8-keep decoder`": ("decoder",),
+}
+_SLICES, _TRAINING = "qfae's slices", "training slices"
+_MARKS = re.compile(r"(<!-- int8-results -->\n).*?(<!-- /int8-results -->)", re.DOTALL)
+
+
+def rows(checkpoint: Path, data: Path) -> list[list[str]]:
+    """Return a row of the table for every way, calibrated on two sets of images, on ONNX Runtime and OpenVINO."""
+    found = []
+    for way, kept in WAYS.items():
+        for title, images in ((_SLICES, None), (_TRAINING, data / "train/good")):
+            with TemporaryDirectory() as folder:
+                options = Options(
+                    checkpoint,
+                    out=Path(folder),
+                    int8=True,
+                    int8_keep=kept,
+                    calibration_images=images,
+                    parity_images=data / "test",
+                    parity_count=200,
+                    backends=("onnxruntime", "openvino"),
+                )
+                exported = export(options, lambda step: click.echo(step, err=True))
+                engine = exported.manifest.name + INT8_SUFFIX
+                reports = {"onnxruntime": exported.reports[engine], "openvino": exported.others[engine, "openvino"]}
+                for backend, report in reports.items():
+                    values = report.worst.values
+                    found.append([way, title, backend, *(f"{values[name]:.4g}" for name in SHOWN)])
+    return found
+
+
+def table(found: list[list[str]]) -> str:
+    """Return the rows as Markdown."""
+    heads = ["kept", "calibrated on", "backend", *(QUANTITIES[name].title for name in SHOWN)]
+    lines = [heads, ["---"] * 3 + ["---:"] * len(SHOWN), *found]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@click.command()
+@click.option("--ckpt", type=click.Path(path_type=Path), default=Path("demo/weights/demo.pt"), show_default=True)
+@click.option("--data", type=click.Path(path_type=Path), default=Path("build/demo/data"), show_default=True)
+def main(ckpt: Path, data: Path) -> None:
+    """Measure INT8 on the demonstration's test slices, and put the table into docs/int8.md."""
+    text = table(rows(ckpt, data))
+    click.echo(text)
+    before = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(_MARKS.sub(lambda marks: marks[1] + text + marks[2], before), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
