@@ -159,11 +159,14 @@ def _check(header: Any, source: str, kept_in: str | None) -> tuple[Format, int]:
     pydicom = load_pydicom()
     uid = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     name = pydicom.uid.UID(uid).name
+    if name == uid:
+        # What pydicom does not know is the header's own text, which may be anything: the patient's name in a damaged
+        # one. It is neither told nor searched for words.
+        name = ""
     if words := without_image(name):
         raise InputError(source, f"no image to score: {words}")
     if "Rows" not in header or "BitsAllocated" not in header:
-        # What pydicom does not know is the header's own text, which may be anything.
-        known = "of no stated class" if not uid else "of an unknown class" if name == uid else name
+        known = name or ("of an unknown class" if uid else "of no stated class")
         raise InputError(source, f"no image to score: a DICOM object ({known}) without pixels")
     missing = [
         key

@@ -311,6 +311,27 @@ def test_header_text_is_not_repeated(tmp_path: Path, keyword: str, value: str, r
     assert reason_for(path) == reason
 
 
+@pytest.mark.parametrize("words", ["Jane Plan", "Jane SR", "Jane Image Storage", "Jane RT Dose " * 30])
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_class_that_is_not_known_is_not_repeated(tmp_path: Path, words: str, rows: bool) -> None:
+    """Where a header is damaged, whatever stands in it may come in the place of its class."""
+    whole = pydicom.dcmread(write_dicom(tmp_path / "x", RAMP))
+    whole["SOPClassUID"] = pydicom.DataElement("SOPClassUID", "LO", words)
+    if not rows:
+        del whole.Rows
+    whole.save_as(tmp_path / "x")
+    if rows:
+        assert len(read(tmp_path / "x")) == 1
+    else:
+        assert reason_for(tmp_path / "x") == "no image to score: a DICOM object (of an unknown class) without pixels"
+
+
+def test_a_reason_has_a_longest_length() -> None:
+    error = InputError("a/b", "Jane" * 1000)
+    assert error.reason == "Jane" * 125 + " ..."
+    assert str(error) == f"a/b: {error.reason}"
+
+
 def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = builtins.__import__
 
