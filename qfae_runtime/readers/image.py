@@ -28,6 +28,7 @@ from PIL import Image, ImageChops, PngImagePlugin, TiffImagePlugin, Unidentified
 
 from qfae_runtime.arrays import Bool, UInt8
 from qfae_runtime.errors import InputError
+from qfae_runtime.readers import jpeg
 from qfae_runtime.readers.base import Slice, check_frames, check_regular_file, check_size, too_large
 from qfae_runtime.readers.faults import faults_told
 from qfae_runtime.readers.window import grey
@@ -77,7 +78,7 @@ def read_pages(path: Path, source: str) -> Iterator[Slice]:
 
     """
     check_regular_file(path, source)
-    with _faults_told(path, source, _UNKNOWN_KIND), _opened(path) as image:
+    with _faults_told(path, source, _UNKNOWN_KIND), _opened(path, source) as image:
         if several := _has_page(image, 1):
             image.seek(0)
         frame = decoded_bytes = 0
@@ -111,7 +112,7 @@ def read_mask(path: Path | str) -> Bool:
 def _decoded(path: Path, source: str) -> Iterator[_Loaded]:
     """Open, check, decode and orient a file of one picture."""
     check_regular_file(path, source)
-    with _faults_told(path, source), _opened(path) as image:
+    with _faults_told(path, source), _opened(path, source) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise InputError(source, f"holds {frames} pictures, expected one; split it into single images")
@@ -119,14 +120,18 @@ def _decoded(path: Path, source: str) -> Iterator[_Loaded]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, source: str) -> Iterator[Image.Image]:
     """Open a picture; nothing is decoded yet.
 
     Pillow is given no path, for it would map uncompressed pixels into memory: a file that is cut short meanwhile then
     ends the process (SIGBUS), and a TIFF whose EXIF turns it on its side comes out scrambled.
     """
-    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-        yield image
+    with path.open("rb") as file:
+        if file.read(len(jpeg.MAGIC)) == jpeg.MAGIC:
+            jpeg.check_scans(file, source)
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
 
 
 @contextmanager

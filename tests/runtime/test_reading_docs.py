@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 from qfae_runtime import pipeline
-from qfae_runtime.readers import base, contained, window
+from qfae_runtime.readers import base, contained, jpeg, window
 from qfae_runtime.readers.dicom import MISSING
 from qfae_runtime.readers.dicom_header import SHORT_HEADER_BYTES
 
@@ -23,6 +23,8 @@ def test_limits() -> None:
         f"{base.MAX_FRAMES:,} pictures; {base.MAX_DECODED_BYTES // 2**30} GiB of pixels, decompressed",
         f"{base.MAX_VOLUME_BYTES // 2**30} GiB as stored, decompressed",
         f"{contained.SECONDS_PER_PICTURE:.0f} seconds, {contained.MEMORY_BYTES // 2**30} GiB of address space",
+        f"| a JPEG | {jpeg.MAX_SCANS} scans",
+        f"; {jpeg.MAX_SEGMENTS:,} segments |",
         f"| {base.MAX_HEADER_BYTES // 2**20} MiB have to be read",
         f"more than {SHORT_HEADER_BYTES // 2**20} MiB has to be read",
         f"decoded {pipeline.FRAMES_AT_ONCE} frames at a time",
