@@ -6,7 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from qfae_runtime import pipeline
+from qfae_runtime import pipeline, record
 from qfae_runtime.readers import base, contained, jpeg, window
 from qfae_runtime.readers.dicom import MISSING
 from qfae_runtime.readers.dicom_header import SHORT_HEADER_BYTES
@@ -42,3 +42,10 @@ def test_the_decoders_of_the_table_are_in_the_extra() -> None:
         assert f"| {name} |" in TEXT
         assert name in extra
     assert "pylibjpeg-libjpeg" not in extra
+
+
+def test_every_decoder_is_recorded() -> None:
+    """Another version of one may give other pixels: a run is not resumed on it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = {re.split(r"[>=<]", one)[0] for one in project["optional-dependencies"]["medical"]}
+    assert extra | {"numpy", "pillow", "opencv-python-headless", "pylibjpeg-libjpeg"} == set(record._READERS)
