@@ -13,7 +13,7 @@ import pydicom.data
 import pydicom.pixels
 import pytest
 from PIL import Image
-from pydicom.uid import RLELossless
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers import ReadOptions, Slice, base, dicom, dicom_header, read_slices
@@ -236,7 +236,20 @@ def test_a_jpeg_ls_stream_that_is_cut_short_is_refused_before_it_is_decoded(
 def test_truncated_and_contradictory_headers(tmp_path: Path) -> None:
     whole = dicom_bytes(RAMP)
     (tmp_path / "cut").write_bytes(whole[:-10])
-    assert reason_for(tmp_path / "cut").startswith("damaged or truncated DICOM image (")
+    reason = "damaged DICOM image (30 of 40 bytes of pixels are there; the file is cut short)"
+    assert reason_for(tmp_path / "cut") == reason
+    implicit = dicom_bytes(RAMP, TransferSyntaxUID=ImplicitVRLittleEndian)
+    (tmp_path / "cut").write_bytes(implicit[:-10])
+    assert reason_for(tmp_path / "cut") == reason
+    film = dicom_bytes(np.zeros((3, 6, 5), np.uint8))
+    (tmp_path / "cut").write_bytes(film[:-25])
+    assert reason_for(tmp_path / "cut") == reason.replace("30 of 40", "65 of 90")
+    start = whole.index(b"\xe0\x7f\x10\x00")
+    for end in (start, whole.index(b"\x28\x00\x02\x00")):
+        (tmp_path / "cut").write_bytes(whole[:end])
+        assert reason_for(tmp_path / "cut") == (
+            "no image to score: Secondary Capture Image Storage, cut short or without its pixels"
+        )
     for name, value, reason in (
         ("Rows", 0, "the image has no pixels (5 x 0)"),
         ("Rows", 60000, "too large: got 5 x 60000 pixels, the limit is 67,108,864 pixels and 32,768 a side"),
