@@ -78,7 +78,8 @@ def test_too_many_scans_are_refused_before_they_are_decoded(tmp_path: Path, monk
     path = tmp_path / "x.png"
     path.write_bytes(many_scans(100))
     [piece] = read_slices(path, "x")
-    assert (piece.pixels.shape, set(piece.pixels.ravel())) == ((64, 64, 3), {128})
+    assert piece.pixels.shape == (64, 64, 3)
+    assert (piece.pixels == 128).all()
     path.write_bytes(many_scans(101))
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("was opened"))
     for read in (lambda: list(read_slices(path, "x")), lambda: read_image(path), lambda: read_mask(path)):
