@@ -31,7 +31,8 @@ PROGRAM = "qfae-run calibrate"
 _SHOWN = 10
 
 _EPILOG = """\b
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some files could not be scored and were left out.
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some files could not be scored and were left out;
+130 interrupted (Ctrl-C, SIGTERM).
 
 \b
 Example:

@@ -27,7 +27,8 @@ from qfae_runtime.run import Options, Summary, execute
 PROGRAM = "qfae-run"
 
 _EPILOG = """\b
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some files could not be scored (each has its row).
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some files could not be scored (each has its row);
+130 interrupted (Ctrl-C, SIGTERM): --resume goes on.
 
 \b
 Examples:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 SOME_INPUTS_FAILED = 3
 """Exit code of a command that did its work, but for some inputs that could not be scored."""
+LONGEST_REASON = 500
 INTERRUPTED = 130
 """Exit code of a command that the user or the system stopped."""
 
@@ -41,12 +42,15 @@ class UsageError(QfaeError):
 
 
 class InputError(QfaeError):
-    """One input file cannot be read. `reason` is the sentence without the file's name."""
+    """One input file cannot be read. `reason` is the sentence without the file's name, cut at LONGEST_REASON letters.
+
+    A longer one would be no sentence of this project, but something of the file.
+    """
 
     def __init__(self, source: str, reason: str) -> None:
         self.source = source
-        self.reason = reason
-        super().__init__(f"{source}: {reason}")
+        self.reason = reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + " ..."
+        super().__init__(f"{source}: {self.reason}")
 
 
 class ManifestError(QfaeError):

@@ -21,7 +21,8 @@ MASK_FOLDERS = ("label", "anomaly_mask")
 IMAGE_FOLDER = "img"
 
 # What lies beside images in real archives. Inside a folder these are counted and not attempted, unless their first
-# bytes are those of an image; all else is attempted. A file that is named itself is always attempted.
+# bytes are those of an image or cannot be read; all else is attempted, .nii.gz too. A file that is named itself is
+# always attempted.
 NON_IMAGE_SUFFIXES = frozenset(
     {
         ".txt",
@@ -191,7 +192,7 @@ class _Walk:
         suffix = path.suffix.lower()
         if path.name.startswith("."):
             self.ignored[HIDDEN] += 1  # not by its name: there may be one for each image, and it may say whose it is
-        elif (suffix in NON_IMAGE_SUFFIXES or path.name == "Thumbs.db") and not _is_image_all_the_same(path):
+        elif (suffix in NON_IMAGE_SUFFIXES or path.name == "Thumbs.db") and not _may_be_image(path):
             self.ignored[suffix] += 1
         else:
             self.found[path] = None
@@ -222,12 +223,17 @@ def _is_file(place: Path | os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_image_all_the_same(path: Path) -> bool:
-    """Say whether a file is one of those that are read, whatever its suffix: .nii.gz, or DICOM that ends in .log."""
+def _may_be_image(path: Path) -> bool:
+    """Say whether a file is to be attempted whatever its suffix: DICOM that ends in .log, or what cannot be opened.
+
+    A .nii.gz is, however damaged: an image that has lost its first bytes must not lose its row.
+    """
+    if path.name.lower().endswith(".nii.gz"):
+        return True
     try:
         return path.is_file() and kind_of(path) is not None
     except (OSError, ValueError):
-        return False
+        return True
 
 
 def _holds_masks(folder: Path, beside_images_folder: bool) -> bool:

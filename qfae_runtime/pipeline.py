@@ -114,7 +114,10 @@ class Pipeline:
                 closing(self._decoded(decoding, jobs, depth + self.workers)) as decoded,
                 closing(self._score(decoded)) as scored,
             ):
-                yield from in_order(drawing, self._draw, scored, depth)
+                if self.maps:
+                    yield from in_order(drawing, self._draw, scored, depth, at_once=True)
+                else:
+                    yield from scored
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

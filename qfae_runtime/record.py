@@ -30,7 +30,10 @@ _READERS = (
     "pydicom",
     "nibabel",
     "pyjpegls",
+    "pylibjpeg",
+    "pylibjpeg-libjpeg",
     "pylibjpeg-openjpeg",
+    "pylibjpeg-rle",
     "python-gdcm",
 )
 

@@ -25,6 +25,10 @@ _MOST_BITS = 22
 _AT_ONCE = 1 << 18
 """Input pixels converted at a time: they stay in the processor's cache, and large images cost little memory."""
 
+_MOST_WORK = 1 << 18
+"""Multiplications in one product. OpenBLAS takes several threads for more of them, and those of pictures that are
+decoded side by side get into each other's way: one of 512 x 512 pixels then takes many times as long."""
+
 _BAND = 16
 """Output pixels computed in one product: few enough that they need neighbouring input pixels only."""
 
@@ -45,6 +49,11 @@ class _Kernel(NamedTuple):
     dtype: type[np.floating[Any]]
     """A type in which every sum is exact."""
 
+    @property
+    def work_of_row(self) -> int:
+        """The most multiplications that a row takes in one product."""
+        return max(band.weights.size for band in self.bands)
+
 
 def resize(pixels: UInt8, height: int, width: int) -> UInt8:
     """Resize uint8 (H, W, 3) to uint8 (height, width, 3); the aspect is not kept, the result owns its memory."""
@@ -62,7 +71,7 @@ def _along_rows(planes: UInt8, size: int) -> UInt8:
     kernel = _kernel(planes.shape[2], size)
     rows = planes.reshape(-1, planes.shape[2])
     done = np.empty((len(rows), size), dtype=np.uint8)
-    step = max(1, _AT_ONCE // planes.shape[2])
+    step = max(1, min(_AT_ONCE // planes.shape[2], _MOST_WORK // kernel.work_of_row))
     for start in range(0, len(rows), step):
         part = np.asarray(rows[start : start + step], dtype=kernel.dtype, order="C")
         sums = np.empty((len(part), size), dtype=kernel.dtype)

@@ -66,12 +66,18 @@ class TimedPool:
             return function(*arguments)
 
 
-def in_order(pool: Pool, function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
-    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way."""
+def in_order(
+    pool: Pool, function: Callable[[Item], Result], items: Iterable[Item], depth: int, *, at_once: bool = False
+) -> Iterator[Result]:
+    """Map `function` over `items` in the pool; results come in order, at most `depth` items are under way.
+
+    A result is held back until `depth` items are, so that there is work while it is used; with `at_once`, only until
+    it is there when the next item comes.
+    """
     pending: deque[Future[Result]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
-        if len(pending) >= depth:
+        while pending and (len(pending) >= depth or (at_once and pending[0].done())):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

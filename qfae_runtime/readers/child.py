@@ -60,6 +60,8 @@ def _serve(pieces: Iterator[Slice], path: Path, answers: IO[bytes], seconds: int
             pixels, answer = b"", {"end": True, "error": error.reason}
         except Exception as error:  # a fault of this program: the process that asks raises it again
             pixels, answer = b"", {"end": True, "fault": _in_words(error)}
+        except BaseException as error:  # a decoder in Rust that panics raises what is no Exception
+            pixels, answer = b"", {"end": True, "error": f"damaged image (its decoder failed: {type(error).__name__})"}
         _alarm(0)
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.write(pixels)

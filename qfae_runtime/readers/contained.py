@@ -111,7 +111,9 @@ class _Child:
     def __init__(self) -> None:
         limit = str(2 * math.ceil(SECONDS_PER_PICTURE))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qfae_runtime.readers.child", str(MEMORY_BYTES), limit],
+            # -P: nothing is imported from the working folder, which may be that of the images: a file in it that is
+            # called as a module (rle.py, numpy.py) would be run.
+            [sys.executable, "-P", "-m", "qfae_runtime.readers.child", str(MEMORY_BYTES), limit],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

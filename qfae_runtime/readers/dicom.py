@@ -76,7 +76,9 @@ def read_frames(path: Path, source: str, options: ReadOptions, header_bytes: int
         if form.floating and syntax not in (*_NATIVE, DEFLATED):
             raise UnreadableValuesError("floating-point pixels in a compressed syntax, which DICOM does not have")
         if kept_in is None:
-            raise InputError(source, "no image to score: a DICOM header without the pixels it describes")
+            raise InputError(source, f"no image to score: {_without_pixels(header, 'a DICOM header')}")
+        if syntax in _NATIVE:
+            _check_length(file, start, header, form, frames)
         options_of_pydicom: dict[str, Any] = {
             "correct_unused_bits": False,  # Format.cut does it, for every high bit
             "apply_j2k_sign_correction": False,
@@ -114,6 +116,18 @@ def _pixels_in(header: Any, file: IO[bytes] | None) -> str | None:
         return None
     group, element = struct.unpack("<HH" if header.original_encoding[1] else ">HH", head.ljust(4, b"\0"))
     return _PIXEL_DATA.get(group << 16 | element, "PixelData")
+
+
+def _check_length(file: IO[bytes], start: int, header: Any, form: Format, frames: int) -> None:
+    """Hold the size of a file against that of uncompressed pixels, whose element begins at byte `start`."""
+    bits = int(header.Rows) * int(header.Columns) * int(header.SamplesPerPixel) * int(header.BitsAllocated) * frames
+    if form.photometric == "YBR_FULL_422":  # two pixels share their colours
+        bits = bits * 2 // 3
+    wanted = (bits + 7) // 8
+    head = _ELEMENT_BYTES - 4 if header.original_encoding[0] else _ELEMENT_BYTES
+    there = max(0, os.fstat(file.fileno()).st_size - start - head)
+    if there < wanted:
+        raise UnreadableValuesError(f"{there:,} of {wanted:,} bytes of pixels are there; the file is cut short")
 
 
 def _check_ends(path: Path, start: int) -> None:
@@ -156,15 +170,11 @@ def _guessed_syntax(header: Any) -> str:
 
 def _check(header: Any, source: str, kept_in: str | None) -> tuple[Format, int]:
     """Hold a header against what can be read, before any pixel is; those are in the element `kept_in`."""
-    pydicom = load_pydicom()
-    uid = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
-    name = pydicom.uid.UID(uid).name
+    name = _class_name(header)
     if words := without_image(name):
         raise InputError(source, f"no image to score: {words}")
     if "Rows" not in header or "BitsAllocated" not in header:
-        # What pydicom does not know is the header's own text, which may be anything.
-        known = "of no stated class" if not uid else "of an unknown class" if name == uid else name
-        raise InputError(source, f"no image to score: a DICOM object ({known}) without pixels")
+        raise InputError(source, f"no image to score: {_without_pixels(header)}")
     missing = [
         key
         for key in ("Columns", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
@@ -190,6 +200,32 @@ def _check(header: Any, source: str, kept_in: str | None) -> tuple[Format, int]:
             source, f"damaged DICOM image (bits allocated {allocated}, stored {stored}, high bit {high} cannot be)"
         )
     return Format(stored, high, header.get("PixelRepresentation") == 1, photometric), frames
+
+
+def _class_uid(header: Any) -> str:
+    return str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+
+
+def _class_name(header: Any) -> str:
+    """Return the name of a header's SOP class; empty where the standard has none.
+
+    What pydicom does not know is the header's own text, which may be anything: the patient's name in a damaged one. It
+    is neither told nor searched for words.
+    """
+    uid = _class_uid(header)
+    name = str(load_pydicom().uid.UID(uid).name)
+    return "" if name == uid else name
+
+
+def _without_pixels(header: Any, what: str | None = None) -> str:
+    """Return what an object without pixels is in words; `what`, where it has the header of a picture."""
+    name = _class_name(header)
+    if "Image Storage" in name:
+        return f"{name}, cut short or without its pixels"
+    if what is not None:
+        return f"{what} without the pixels it describes"
+    known = name or ("of an unknown class" if _class_uid(header) else "of no stated class")
+    return f"a DICOM object ({known}) without pixels"
 
 
 def _check_floats(allocated: int, bits: int, photometric: str, source: str) -> Format:

@@ -28,6 +28,7 @@ from PIL import Image, ImageChops, PngImagePlugin, TiffImagePlugin, Unidentified
 
 from qfae_runtime.arrays import Bool, UInt8
 from qfae_runtime.errors import InputError
+from qfae_runtime.readers import jpeg
 from qfae_runtime.readers.base import Slice, check_frames, check_regular_file, check_size, too_large
 from qfae_runtime.readers.faults import faults_told
 from qfae_runtime.readers.window import grey
@@ -77,7 +78,7 @@ def read_pages(path: Path, source: str) -> Iterator[Slice]:
 
     """
     check_regular_file(path, source)
-    with _faults_told(path, source, _UNKNOWN_KIND), Image.open(path, formats=FORMATS) as image:
+    with _faults_told(path, source, _UNKNOWN_KIND), _opened(path, source) as image:
         if several := _has_page(image, 1):
             image.seek(0)
         frame = decoded_bytes = 0
@@ -111,11 +112,26 @@ def read_mask(path: Path | str) -> Bool:
 def _decoded(path: Path, source: str) -> Iterator[_Loaded]:
     """Open, check, decode and orient a file of one picture."""
     check_regular_file(path, source)
-    with _faults_told(path, source), Image.open(path, formats=FORMATS) as image:
+    with _faults_told(path, source), _opened(path, source) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise InputError(source, f"holds {frames} pictures, expected one; split it into single images")
         yield _loaded(image, source)
+
+
+@contextmanager
+def _opened(path: Path, source: str) -> Iterator[Image.Image]:
+    """Open a picture; nothing is decoded yet.
+
+    Pillow is given no path, for it would map uncompressed pixels into memory: a file that is cut short meanwhile then
+    ends the process (SIGBUS), and a TIFF whose EXIF turns it on its side comes out scrambled.
+    """
+    with path.open("rb") as file:
+        if file.read(len(jpeg.MAGIC)) == jpeg.MAGIC:
+            jpeg.check_scans(file, source)
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
 
 
 @contextmanager
@@ -157,6 +173,8 @@ def _loaded(image: Image.Image, source: str) -> _Loaded:
         kind = "floating-point" if image.mode == "F" else "32-bit integer or signed"
         raise InputError(source, f"{kind} pixels have no stated range; store the image in 8 or 16 bit")
     bits = _bits(image)  # before the decoding, after which a PNG does not know any more
+    # Pillow turns a TIFF itself while decoding it, and forgets that it was turned; a PNG may say it behind its pixels.
+    stated = _orientation(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else 1
     image.load()
     decoded, white_is_zero = image, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -164,14 +182,19 @@ def _loaded(image: Image.Image, source: str) -> _Loaded:
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for one of Adobe's, and those alone are stored inverted.
         decoded = ImageChops.invert(image)
+    left = _orientation(image)
+    if left != 1:
+        decoded = decoded.transpose(_TRANSPOSE[left])
+    return _Loaded(decoded, bits, white_is_zero, max(stated, left))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of a picture that is still to be applied, 1 to 8."""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels, which have been decoded by now
-        orientation = 1
-    operation = _TRANSPOSE.get(orientation)
-    if operation is None:
-        return _Loaded(decoded, bits, white_is_zero, 1)
-    return _Loaded(decoded.transpose(operation), bits, white_is_zero, orientation)
+        stated = image.getexif().get(_ORIENTATION_TAG)
+        return stated if stated in _TRANSPOSE else 1
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return 1
 
 
 def _bits(image: Image.Image) -> int:

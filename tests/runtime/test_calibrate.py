@@ -182,6 +182,11 @@ def test_nothing_is_replaced_unasked(normals: Path, engine_path: Path) -> None:
             {"backend": "openvino-bf16"},
             "made with openvino-bf16, whose scores are not those of onnxruntime; ",
         ),
+        (
+            {"reading": {"window": [40.0, 400.0], "axis": "axial", "slices": None}},
+            "made with images that were read in another way: window [40.0, 400.0], axis axial, slices None, here "
+            "window None, axis axial, slices None; pass the same options, or calibrate again",
+        ),
         ({"threshold": 1e9}, "key 'threshold': expected the one that its scores give, got 1000000000.0"),
         ({"fpr": 0.2}, "key 'threshold': expected the one that its scores give"),
         ({"fpr": 0.001}, "key 'scores': expected 999 scores or more"),
@@ -205,6 +210,10 @@ def test_a_calibration_that_does_not_fit_stops_the_run(
     assert says in shown.stderr
     assert "calibrat" in shown.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_help_tells_the_exit_codes() -> None:
+    assert "130 interrupted (Ctrl-C, SIGTERM)." in calibrate("--help").stdout
 
 
 def test_a_missing_calibration_that_was_named_is_told(dataset: Path, engine_path: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_help_shows_options_and_ends_with_an_example() -> None:
     for option in ("--engine", "--resume", "--overwrite", "--selftest", "--allow-uncertified", "--json"):
         assert option in shown.stdout
     assert "qfae-run calibrate normal-scans/ --engine demo.onnx --fpr 0.05" in shown.stdout
+    assert "130 interrupted (Ctrl-C, SIGTERM): --resume goes on." in shown.stdout
 
 
 def test_all_usage_faults_are_told_at_once() -> None:

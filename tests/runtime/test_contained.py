@@ -100,6 +100,33 @@ def test_a_hanging_process_ends_itself_when_nobody_watches(tmp_path: Path, monke
     assert reason_for(bad) == "damaged image (its decoder crashed, exit -14)"
 
 
+def test_a_decoder_that_panics_costs_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Rust raises is no Exception."""
+    bad = plant(tmp_path, 'raise type("PanicException", (BaseException,), {})("Jane")', monkeypatch)
+    list(read_slices(COMPRESSED, "x"))
+    [child] = contained._idle
+    assert reason_for(bad) == "damaged image (its decoder failed: PanicException)"
+    assert contained._idle == [child]
+    assert len(list(read_slices(COMPRESSED, "x"))) == 1
+
+
+def test_nothing_of_the_working_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be that of the images, and hold a file that is called as a module is."""
+    for name in ("rle", "numpy", "json"):
+        (tmp_path / f"{name}.py").write_text("open('was run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(read_slices(COMPRESSED, "x"))) == 1
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_decoding_processes_are_no_part_of_the_group(tmp_path: Path) -> None:
+    """Ctrl-C, and what a batch system sends, go to a whole group: the one that asks ends the others, in order."""
+    list(read_slices(COMPRESSED, "x"))
+    [child] = contained._idle
+    assert os.getpgid(child.process.pid) == child.process.pid != os.getpgid(0)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the limit is POSIX's")
 def test_memory_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = plant(tmp_path, "bytearray(5 * 2**30)", monkeypatch)

@@ -38,7 +38,7 @@ REASONS_PYDICOM = {
     r"README.*|.*\.(txt|json|dump|icc|md)|DICOMDIR.*\.json": FOREIGN,
     r"DICOMDIR.*": DIRECTORY,
     r"zipMR\.gz": PACKED,
-    r"IM0000..": f"{NO_IMAGE}a DICOM object (CT Image Storage) without pixels",
+    r"IM0000..": f"{NO_IMAGE}CT Image Storage, cut short or without its pixels",
     r"(fall|hotiron|hotmetalblue|pet|pet20step|spring|summer|winter)\.dcm": (
         f"{NO_IMAGE}a colour palette (Color Palette Storage)"
     ),
@@ -50,18 +50,20 @@ REASONS_PYDICOM = {
     r"reportsi.*\.dcm": f"{NO_IMAGE}a structured report (Basic Text SR Storage)",
     r"test-SR\.dcm": f"{NO_IMAGE}a structured report (Comprehensive SR Storage)",
     r"waveform_ecg\.dcm": f"{NO_IMAGE}a waveform (12-lead ECG Waveform Storage)",
-    r"UN_sequence\.dcm": f"{NO_IMAGE}a DICOM object (CT Image Storage) without pixels",
-    r"priv_SQ\.dcm": f"{NO_IMAGE}a DICOM object (MR Image Storage) without pixels",
-    r"no_meta_group_length\.dcm": f"{NO_IMAGE}a DICOM object (RT Image Storage) without pixels",
+    r"UN_sequence\.dcm": f"{NO_IMAGE}CT Image Storage, cut short or without its pixels",
+    r"priv_SQ\.dcm": f"{NO_IMAGE}MR Image Storage, cut short or without its pixels",
+    r"no_meta_group_length\.dcm": f"{NO_IMAGE}RT Image Storage, cut short or without its pixels",
     r"(empty_charset_LEI|meta_missing_tsyntax|nested_priv_SQ)\.dcm": (
         f"{NO_IMAGE}a DICOM object (of no stated class) without pixels"
     ),
-    r"chrSQEncoding1?\.dcm": f"{NO_IMAGE}a DICOM object (MR Image Storage) without pixels",
-    r"chr(JapMulti|JapMultiExplicitIR6|KoreanMulti)\.dcm": f"{NO_IMAGE}a DICOM header without the pixels it describes",
+    r"chrSQEncoding1?\.dcm": f"{NO_IMAGE}MR Image Storage, cut short or without its pixels",
+    r"chr(JapMulti|JapMultiExplicitIR6|KoreanMulti)\.dcm": (
+        f"{NO_IMAGE}Computed Radiography Image Storage, cut short or without its pixels"
+    ),
     r"no_meta\.dcm": FOREIGN,  # a blank stands before its first element
     r"JPEG-lossy\.dcm|JPGExtended\.dcm": TWELVE_BITS,
     r"JPEG2000-embedded-sequence-delimiter\.dcm": "damaged or truncated DICOM image (",
-    r"MR_truncated\.dcm": "damaged or truncated DICOM image (",
+    r"MR_truncated\.dcm": "damaged DICOM image (8,130 of 8,192 bytes of pixels are there; the file is cut short)",
     r"SC_rgb_jpeg\.dcm": "damaged or truncated DICOM image (",
 }
 FOUR_D = r"a 4-D NIfTI of shape .*, expected 3-D; split it into single volumes (nibabel's four_to_three, or fslsplit)"
@@ -71,7 +73,7 @@ REASONS_NIBABEL = {
     r"functional\.nii": FOUR_D.replace(".*", "17 x 21 x 3 x 20"),
     r"row_major\.dconn\.nii": "a 6-D NIfTI of shape 1 x 1 x 1 x 1 x 10 x 10, expected 3-D;",
     r"nifti[12]\.hdr": "a NIfTI header whose voxels are in another file (.img); convert the pair to one .nii",
-    r"csa_slice_norm\.dcm": f"{NO_IMAGE}a DICOM header without the pixels it describes",
+    r"csa_slice_norm\.dcm": f"{NO_IMAGE}MR Image Storage, cut short or without its pixels",
     r".*\.(gz|mgz)": PACKED,
     r".*": FOREIGN,
 }

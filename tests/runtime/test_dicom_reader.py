@@ -13,7 +13,7 @@ import pydicom.data
 import pydicom.pixels
 import pytest
 from PIL import Image
-from pydicom.uid import RLELossless
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 
 from qfae_runtime.errors import InputError
 from qfae_runtime.readers import ReadOptions, Slice, base, dicom, dicom_header, read_slices
@@ -236,7 +236,20 @@ def test_a_jpeg_ls_stream_that_is_cut_short_is_refused_before_it_is_decoded(
 def test_truncated_and_contradictory_headers(tmp_path: Path) -> None:
     whole = dicom_bytes(RAMP)
     (tmp_path / "cut").write_bytes(whole[:-10])
-    assert reason_for(tmp_path / "cut").startswith("damaged or truncated DICOM image (")
+    reason = "damaged DICOM image (30 of 40 bytes of pixels are there; the file is cut short)"
+    assert reason_for(tmp_path / "cut") == reason
+    implicit = dicom_bytes(RAMP, TransferSyntaxUID=ImplicitVRLittleEndian)
+    (tmp_path / "cut").write_bytes(implicit[:-10])
+    assert reason_for(tmp_path / "cut") == reason
+    film = dicom_bytes(np.zeros((3, 6, 5), np.uint8))
+    (tmp_path / "cut").write_bytes(film[:-25])
+    assert reason_for(tmp_path / "cut") == reason.replace("30 of 40", "65 of 90")
+    start = whole.index(b"\xe0\x7f\x10\x00")
+    for end in (start, whole.index(b"\x28\x00\x02\x00")):
+        (tmp_path / "cut").write_bytes(whole[:end])
+        assert reason_for(tmp_path / "cut") == (
+            "no image to score: Secondary Capture Image Storage, cut short or without its pixels"
+        )
     for name, value, reason in (
         ("Rows", 0, "the image has no pixels (5 x 0)"),
         ("Rows", 60000, "too large: got 5 x 60000 pixels, the limit is 67,108,864 pixels and 32,768 a side"),
@@ -309,6 +322,27 @@ def test_header_text_is_not_repeated(tmp_path: Path, keyword: str, value: str, r
     assert content.count(before) == 1
     path.write_bytes(content.replace(before, value.encode().ljust(len(before))))
     assert reason_for(path) == reason
+
+
+@pytest.mark.parametrize("words", ["Jane Plan", "Jane SR", "Jane Image Storage", "Jane RT Dose " * 30])
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_class_that_is_not_known_is_not_repeated(tmp_path: Path, words: str, rows: bool) -> None:
+    """Where a header is damaged, whatever stands in it may come in the place of its class."""
+    whole = pydicom.dcmread(write_dicom(tmp_path / "x", RAMP))
+    whole["SOPClassUID"] = pydicom.DataElement("SOPClassUID", "LO", words)
+    if not rows:
+        del whole.Rows
+    whole.save_as(tmp_path / "x")
+    if rows:
+        assert len(read(tmp_path / "x")) == 1
+    else:
+        assert reason_for(tmp_path / "x") == "no image to score: a DICOM object (of an unknown class) without pixels"
+
+
+def test_a_reason_has_a_longest_length() -> None:
+    error = InputError("a/b", "Jane" * 1000)
+    assert error.reason == "Jane" * 125 + " ..."
+    assert str(error) == f"a/b: {error.reason}"
 
 
 def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

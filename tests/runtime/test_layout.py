@@ -52,6 +52,34 @@ def test_masks_and_non_images_are_passed_over_and_counted(tmp_path: Path) -> Non
     assert find_images(test) == found.images
 
 
+def test_what_is_damaged_or_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image must not lose its row with its first bytes."""
+    touch(tmp_path / "empty.nii.gz", tmp_path / "EMPTY.NII.GZ", tmp_path / "empty.gz", tmp_path / "shut.log")
+    (tmp_path / "damaged.nii.gz").write_bytes(b"\x1f\x8bno stream")
+    (tmp_path / "foreign.nii.gz").write_bytes(b"hello")
+    (tmp_path / "packed.gz").write_bytes(b"\x1f\x8bno stream")
+    (tmp_path / "lost.nii.gz").symlink_to(tmp_path / "none")
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "none")
+    genuine = Path.open
+
+    def forbidden(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "shut.log":
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    found = scan([tmp_path])
+    assert [path.name for path in found.images] == [
+        "EMPTY.NII.GZ",
+        "damaged.nii.gz",
+        "empty.nii.gz",
+        "foreign.nii.gz",
+        "lost.nii.gz",
+        "shut.log",
+    ]
+    assert found.ignored == {".gz": 2, ".txt": 1}
+
+
 def test_named_files_are_always_taken_and_taken_once(tmp_path: Path) -> None:
     touch(tmp_path / "a" / "x.txt", tmp_path / "b" / "y.png")
     found = scan([tmp_path / "a" / "x.txt", tmp_path / "b", tmp_path / "b" / "y.png"])

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +60,25 @@ def test_large_images_are_resized_in_parts_with_the_same_result() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resample, "_AT_ONCE", 1)
         np.testing.assert_array_equal(preprocess(pixels, PreprocessSpec(image_size=32)).image, whole)
+
+
+@pytest.mark.parametrize("size", [32, 112, 224, 518])
+@pytest.mark.parametrize("side", [240, 512, 1024, 4096, 8192])
+def test_no_product_is_large_enough_for_threads_of_its_own(
+    side: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond 65536 x 4 multiplications OpenBLAS takes several; those of several pictures get in each other's way."""
+    work, genuine = [0], np.matmul
+
+    def counting(rows: npt.NDArray[Any], weights: npt.NDArray[Any], **options: Any) -> Any:
+        work.append(len(rows) * weights.size)
+        return genuine(rows, weights, **options)
+
+    monkeypatch.setattr(np, "matmul", counting)
+    resample.resize(np.zeros((side, side, 3), np.uint8), size, size)
+    assert max(work) <= 65536 * 4
+    if side > 240:
+        assert max(work) > 65536  # nor are they needlessly small
 
 
 def test_result_is_owned_and_keeps_the_size() -> None:

@@ -6,8 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from qfae_runtime import pipeline
-from qfae_runtime.readers import base, contained, window
+from qfae_runtime import pipeline, record
+from qfae_runtime.readers import base, contained, jpeg, window
 from qfae_runtime.readers.dicom import MISSING
 from qfae_runtime.readers.dicom_header import SHORT_HEADER_BYTES
 
@@ -23,6 +23,8 @@ def test_limits() -> None:
         f"{base.MAX_FRAMES:,} pictures; {base.MAX_DECODED_BYTES // 2**30} GiB of pixels, decompressed",
         f"{base.MAX_VOLUME_BYTES // 2**30} GiB as stored, decompressed",
         f"{contained.SECONDS_PER_PICTURE:.0f} seconds, {contained.MEMORY_BYTES // 2**30} GiB of address space",
+        f"| a JPEG | {jpeg.MAX_SCANS} scans",
+        f"; {jpeg.MAX_SEGMENTS:,} segments |",
         f"| {base.MAX_HEADER_BYTES // 2**20} MiB have to be read",
         f"more than {SHORT_HEADER_BYTES // 2**20} MiB has to be read",
         f"decoded {pipeline.FRAMES_AT_ONCE} frames at a time",
@@ -40,3 +42,10 @@ def test_the_decoders_of_the_table_are_in_the_extra() -> None:
         assert f"| {name} |" in TEXT
         assert name in extra
     assert "pylibjpeg-libjpeg" not in extra
+
+
+def test_every_decoder_is_recorded() -> None:
+    """Another version of one may give other pixels: a run is not resumed on it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = {re.split(r"[>=<]", one)[0] for one in project["optional-dependencies"]["medical"]}
+    assert extra | {"numpy", "pillow", "opencv-python-headless", "pylibjpeg-libjpeg"} == set(record._READERS)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from qfae_runtime import pipeline, workers
+from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.errors import RunInterruptedError
 from qfae_runtime.preprocess import preprocess
 from qfae_runtime.run import Options, execute
-from qfae_runtime.workers import Seconds, TimedPool, in_pieces
+from qfae_runtime.workers import Seconds, TimedPool, in_order, in_pieces
 
 from .conftest import write_png
 from .dicom_files import write_dicom
@@ -73,6 +74,61 @@ def test_pieces_are_all_items_in_order() -> None:
         for count in (0, 1, 3, 4, 5, 8):
             items = (number for number in range(count))
             assert [one for piece in in_pieces(pool, items, 4) for one in piece] == list(range(count))
+
+
+class PoolAtOnce:
+    """A pool whose work is done when it is handed over, but for the items that are `slow`."""
+
+    def __init__(self, slow: set[int]) -> None:
+        self.slow, self.waiting = slow, list[tuple[Future[Any], Any]]()
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if arguments[0] in self.slow:
+            self.waiting.append((future, function(*arguments)))
+        else:
+            future.set_result(function(*arguments))
+        return future
+
+    def finish(self) -> None:
+        for future, result in self.waiting:
+            future.set_result(result)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_results_are_held_back_for_work_ahead_or_not_at_all(at_once: bool) -> None:
+    pool, taken = PoolAtOnce({3}), list[int]()
+
+    def items() -> Generator[int, None, None]:
+        for number in range(8):
+            if number == 6:
+                pool.finish()
+            taken.append(number)
+            yield number
+
+    results = in_order(pool, lambda number: 10 * number, items(), 4, at_once=at_once)
+    ahead = []
+    for number, result in enumerate(results):
+        assert result == 10 * number
+        ahead.append(len(taken) - number)
+    assert ahead == ([1, 1, 1, 4, 3, 2, 1, 1] if at_once else [4, 4, 4, 4, 4, 3, 2, 1])
+
+
+def test_rows_of_a_batch_are_on_disk_when_the_next_is_scored(
+    engine_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        write_png(tmp_path / "in" / f"{number:02}.png", FRAMES[number % len(FRAMES)])
+    genuine, rows, out = OnnxRuntimeEngine.run, list[int](), tmp_path / "out"
+
+    def counting(engine: OnnxRuntimeEngine, images: Any, maps: bool = True) -> Any:
+        if (out / "scores.jsonl").exists():  # the self-test comes before
+            rows.append((out / "scores.jsonl").read_bytes().count(b"\n"))
+        return genuine(engine, images, maps)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", counting)
+    execute(Options((tmp_path / "in",), engine_path, out, batch_size=4, maps=False, backend="onnxruntime"))
+    assert rows == [0, 4, 8]
 
 
 def test_an_interrupted_run_decodes_no_list_to_its_end(
