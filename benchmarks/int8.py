@@ -22,7 +22,7 @@ WAYS = {
     "as it is": (),
     "`--int8-keep decoder`": ("decoder",),
 }
-_SLICES, _TRAINING = "qfae's slices", "training slices"
+_SLICES, _VALIDATION = "qfae's slices", "validation slices"
 _MARKS = re.compile(r"(<!-- int8-results -->\n).*?(<!-- /int8-results -->)", re.DOTALL)
 
 
@@ -30,7 +30,7 @@ def rows(checkpoint: Path, data: Path) -> list[list[str]]:
     """Return a row of the table for every way, calibrated on two sets of images, on ONNX Runtime and OpenVINO."""
     found = []
     for way, kept in WAYS.items():
-        for title, images in ((_SLICES, None), (_TRAINING, data / "train/good")):
+        for title, images in ((_SLICES, None), (_VALIDATION, data / "valid/good")):
             with TemporaryDirectory() as folder:
                 options = Options(
                     checkpoint,

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from qfae_export.errors import ExportError
-from qfae_export.options import DEFAULT_MAX_BATCH, PARTS, REFERENCE, Options
+from qfae_export.options import DEFAULT_MAX_BATCH, MOST_PARITY_IMAGES, PARTS, REFERENCE, Options
 from qfae_export.verify_cli import verify_command
 from qfae_runtime import __version__
 from qfae_runtime.command_line import (
@@ -52,8 +52,6 @@ Examples:
   qfae-export verify --engine brats.onnx --ckpt brats.pt
 """
 
-_MOST_PARITY_IMAGES = 100_000
-
 COMMANDS = {"verify": verify_command}
 """Commands beside exporting itself, by the first word."""
 
@@ -83,7 +81,7 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     "--int8-keep",
     metavar="PLACE,...",
     default="",
-    help="What stays FP32 in it, besides: decoder (safer maps, a fifth slower), encoder.3, perceptual.7.fc1.",
+    help="What stays FP32 in it, besides: decoder (safer maps, slower), encoder.3, perceptual.7.fc1.",
 )
 @click.option(
     "--calibration-images",
@@ -182,7 +180,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         int8=given["int8"],
         int8_keep=tuple(filter(None, given["int8_keep"].split(","))),
         calibration_images=Path(given["calibration_images"]) if given["calibration_images"] else None,
-        parity_count=whole_number("--parity-count", given["parity_count"], _MOST_PARITY_IMAGES, faults),
+        parity_count=whole_number("--parity-count", given["parity_count"], MOST_PARITY_IMAGES, faults),
         format=given["format"],
         bisect=given["bisect"],
         backends=tuple(dict.fromkeys(given["backends"].split(","))),

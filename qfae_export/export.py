@@ -28,7 +28,7 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
 from qfae_export.handover import put_in_place
 from qfae_export.images import ParityImages, calibration, choose, largest_batch
-from qfae_export.int8 import int8_graph
+from qfae_export.int8 import calibrated_on, int8_graph
 from qfae_export.measurements import Engines, Measurements, measure_engines
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
@@ -105,9 +105,10 @@ class Exported:
 
 
 class _Written(NamedTuple):
-    """ONNX files with their policies, by engine, the chain as far as PyTorch goes, and a half's other half."""
+    """ONNX files with their policies, by engine, INT8's calibration images, the chain so far, a half's other half."""
 
     engines: Engines
+    calibration: ParityImages | None
     chain: Chain | None
     other: InferenceGraph | None
 
@@ -206,6 +207,10 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     )
     if measured.bisected is not None:
         manifest.precision[options.engine_name + FP16_SUFFIX]["bisected"] = measured.bisected.to_dict()
+    if written.calibration is not None:
+        entry, note = calibrated_on(written.calibration, chain.images if chain is not None else None)
+        manifest.precision[options.engine_name + INT8_SUFFIX]["calibrated_on"] = entry
+        measured.notes += [note] if note is not None else []
     manifest.save(folder / f"{manifest.name}.json")
     if golden is not None:
         _check_as_written(folder, manifest.name)
@@ -251,6 +256,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     del scorer
     name = options.engine_name
     engines = {f"{name}.onnx": _write(graph, folder / f"{name}.onnx", say)}
+    images = None
     if options.int8:
         images = calibration(options.calibration_images, source.config.preprocess_spec())
         say(f"taking INT8's scales from {images.origin}")
@@ -265,7 +271,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
         engines[name + FP16_SUFFIX] = _write(graph.cast(FP16), folder / (name + FP16_SUFFIX), say)
     del graph
     _let_go()
-    return _Written(engines, chain, other)
+    return _Written(engines, images, chain, other)
 
 
 def _write(graph: InferenceGraph, path: Path, say: Say) -> tuple[list[Path], Precision]:

@@ -96,6 +96,12 @@ def calibration(folder: Path | None, spec: PreprocessSpec) -> ParityImages:
     return from_slices(spec) if folder is None else from_folder(folder, spec, FOLDER_LIMIT, "--calibration-images")
 
 
+def common(one: ParityImages, other: ParityImages) -> int:
+    """Return how many images of `one` are among `other`, byte by byte."""
+    known = {image.tobytes() for image in other.pixels}
+    return sum(image.tobytes() in known for image in one.pixels)
+
+
 def from_checkpoint(stored: UInt8, spec: PreprocessSpec, file: str) -> ParityImages:
     """Return the held-out images uint8 (N, S, S, 3) that the trainer stored in the checkpoint `file`.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qfae_export.graph import InferenceGraph
+from qfae_export.images import ParityImages, common
 from qfae_export.layers import Linear, TransformerBlock
 from qfae_export.parity import pytorch_scores
 from qfae_export.precision import INT8, Precision
@@ -65,6 +66,21 @@ def int8_graph(graph: InferenceGraph, images: UInt8, policy: Precision = INT8) -
     for name, product in chosen.items():
         product.input_range = (min(float(seen[name].low.min()), 0.0), max(float(seen[name].high.max()), 0.0))
     return copied
+
+
+def calibrated_on(images: ParityImages, measured: ParityImages | None) -> tuple[dict[str, Any], str | None]:
+    """Return what the manifest says of the calibration images, and a warning where they prove less than they could.
+
+    `measured` are the images that the engine is certified on, if it is.
+    """
+    again = common(images, measured) if measured is not None else 0
+    entry = {"images": len(images), "from": images.origin, "measured_on_too": again}
+    cure = "pass --calibration-images DIR with normal images of your kind, others than those measured on"
+    if again:
+        return entry, f"warning: {again} of INT8's {len(images)} calibration images were measured on as well; {cure}"
+    if images.stands_in and measured is not None:
+        return entry, f"warning: INT8's scales come from {images.origin}; {cure}"
+    return entry, None
 
 
 @contextmanager

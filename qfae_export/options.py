@@ -13,6 +13,7 @@ from qfae_runtime.manifest import FORMATS
 from qfae_train.weight_files import WeightFiles
 
 DEFAULT_MAX_BATCH = 32
+MOST_PARITY_IMAGES = 100_000
 PARTS = ("full", "reconstruction", "scorer")
 REFERENCE = reference_of("onnx").name
 FP16_SUFFIX = ".fp16.onnx"
@@ -169,11 +170,7 @@ class Options:
             faults.append("--int8-keep: says what stays FP32 in an INT8 engine; pass --int8 too")
         if self.calibration_images is not None and not self.int8:
             faults.append("--calibration-images: gives INT8 its scales; pass --int8 too")
-        if self.parity_count is not None and self.parity_images is None:
-            faults.append("--parity-count: counts images of a folder; pass --parity-images DIR too")
-        if self.parity_count is not None and self.parity_count < MIN_IMAGES:
-            faults.append(f"--parity-count: got {self.parity_count}, a measurement needs {MIN_IMAGES} images at least")
-        return faults
+        return faults + faults_of_count(self.parity_count, self.parity_images)
 
     def _faults_of_rebuilding(self) -> list[str]:
         idle = (
@@ -183,6 +180,7 @@ class Options:
             ("--preset or --config", self.config is not None),
             ("--fp16", self.fp16),
             ("--int8", self.int8),
+            ("--parity-count", self.parity_count is not None),
             ("--part", self.part != "full"),
             ("--bisect", self.bisect),
             ("--backends", self.backends != (REFERENCE,)),
@@ -195,6 +193,17 @@ class Options:
         if self.format == "onnx":
             faults.append("--format: onnx is what --onnx names already; accepted are plan, rtx-plan")
         return faults
+
+
+def faults_of_count(count: int | None, folder: object) -> list[str]:
+    """Say what is wrong with a --parity-count, beside a --parity-images or none."""
+    if count is None:
+        return []
+    if folder is None:
+        return ["--parity-count: counts images of a folder; pass --parity-images DIR too"]
+    if count < MIN_IMAGES:
+        return [f"--parity-count: got {count}, a measurement needs {MIN_IMAGES} images at least"]
+    return []
 
 
 def is_plain_name(name: str) -> bool:

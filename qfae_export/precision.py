@@ -40,12 +40,11 @@ INT8_RULES: dict[str, dict[str, str]] = {
     },
     "the encoder's first block": {
         "type": "float32",
-        "why": "all others add to its residual stream; alone it cost as many ranks as the rest of the encoder",
+        "why": "all others add to its residual stream",
     },
     "the decoder's head": {
         "type": "float32",
-        "why": "it writes the pixels, an error of which is an error of every distance; alone it cost more ranks than "
-        "everything else",
+        "why": "it writes the pixels, an error of which is an error of every distance",
     },
     "embeddings and Q-Former": {"type": "float32", "why": "little work, and everything later depends on it"},
     "attentions, softmax, LayerNorm, GELU, residual streams": {"type": "float32", "why": "little work, large ranges"},

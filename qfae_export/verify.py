@@ -12,6 +12,7 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, choose
 from qfae_export.parity import ParityReport, certificate_of, measure
 from qfae_export.precision import FP16, Precision
+from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores, card_of
@@ -31,6 +32,7 @@ def verify(
     config: str | None = None,
     weights: WeightFiles | None = None,
     parity_images: Path | None = None,
+    parity_count: int | None = None,
     backend: str | None = None,
     device: str = "auto",
     record: bool = False,
@@ -71,7 +73,7 @@ def verify(
             report = measure(opened.engine, images, reference, _for_few_images(contract), known)
         else:
             say("reading the checkpoint")
-            chain = _anew(opened, ckpt, config, weights or WeightFiles(), parity_images, say)
+            chain = _anew(opened, ckpt, config, weights or WeightFiles(), parity_images, parity_count, say)
             say(comparing)
             report = chain.measure(opened.engine, contract.name)
         if record:
@@ -103,6 +105,7 @@ def _anew(
     config: str | None,
     weights: WeightFiles,
     folder: Path | None,
+    count: int | None,
     say: Callable[[str], None],
 ) -> Chain:
     """Score images with PyTorch, and again with what the engine's policy rounds: no engine on a CPU shows it all."""
@@ -119,7 +122,7 @@ def _anew(
             f"{opened.manifest.name}.json: prepares images otherwise than the checkpoint it was exported from: "
             f"{'; '.join(difference)}; export the engine again"
         )
-    images = choose(folder, spec, opened.engine.max_batch, stored, ckpt.name)
+    images = choose(folder, spec, opened.engine.max_batch, stored, ckpt.name, count)
     say(f"scoring {len(images)} images with PyTorch float32, the reference")
     scorer = build_scorer(checkpoint, weights)
     graph = InferenceGraph(scorer)
@@ -129,6 +132,12 @@ def _anew(
         say("rounding the graph as FP16 rounds")
         chain.round(graph, policy)
     return chain
+
+
+def _laxer(entry: CertificateEntry, before: CertificateEntry) -> bool:
+    """Say whether a measurement of the same bytes asks less than the one it would replace."""
+    same = entry.engine_sha256 == before.engine_sha256
+    return same and entry.passed and not entry.contract.is_as_strict_as(before.contract)
 
 
 def _record(opened: OpenedEngine, report: ParityReport) -> None:
@@ -142,6 +151,12 @@ def _record(opened: OpenedEngine, report: ParityReport) -> None:
     entries = [one for one in manifest.certificate if one not in before]
     if report.worst.fault is None:
         entry = certificate_of(opened.path, engine, report)
+        if any(_laxer(entry, one) for one in before):
+            raise ExportError(
+                f"--record: {opened.path.name} was measured on {max(one.images for one in before)} images, with "
+                f"bounds that {entry.images} images cannot show (AUROC); pass --parity-images DIR and --parity-count N "
+                "with as many"
+            )
         # The steps of the export are those of the same bytes; measuring the engine again says nothing new of them.
         links = next((one.links for one in before if one.engine_sha256 == entry.engine_sha256), entry.links)
         entries.append(replace(entry, links=links) if entry.passed else entry)

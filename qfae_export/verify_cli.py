@@ -8,7 +8,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from qfae_runtime.command_line import CONTEXT, ended_in_order, fail, unexpected
+from qfae_export.options import MOST_PARITY_IMAGES, faults_of_count
+from qfae_runtime.command_line import CONTEXT, ended_in_order, fail, unexpected, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_train.config import presets
@@ -36,6 +37,7 @@ Examples:
 @click.option("--preset", metavar="NAME", help=f"Architecture of the authors' checkpoint: {', '.join(presets())}.")
 @click.option("--config", metavar="FILE.toml", help="The same as a file of your own.")
 @click.option("--parity-images", metavar="DIR", help="Real images to measure on, normal and anomalous; with --ckpt.")
+@click.option("--parity-count", metavar="N", help="How many of them.  [default: 32, or the largest batch if more]")
 @click.option("--backend", metavar="|".join(BACKENDS[1:]), help="What runs it.  [default: what it was exported for]")
 @click.option("--device", metavar="|".join(DEVICES), default=DEVICES[0], show_default=True, help="Where it runs.")
 @click.option("--record", is_flag=True, help="Write what was measured into the manifest, as its certificate here.")
@@ -87,6 +89,8 @@ def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any
             for name, present in (("--parity-images", given["parity_images"]), ("--preset or --config", config))
             if present
         ]
+    count = whole_number("--parity-count", given["parity_count"], MOST_PARITY_IMAGES, faults)
+    faults += faults_of_count(count, given["parity_images"])
     weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)
     if faults:
         raise UsageError(faults)
@@ -96,6 +100,7 @@ def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any
         "config": config,
         "weights": weights,
         "parity_images": Path(given["parity_images"]) if given["parity_images"] else None,
+        "parity_count": count,
         "backend": given["backend"],
         "device": given["device"],
         "record": given["record"],

@@ -178,5 +178,6 @@ def test_int8_keeps_its_contract_on_the_test_slices(build: Path, tmp_path: Path)
     [mine] = [one for one in certificates if one["engine"] == "demo.int8.onnx"]
     assert mine["images"] == 204
     assert mine["contract"]["bounds"]["auroc_change"] == 0.003
-    assert 0 < mine["measured"]["auroc_change"] <= 0.003
+    assert mine["measured"]["auroc_change"] <= 0.003
+    assert mine["measured"]["score_median"] > 1e-5, "eight bits must show"
     assert mine["measured"]["spearman"] >= 0.995

@@ -25,7 +25,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one small measurement, made by the command in a process of its own."""
     folder = tmp_path_factory.mktemp("bench")
     checkpoint_file(folder / "tiny.pt")
-    names = "torch,onnxruntime,openvino,onnxruntime-int8"
+    names = "torch,onnxruntime,openvino,openvino-int8"
     done = run(
         "qfae-bench", "--ckpt", "tiny.pt", "--against", names, "--batches", "1,4", "--rounds", "2", "--seconds", "0.05",
         "--files", "12", "--threads", "1", "--out", "bench", cwd=folder,

@@ -43,13 +43,15 @@ def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def test_a_row_says_what_was_measured(rows: list[dict[str, Any]]) -> None:
     engines = of_kind(rows, "engine")
-    names = {"torch-plain", "torch", "onnxruntime", "openvino"}  # the baseline joins whatever is asked for
+    # The baseline joins whatever is asked for.
+    names = {"torch-plain", "torch", "onnxruntime", "openvino", "openvino-int8"}
     assert {(row["candidate"], row["batch"]) for row in engines} == {(name, size) for name in names for size in (1, 4)}
     for row in engines:
         assert row["rounds"] == 2
         assert row["calls"] >= 6
-        assert row["error"]["score_iqr"] < 1e-3
-        assert row["error"]["spearman"] > 0.999
+        int8 = row["precision"] == "int8"
+        assert (1e-4 if int8 else 0) < row["error"]["score_iqr"] < (0.5 if int8 else 1e-3)
+        assert row["error"]["spearman"] > (0.95 if int8 else 0.999)
         assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p99"]
         assert row["images_per_second"]["low"] < row["images_per_second"]["mean"] < row["images_per_second"]["high"]
         assert row["cold_start_s"] > row["load_s"] > 0
@@ -77,16 +79,11 @@ def test_conditions(rows: list[dict[str, Any]]) -> None:
 
 def test_an_engine_is_held_against_the_fastest_products_of_its_precision(rows: list[dict[str, Any]]) -> None:
     gemm = of_kind(rows, "gemm")
-    assert {row["candidate"] for row in gemm} == {"gemm-torch", "gemm-numpy", "gemm-onnxruntime", "gemm-openvino"}
-    best = max(row["gflops"] for row in gemm)
+    fp32 = {"gemm-torch", "gemm-numpy", "gemm-onnxruntime", "gemm-openvino"}
+    assert {row["candidate"] for row in gemm} == {*fp32, "gemm-openvino-int8"}
     for row in of_kind(rows, "engine"):
+        best = max(one["gflops"] for one in gemm if one["precision"] == row["precision"])
         assert row["share_of_gemm"] == pytest.approx(row["gflops"] / best)
-
-
-def test_what_cannot_be_measured_is_listed(rows: list[dict[str, Any]]) -> None:
-    [row] = of_kind(rows, "missing")
-    assert row["candidate"] == "onnxruntime-int8"
-    assert row["reason"] == "there is no int8 file of this engine"
 
 
 def test_files_through_qfae_run(rows: list[dict[str, Any]]) -> None:
@@ -107,7 +104,7 @@ def test_files_through_qfae_run(rows: list[dict[str, Any]]) -> None:
 def test_the_table(measured: Path) -> None:
     printed = (measured.parent / "printed.txt").read_text(encoding="utf-8")
     assert re.search(r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000", printed)
-    assert "not measured: onnxruntime-int8: there is no int8 file of this engine" in printed
+    assert re.search(r"OpenVINO, INT8 +4 ", printed)
     assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: [\d.]+ ± ", printed)
     assert re.search(r"fastest FP32 products: .*, \d+ GFLOP/s", printed)
 
@@ -132,8 +129,8 @@ def test_the_page_is_one_file_with_two_plots(measured: Path) -> None:
     assert labels == ["latency against batch size", "throughput against score error"]
     # A line for every candidate through every batch size; a point for each in the second plot.
     lines = [str(attrs["points"]).split() for tag, attrs in parser.seen if tag == "polyline"]
-    assert [len(line) for line in lines] == [2, 2, 2, 2]
-    assert names.count("circle") == 8 + 4
+    assert [len(line) for line in lines] == [2, 2, 2, 2, 2]
+    assert names.count("circle") == 10 + 5
 
 
 def test_labels_of_a_plot_never_lie_over_another(rows: list[dict[str, Any]]) -> None:
@@ -243,8 +240,8 @@ def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
     stale.parent.mkdir(parents=True)
     stale.touch()
     done = run(
-        "qfae-bench", "--engine", "tiny.onnx", "--against", "torch,openvino", "--batches", "1", "--rounds", "1",
-        "--seconds", "0.01", cwd=tmp_path,
+        "qfae-bench", "--engine", "tiny.onnx", "--against", "torch,openvino,openvino-int8", "--batches", "1",
+        "--rounds", "1", "--seconds", "0.01", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = read(tmp_path / "bench/rows.jsonl")
@@ -253,7 +250,9 @@ def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
     assert row["error"]["score_iqr"] < 1e-3
     assert row["times_plain"] is None
     reasons = {row["candidate"]: row["reason"] for row in of_kind(rows, "missing")}
-    assert reasons == dict.fromkeys(("torch-plain", "torch"), "PyTorch needs the checkpoint: pass --ckpt")
+    lacks = dict.fromkeys(("torch-plain", "torch"), "PyTorch needs the checkpoint: pass --ckpt")
+    assert reasons == {**lacks, "openvino-int8": "there is no int8 file of this engine"}
+    assert "not measured: openvino-int8: there is no int8 file of this engine" in done.stdout
     assert of_kind(rows, "conditions")[0]["model"] == "tiny.onnx"
     assert not stale.exists(), "it was built of another engine"
 

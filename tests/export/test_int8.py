@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,12 +21,14 @@ import qfae_export.int8
 from qfae_export.errors import ExportError
 from qfae_export.export import Exported, Options, ParityError, export
 from qfae_export.graph import InferenceGraph
-from qfae_export.int8 import int8_graph
+from qfae_export.images import from_slices
+from qfae_export.int8 import calibrated_on, int8_graph
 from qfae_export.layers import Linear
 from qfae_export.onnx_file import write_onnx
 from qfae_export.parity import pytorch_scores
 from qfae_export.precision import INT8
 from qfae_export.qdq import activation_scale, weight_scales
+from qfae_export.verify import verify
 from qfae_runtime import open_engine
 from qfae_runtime.engines import openvino
 from qfae_runtime.manifest import Manifest
@@ -281,3 +284,37 @@ def test_the_manifest_says_what_is_computed_how(made: Exported) -> None:
     stored = json.loads((made.folder / "tiny.json").read_text(encoding="utf-8"))["precision"]["tiny.int8.onnx"]
     assert stored["rules"]["the decoder's head"]["type"] == "float32"
     assert stored["kept_fp32"] == []
+    assert stored["calibrated_on"] == {"images": 32, "from": "32 of the 33 images in normal/", "measured_on_too": 0}
+
+
+def test_images_that_prove_little_are_told() -> None:
+    """Calibrated on what is measured on, and on images of another kind."""
+    spec = config_of().preprocess_spec()
+    slices = from_slices(spec)
+    others = replace(slices, pixels=pictures(36), stands_in=False)
+    assert calibrated_on(others, slices) == ({"images": 36, "from": slices.origin, "measured_on_too": 0}, None)
+    entry, told = calibrated_on(slices, replace(others, pixels=np.concatenate([pictures(30), slices.pixels[:6]])))
+    assert entry["measured_on_too"] == 6
+    assert told is not None
+    assert told.startswith("warning: 6 of INT8's 36 calibration images were measured on as well; pass --calibration-")
+    _, told = calibrated_on(slices, others)
+    assert told == (
+        "warning: INT8's scales come from 32 brain slices that come with qfae; pass --calibration-images DIR with "
+        "normal images of your kind, others than those measured on"
+    )
+
+
+def test_a_bound_cannot_be_shed_by_measuring_on_fewer_images(made: Exported, checkpoint: Path, tmp_path: Path) -> None:
+    """Of an engine that was measured on labelled images, which bounds AUROC, no certificate without that bound."""
+    folder = tmp_path / "copy"
+    shutil.copytree(made.folder, folder)
+    manifest = json.loads((folder / "tiny.json").read_text(encoding="utf-8"))
+    [mine] = [
+        one for one in manifest["certificate"] if (one["engine"], one["backend"]) == ("tiny.int8.onnx", "onnxruntime")
+    ]
+    mine["contract"]["bounds"]["auroc_change"] = 0.003
+    mine["measured"]["auroc_change"] = 0.02
+    mine["passed"] = False
+    (folder / "tiny.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ExportError, match=r"--record: tiny\.int8\.onnx was measured on 32 images, with bounds that 32"):
+        verify(folder / "tiny.int8.onnx", checkpoint, record=True)
