@@ -122,6 +122,7 @@ class _Source:
     provenance: dict[str, Any]
     images: ParityImages | None
     max_batch: int
+    calibration: ParityImages | None = None
 
 
 def export(options: Options, say: Say = lambda step: None) -> Exported:
@@ -148,6 +149,9 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
     say("reading the checkpoint" if options.ckpt is not None else "making random weights")
     source = _read(options)
     check_resize(source.config.preprocess_spec())
+    if options.int8:  # read now: what is wrong with the folder must not be found out after minutes
+        images = calibration(options.calibration_images, source.config.preprocess_spec())
+        source = replace(source, calibration=images)
     with _made_in(options) as made:
         exported = _engines(source, options, made, say)
         if kind is not None:
@@ -256,9 +260,8 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     del scorer
     name = options.engine_name
     engines = {f"{name}.onnx": _write(graph, folder / f"{name}.onnx", say)}
-    images = None
-    if options.int8:
-        images = calibration(options.calibration_images, source.config.preprocess_spec())
+    images = source.calibration
+    if images is not None:
         say(f"taking INT8's scales from {images.origin}")
         int8 = int8_graph(graph, images.pixels, replace(INT8, kept=options.int8_keep))
         engines[name + INT8_SUFFIX] = _write(int8, folder / (name + INT8_SUFFIX), say)

@@ -178,7 +178,7 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int, option: str = "-
             f"{'; '.join(faults[:_SHOWN])}{more}; remove them: a measurement leaves no image out"
         )
     origin = f"{len(different)} of the {len(found.images)} images in {folder.absolute().name}/"
-    return _prepared(np.stack(prepared), names, origin, labels)
+    return _prepared(np.stack(prepared), names, origin, labels, _CURE.replace("--parity-images", option))
 
 
 def from_slices(spec: PreprocessSpec) -> ParityImages:
@@ -219,7 +219,9 @@ def largest_batch(asked: int | None, default: int, images: ParityImages) -> int:
     return asked
 
 
-def _prepared(pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence[bool | None]) -> ParityImages:
+def _prepared(
+    pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence[bool | None], cure: str = _CURE
+) -> ParityImages:
     """Keep the first of equal images, for a copy measures nothing; add coloured ones where all are grey."""
     first: dict[bytes, int] = {}
     for number, image in enumerate(pixels):
@@ -227,7 +229,7 @@ def _prepared(pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence
     kept = list(first.values())
     if len(kept) < MIN_IMAGES:
         raise ExportError(
-            f"{origin}: {len(kept)} different images, but a measurement needs {MIN_IMAGES} at least; {_CURE}"
+            f"{origin}: {len(kept)} different images, but a measurement needs {MIN_IMAGES} at least; {cure}"
         )
     kept_names, kept_labels = [names[number] for number in kept], [labels[number] for number in kept]
     pixels = np.ascontiguousarray(pixels[kept])

@@ -57,7 +57,7 @@ lies beyond the score error if the reference's score is farther from the thresho
 """
 
 
-OF_ALL_IMAGES = ("spearman", "flips", "flips_beyond", "auroc_change")
+OF_ALL_IMAGES = ("score_median", "spearman", "flips", "flips_beyond", "auroc_change")
 """Quantities of a whole set of images, which say little about a few of them."""
 
 

@@ -1,4 +1,4 @@
-"""The OpenVINO backends: the same FP32 ONNX file on a CPU, computed in FP32 or, where the CPU can, in BF16.
+"""The OpenVINO backends on a CPU: an FP32 ONNX file in FP32 or, where the CPU can, in BF16, and an INT8 one in INT8.
 
     openvino        FP32, or the INT8 that an INT8 file says; owes the contract of the file
     openvino-bf16   products and what lies between them in BF16; owes the BF16 contract
@@ -26,7 +26,7 @@ from qfae_runtime.errors import EngineError
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
 """By backend: OpenVINO's name of the type that it computes in."""
 
-_INTEGERS = {"i8", "u8"}  # products of files that say so
+_INTEGERS = {"i8", "u8"}
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 _TYPES = {"u8": "uint8", "f32": "float32"}  # of OpenVINO: of numpy
 _PRODUCTS = ("FullyConnected", "MatMul", "Convolution")  # the layers that nearly all of the work is in
@@ -123,6 +123,8 @@ class OpenVinoEngine:
         try:
             core = library.Core()
             read = core.read_model(model if isinstance(model, bytes) else str(model))
+            # Integer products are right in a file that says so, and nowhere else.
+            integers = _INTEGERS if any("Quantize" in one.get_type_name() for one in read.get_ops()) else set()
             compiled = core.compile_model(read, "CPU", _settings(PRECISIONS[backend], threads))
             signature = _signature([*compiled.inputs, *compiled.outputs])
             computed = _computed_in(compiled)
@@ -132,7 +134,7 @@ class OpenVinoEngine:
                 f"{what}: OpenVINO {self.version} cannot load it: {one_line(error)}; "
                 "export it again with qfae-export, or run it with --backend onnxruntime"
             ) from None
-        if wrong := computed - {PRECISIONS[backend]} - _INTEGERS:
+        if wrong := computed - {PRECISIONS[backend]} - integers:
             self._request = None
             raise EngineError(
                 f"{what}: OpenVINO {self.version} computes products in {', '.join(sorted(wrong))}, expected "

@@ -30,7 +30,8 @@ from qfae_export.precision import INT8
 from qfae_export.qdq import activation_scale, weight_scales
 from qfae_export.verify import verify
 from qfae_runtime import open_engine
-from qfae_runtime.engines import openvino
+from qfae_runtime.engines import onnxruntime, openvino
+from qfae_runtime.errors import EngineError
 from qfae_runtime.manifest import Manifest
 from qfae_runtime.selftest import self_test
 from tests.export.test_cli import run
@@ -189,6 +190,19 @@ def test_openvino_computes_in_integers(file: Path, graph: InferenceGraph, monkey
     np.testing.assert_allclose(got.score, pytorch_scores(graph, pictures(8)).score, rtol=0.1)
 
 
+@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_integers_in_a_file_that_does_not_say_so_are_refused(made: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "_computed_in", lambda compiled: {"f32", "i8"})
+    openvino.OpenVinoEngine(made.folder / "tiny.int8.onnx", SIZE, 8).close()
+    with pytest.raises(EngineError, match=r"computes products in i8, expected f32; name another backend"):
+        openvino.OpenVinoEngine(made.folder / "tiny.onnx", SIZE, 8)
+
+
+def test_processors_without_vnni_do_not_overflow() -> None:
+    """ONNX Runtime's switch for it, which has no effect where there is VNNI."""
+    assert onnxruntime._session_options(None).get_session_config_entry("session.x64quantprecision") == "1"
+
+
 # --- the command ---
 
 
@@ -268,6 +282,10 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, 
     done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--calibration-images", tmp_path / "none")
     assert done.code == 1
     assert f"--calibration-images: {tmp_path / 'none'}: no such folder; name one that holds real images" in done.err
+    few = picture_folder(tmp_path / "few", 5)
+    done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--calibration-images", few)
+    assert "5 different images, but a measurement needs 32 at least; pass --calibration-images DIR" in done.err
+    assert "writing" not in done.err, "it is told before minutes have passed"
     done = run(capsys, "--onnx", made.engine, "--format", "rtx-plan")
     assert done.code == 1
     assert "is an INT8 file, for CPUs; plans are made of FP32 and FP16 files: name one of those" in done.err
