@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from qfae_export.export import Options, export
+from qfae_export.export import Options, ParityError, export
 from qfae_export.options import INT8_SUFFIX
 from qfae_runtime.agreement import QUANTITIES
 
@@ -42,19 +42,24 @@ def rows(checkpoint: Path, data: Path) -> list[list[str]]:
                     parity_count=200,
                     backends=("onnxruntime", "openvino"),
                 )
-                exported = export(options, lambda step: click.echo(step, err=True))
-                engine = exported.manifest.name + INT8_SUFFIX
-                reports = {"onnxruntime": exported.reports[engine], "openvino": exported.others[engine, "openvino"]}
+                try:
+                    exported = export(options, lambda step: click.echo(step, err=True))
+                except ParityError as error:  # the table shows what was refused, too
+                    reports = {"onnxruntime": error.report}
+                else:
+                    engine = exported.manifest.name + INT8_SUFFIX
+                    reports = {"onnxruntime": exported.reports[engine], "openvino": exported.others[engine, "openvino"]}
                 for backend, report in reports.items():
                     values = report.worst.values
-                    found.append([way, title, backend, *(f"{values[name]:.4g}" for name in SHOWN)])
+                    verdict = "kept" if report else "broken: refused"
+                    found.append([way, title, backend, *(f"{values[name]:.4g}" for name in SHOWN), verdict])
     return found
 
 
 def table(found: list[list[str]]) -> str:
     """Return the rows as Markdown."""
-    heads = ["kept", "calibrated on", "backend", *(QUANTITIES[name].title for name in SHOWN)]
-    lines = [heads, ["---"] * 3 + ["---:"] * len(SHOWN), *found]
+    heads = ["policy", "calibrated on", "backend", *(QUANTITIES[name].title for name in SHOWN), "contract"]
+    lines = [heads, ["---"] * 3 + ["---:"] * len(SHOWN) + ["---"], *found]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
