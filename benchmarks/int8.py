@@ -1,17 +1,17 @@
 """What INT8 costs the demonstration's model, as a table in docs/int8.md: exported anew, measured on its test slices.
 
-python -m demo.dataset --out build/demo/data
+python -m demo.dataset --out build/demo/data --splits valid,test
 python -m benchmarks.int8
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
 
+from benchmarks.speed.readme import between
 from qfae_export.export import Options, ParityError, export
 from qfae_export.options import INT8_SUFFIX
 from qfae_runtime.agreement import QUANTITIES
@@ -23,7 +23,7 @@ WAYS = {
     "`--int8-keep decoder`": ("decoder",),
 }
 _SLICES, _VALIDATION = "qfae's slices", "validation slices"
-_MARKS = re.compile(r"(<!-- int8-results -->\n).*?(<!-- /int8-results -->)", re.DOTALL)
+_MARKS = ("<!-- int8-results -->", "<!-- /int8-results -->")
 
 
 def rows(checkpoint: Path, data: Path) -> list[list[str]]:
@@ -71,7 +71,7 @@ def main(ckpt: Path, data: Path) -> None:
     text = table(rows(ckpt, data))
     click.echo(text)
     before = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(_MARKS.sub(lambda marks: marks[1] + text + marks[2], before), encoding="utf-8")
+    DOCUMENT.write_text(between(before, _MARKS, text.rstrip()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -81,8 +81,7 @@ class Chain:
 
         An FP16 engine's report has the link to what its rounding does in PyTorch; false if that breaks the bounds.
         """
-        bounds = demanded(precision, self.images.labels)
-        report = measure(engine, self.images, self.reference, bounds, self.scale)
+        report = self._measured(engine, precision)
         return replace(report, links=self._rounded(precision))
 
     def accept(self, report: ParityReport, file: str, step: str, backend: str) -> ParityReport:
@@ -103,14 +102,17 @@ class Chain:
         `precision` is the file's. The report's links are the chain's and one from its last step to this.
         """
         contract = owed(precision, engine.backend)
-        bounds = demanded(contract, self.images.labels)
-        report = measure(engine, self.images, self.reference, bounds, self.scale)
+        report = self._measured(engine, contract)
         if report.outputs is None:
             return report
         labels = [self.images.labels[number] for number in self.numbers]
         got = report.outputs.of(self.numbers)
         step_link = link(self.last, step, self.outputs, got, contract, self.scale, labels)
         return replace(report, links=(*self.links, step_link))
+
+    def _measured(self, engine: Engine, contract: str) -> ParityReport:
+        bounds = demanded(contract, self.images.labels)
+        return measure(engine, self.images, self.reference, bounds, self.scale)
 
     def _rounded(self, precision: str) -> tuple[Link, ...]:
         return (self.rounded,) if self.rounded is not None and self.rounded.contract == precision else ()

@@ -105,10 +105,9 @@ class Exported:
 
 
 class _Written(NamedTuple):
-    """ONNX files with their policies, by engine, INT8's calibration images, the chain so far, a half's other half."""
+    """ONNX files with their policies, by engine, the chain as far as PyTorch goes, and a half's other half."""
 
     engines: Engines
-    calibration: ParityImages | None
     chain: Chain | None
     other: InferenceGraph | None
 
@@ -211,8 +210,8 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     )
     if measured.bisected is not None:
         manifest.precision[options.engine_name + FP16_SUFFIX]["bisected"] = measured.bisected.to_dict()
-    if written.calibration is not None:
-        entry, note = calibrated_on(written.calibration, chain.images if chain is not None else None)
+    if source.calibration is not None:
+        entry, note = calibrated_on(source.calibration, chain.images if chain is not None else None)
         manifest.precision[options.engine_name + INT8_SUFFIX]["calibrated_on"] = entry
         measured.notes += [note] if note is not None else []
     manifest.save(folder / f"{manifest.name}.json")
@@ -274,7 +273,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
         engines[name + FP16_SUFFIX] = _write(graph.cast(FP16), folder / (name + FP16_SUFFIX), say)
     del graph
     _let_go()
-    return _Written(engines, images, chain, other)
+    return _Written(engines, chain, other)
 
 
 def _write(graph: InferenceGraph, path: Path, say: Say) -> tuple[list[Path], Precision]:

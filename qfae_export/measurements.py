@@ -54,8 +54,8 @@ def measure_engines(
         step = f"ONNX {precision.name.upper()}"
         with open_onnx(files[0]) as opened:
             # INT8 is a way of its own to go on from FP32: FP16 does not come from there.
-            branch = precision.name == "int8"
-            report = chain.branch(opened, step, "int8") if branch else chain.measure(opened, precision.name)
+            aside = precision.name == "int8"
+            report = chain.branch(opened, step, "int8") if aside else chain.measure(opened, precision.name)
         if options.bisect and precision.name == "fp16" and not report:
             graph = fresh_graph()
             bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
@@ -63,11 +63,12 @@ def measure_engines(
             engines[engine] = (list(bisected.files), bisected.precision)
             chain.round(graph, bisected.precision)
             del graph
-        accept = (
-            accepted(report, engine, opened.backend) if branch else chain.accept(report, engine, step, opened.backend)
-        )
-        measured.reports[engine] = accept
-        measured.certificates.append(certificate_of(files[0], opened, accept))
+        if aside:
+            report = accepted(report, engine, opened.backend)
+        else:
+            report = chain.accept(report, engine, step, opened.backend)
+        measured.reports[engine] = report
+        measured.certificates.append(certificate_of(files[0], opened, report))
         if precision.name != "fp16":
             others = measure_others(files[0], precision.name, chain, max_batch, options.backends, say)
             measured.others |= {(engine, one.backend): one.report for one in others if one.report is not None}

@@ -39,9 +39,14 @@ def _line(texts: Sequence[str]) -> str:
 
 def with_results(text: str, measurements: Sequence[tuple[str, Sequence[Row]]]) -> str:
     """Return a text with the block between its marks."""
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return f"{before}{MARKS[0]}\n{block(measurements)}\n{MARKS[1]}{after}"
+    return between(text, MARKS, block(measurements))
+
+
+def between(text: str, marks: tuple[str, str], content: str) -> str:
+    """Return a text with the content between two marks, in place of what stands there."""
+    before, _, rest = text.partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    return f"{before}{marks[0]}\n{content}\n{marks[1]}{after}"
 
 
 def committed(root: Path) -> list[tuple[str, list[Row]]]:
