@@ -226,15 +226,15 @@ def test_a_certificate_of_another_contract_does_not_count(backends: Backends, tm
     assert laxer.certified(path.name, "openvino", "cpu") is None
 
 
-def test_only_fp32_files_are_for_openvino(backends: Backends, path: Path) -> None:
+def test_fp16_files_are_not_for_openvino(backends: Backends, path: Path) -> None:
     files = json.loads(path.with_suffix(".json").read_text())["files"]
     files[path.name]["precision"] = "fp16"
     edit_manifest(path, files=files)
-    for name in sorted(OTHERS):
+    for name, kinds in (("openvino", "fp32, int8"), ("openvino-bf16", "fp32")):
         with pytest.raises(EngineError) as caught:
             open_engine(path, backend=name)
         assert str(caught.value) == (
-            f"{path}: {name} runs fp32 files, this one is fp16; name tiny.onnx, or leave out the backend"
+            f"{path}: {name} runs {kinds} files, this one is fp16; name tiny.onnx, or leave out the backend"
         )
 
 
