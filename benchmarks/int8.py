@@ -19,8 +19,8 @@ from qfae_runtime.agreement import QUANTITIES
 DOCUMENT = Path("docs/int8.md")
 SHOWN = ("score_median", "score_iqr", "spearman", "auroc_change", "flips", "map_cosine_p1")
 WAYS = {
-    "as it is": (),
-    "`--int8-keep decoder`": ("decoder",),
+    "as it is": None,
+    "`--int8-keep none`": (),
 }
 _SLICES, _VALIDATION = "qfae's slices", "validation slices"
 _MARKS = ("<!-- int8-results -->", "<!-- /int8-results -->")

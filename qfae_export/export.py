@@ -250,6 +250,9 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     What PyTorch holds is let go here: an engine of full size needs the memory.
     """
     scorer, graph = _graph(source, options.part)
+    int8_policy = INT8 if options.int8_keep is None else replace(INT8, kept=options.int8_keep)
+    if options.int8:
+        graph.refuse_unknown(int8_policy)  # now, and not after minutes
     _refuse_full_disk(options, bytes_of(graph))
     chain = None
     if source.images is not None:
@@ -262,7 +265,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     images = source.calibration
     if images is not None:
         say(f"taking INT8's scales from {images.origin}")
-        int8 = int8_graph(graph, images.pixels, replace(INT8, kept=options.int8_keep))
+        int8 = int8_graph(graph, images.pixels, int8_policy)
         engines[name + INT8_SUFFIX] = _write(int8, folder / (name + INT8_SUFFIX), say)
         del int8
         _let_go()

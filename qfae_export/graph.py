@@ -74,8 +74,8 @@ class InferenceGraph(nn.Module):
             if isinstance(module, Unit) and not isinstance(module, ForeignBlock)
         ]
 
-    def cast(self, precision: Precision) -> InferenceGraph:
-        """Give every unit its type in a precision policy, in place; FP32 weights that were rounded stay rounded.
+    def refuse_unknown(self, precision: Precision) -> None:
+        """Refuse a policy that does not fit.
 
         Raises:
             ExportError: a selector of the policy names nothing in this graph.
@@ -87,6 +87,15 @@ class InferenceGraph(nn.Module):
                 f"precision: {', '.join(unknown)}: no such place in this model; expected, for example, "
                 f"{', '.join(self.units()[:2])}, or a stage of it"
             )
+
+    def cast(self, precision: Precision) -> InferenceGraph:
+        """Give every unit its type in a precision policy, in place; FP32 weights that were rounded stay rounded.
+
+        Raises:
+            ExportError: a selector of the policy names nothing in this graph.
+
+        """
+        self.refuse_unknown(precision)
         for name, module in self.named_modules():
             if isinstance(module, Unit):
                 module.set_dtype(precision.dtype(name))

@@ -40,7 +40,7 @@ class Options:
     max_batch       largest batch of the engine; None: DEFAULT_MAX_BATCH, or as many as there are parity images
     fp16            write NAME.fp16.onnx as well
     int8            write NAME.int8.onnx as well
-    int8_keep       selectors of what stays FP32 in it beside what always does, e.g. "decoder"; see precision.py
+    int8_keep       selectors of what stays FP32 in it beside what always does; None: what precision.INT8 keeps
     calibration_images  folder of images that INT8's scales are taken from; None: the slices in this package
     parity_count    images of `parity_images` to measure on; None: 32, or the largest batch if that is more
     backends        CPU backends that FP32 and INT8 engines are measured on, "onnxruntime" among them; each gets a
@@ -61,7 +61,7 @@ class Options:
     weights: WeightFiles = field(default_factory=WeightFiles)
     fp16: bool = False
     int8: bool = False
-    int8_keep: tuple[str, ...] = ()
+    int8_keep: tuple[str, ...] | None = None
     calibration_images: Path | None = None
     parity_count: int | None = None
     format: str | None = None
@@ -166,7 +166,7 @@ class Options:
         faults = []
         if self.int8 and self.part != "full":
             faults.append("--int8: means nothing with --part, for it is measured as a whole; leave out --part")
-        if self.int8_keep and not self.int8:
+        if self.int8_keep is not None and not self.int8:
             faults.append("--int8-keep: says what stays FP32 in an INT8 engine; pass --int8 too")
         if self.calibration_images is not None and not self.int8:
             faults.append("--calibration-images: gives INT8 its scales; pass --int8 too")

@@ -46,7 +46,7 @@ _CURES = {
     "and report these lines",
     "fp16": "FP16 rounds more than this model bears; pass --bisect to find what must stay FP32, or leave out --fp16",
     "int8": "INT8 rounds more than this model bears, or its scales come from images of another kind: pass "
-    "--calibration-images DIR with normal images of yours, or --int8-keep decoder, or leave out --int8",
+    "--calibration-images DIR with normal images of yours, or keep more in FP32 with --int8-keep, or leave out --int8",
     "plan": "the ONNX file it was built from keeps its contract: try another TensorRT, and report these lines",
 }
 

@@ -88,13 +88,14 @@ class Precision:
         if self.name == "fp32":
             return {"policy": "fp32"}
         if self.name == "int8":
-            return {"policy": "int8", "rules": INT8_RULES, "kept_fp32": [*self.kept]}
+            return {"policy": "int8", "rules": INT8_RULES, "kept_fp32": [*self.kept, *self.foreign]}
         return {"policy": "fp16", "rules": FP16_RULES, "kept_fp32": [*self.kept, *self.foreign]}
 
 
 FP32 = Precision("fp32")
 FP16 = Precision("fp16")
-INT8 = Precision("int8")
+INT8 = Precision("int8", kept=("decoder",))
+"""What INT8 is without a wish: the decoder's products stay FP32, for they cost more ranks and maps than all others."""
 
 
 def covers(selector: str, unit: str) -> bool:

@@ -37,6 +37,7 @@ QUANTITIES = {
     "score_iqr": Quantity("score error, p99.9 / IQR"),
     "spearman": Quantity("score ranks, Spearman", larger_is_better=True),
     "flips": Quantity("decisions flipped"),
+    "flips_share": Quantity("decisions flipped / images"),
     "flips_beyond": Quantity("flips beyond the score error"),
     "auroc_change": Quantity("AUROC, change"),
     "map_abs": Quantity("map error, largest"),
@@ -57,7 +58,7 @@ lies beyond the score error if the reference's score is farther from the thresho
 """
 
 
-OF_ALL_IMAGES = ("score_median", "spearman", "flips", "flips_beyond", "auroc_change")
+OF_ALL_IMAGES = ("score_median", "spearman", "flips", "flips_share", "flips_beyond", "auroc_change")
 """Quantities of a whole set of images, which say little about a few of them."""
 
 
@@ -146,7 +147,7 @@ def measure_agreement(
     values["score_median"] = _ratio(float(np.median(error)), scale.score_iqr)
     values["spearman"] = _spearman(want, have)
     flipped = (want >= scale.threshold) != (have >= scale.threshold)
-    values["flips"] = float(flipped.sum())
+    values["flips"], values["flips_share"] = float(flipped.sum()), float(flipped.mean())
     values["flips_beyond"] = float((flipped & (np.abs(want - scale.threshold) > p999)).sum())
     values["auroc_change"] = _auroc_change(want, have, labels)
     worst: dict[str, Worst] = {}

@@ -37,6 +37,8 @@ from qfae_runtime.selftest import self_test
 from tests.export.test_cli import run
 from tests.export.tiny import SIZE, config_of, picture_folder, pictures, scorer_of, vit
 
+EVERYWHERE = replace(INT8, kept=())
+
 # Encoder blocks 2 and 3 of which the last is a tap, one decoder block, two perceptual ones: four products each.
 BLOCKS = ["encoder.2", "encoder.3", "decoder.1", "perceptual.1", "perceptual.2"]
 PRODUCTS = [f"{block}.{name}" for block in BLOCKS for name in ("qkv", "proj", "fc1", "fc2")]
@@ -54,7 +56,7 @@ def graph() -> InferenceGraph:
 
 @pytest.fixture(scope="module")
 def rounded(graph: InferenceGraph) -> InferenceGraph:
-    return int8_graph(graph, pictures(32))
+    return int8_graph(graph, pictures(32), EVERYWHERE)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def emulated(graph: InferenceGraph) -> InferenceGraph:
 
 def test_the_file_computes_the_rounding_and_nothing_else(graph: InferenceGraph, file: Path) -> None:
     images = pictures(12)
-    want = pytorch_scores(emulated(int8_graph(graph, pictures(32))), images)
+    want = pytorch_scores(emulated(int8_graph(graph, pictures(32), EVERYWHERE)), images)
     exact = pytorch_scores(graph, images)
     session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     score, anomaly_map, _ = session.run(None, {"images": images})
@@ -138,9 +140,9 @@ def test_the_file_computes_the_rounding_and_nothing_else(graph: InferenceGraph, 
 def test_smoothing_is_worth_it(graph: InferenceGraph, rounded: InferenceGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(12)
     exact = pytorch_scores(graph, images)
-    smooth = pytorch_scores(emulated(int8_graph(graph, pictures(32))), images)
+    smooth = pytorch_scores(emulated(int8_graph(graph, pictures(32), EVERYWHERE)), images)
     monkeypatch.setattr(qfae_export.int8, "_smooth", lambda *_: None)
-    rough = pytorch_scores(emulated(int8_graph(graph, pictures(32))), images)
+    rough = pytorch_scores(emulated(int8_graph(graph, pictures(32), EVERYWHERE)), images)
     error = [np.abs(one.anomaly_map - exact.anomaly_map).mean() for one in (smooth, rough)]
     assert error[0] < 0.7 * error[1]
 
@@ -157,6 +159,8 @@ def test_scales() -> None:
 
 
 def test_places_that_are_kept(graph: InferenceGraph) -> None:
+    usual = [name for name in PRODUCTS if not name.startswith("decoder")]
+    assert sorted(products(int8_graph(graph, pictures(4)))) == sorted(usual)
     kept = int8_graph(graph, pictures(4), replace(INT8, kept=("decoder", "encoder.2.fc1")))
     assert sorted(products(kept)) == sorted(
         name for name in PRODUCTS if not name.startswith("decoder") and name != "encoder.2.fc1"
@@ -282,6 +286,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, 
     done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--calibration-images", tmp_path / "none")
     assert done.code == 1
     assert f"--calibration-images: {tmp_path / 'none'}: no such folder; name one that holds real images" in done.err
+    done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--int8-keep", "decoder.9,mlp")
+    assert "precision: decoder.9, mlp: no such place in this model; expected, for example, encoder." in done.err
+    assert "scoring" not in done.err, "it is told before minutes have passed"
     few = picture_folder(tmp_path / "few", 5)
     done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--calibration-images", few)
     assert "5 different images, but a measurement needs 32 at least; pass --calibration-images DIR" in done.err
@@ -301,7 +308,7 @@ def test_verify_measures_it_again(capsys: pytest.CaptureFixture[str], checkpoint
 def test_the_manifest_says_what_is_computed_how(made: Exported) -> None:
     stored = json.loads((made.folder / "tiny.json").read_text(encoding="utf-8"))["precision"]["tiny.int8.onnx"]
     assert stored["rules"]["the decoder's head"]["type"] == "float32"
-    assert stored["kept_fp32"] == []
+    assert stored["kept_fp32"] == ["decoder"]
     assert stored["calibrated_on"] == {"images": 32, "from": "32 of the 33 images in normal/", "measured_on_too": 0}
 
 

@@ -68,6 +68,7 @@ def test_every_quantity_against_another_computation() -> None:
         "score_iqr": np.percentile(error, 99.9) / iqr,
         "spearman": spearmanr(want.score, got.score).statistic,
         "flips": flipped.sum(),
+        "flips_share": flipped.mean(),
         "flips_beyond": (flipped & (np.abs(want.score - threshold) > np.percentile(error, 99.9))).sum(),
         "auroc_change": abs(roc_auc_score(labels, want.score) - roc_auc_score(labels, got.score)),
         "map_abs": map_error.max(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from qfae_runtime.agreement import measure_agreement
+from qfae_runtime.agreement import Scale, measure_agreement
 from qfae_runtime.contract import CONTRACTS, Contract, demanded
 from qfae_runtime.engines.base import Scores
 
@@ -126,8 +128,11 @@ def test_what_int8_promises() -> None:
         "score_median": 0.05,
         "score_iqr": 2.0,
         "spearman": 0.995,
+        "flips_share": 0.05,
         "flips_beyond": 0.0,
+        "map_share": 0.05,
         "map_cosine_p1": 0.75,
+        "map_cosine_min": 0.5,
         "reconstruction_p999": 4.0,
     }
     few, many = [True, False] * 50, [True, False] * 60
@@ -136,6 +141,52 @@ def test_what_int8_promises() -> None:
     assert demanded("int8", [None] * 200) == CONTRACTS["int8"]
     assert demanded("fp16", many) == FP16
     assert demanded("int8", many).is_as_strict_as(CONTRACTS["int8"])
+
+
+def blobs(count: int = 40, side: int = 16) -> Scores:
+    """Maps with one bright place each, as anomaly maps are, and scores of two clusters."""
+    rows, columns = np.mgrid[:side, :side]
+    places = np.random.default_rng(6).uniform(2, side - 2, (count, 2, 1, 1))
+    maps = np.exp(-((rows - places[:, 0]) ** 2 + (columns - places[:, 1]) ** 2) / 8).astype(np.float32)
+    score = np.linspace(0, 1, count, dtype=np.float32)
+    return Scores(score, maps, np.zeros((count, side, side, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("fault", "broken"),
+    [
+        (lambda maps: maps.transpose(0, 2, 1), {"map_share", "map_cosine_p1", "map_cosine_min"}),
+        (lambda maps: maps * 0, {"map_share", "map_cosine_p1", "map_cosine_min"}),
+        (lambda maps: maps * 2, {"map_share"}),
+        (lambda maps: maps * 0.8, {"map_share"}),
+        (
+            lambda maps: np.concatenate([maps[:2], maps[2:3, ::-1], maps[3:]]),
+            {"map_share", "map_cosine_p1", "map_cosine_min"},
+        ),
+    ],
+    ids=["transposed", "zero", "twice", "paler", "one upside down"],
+)
+def test_maps_that_int8_does_not_allow(
+    fault: Callable[[NDArray[np.float32]], NDArray[np.float32]], broken: set[str]
+) -> None:
+    reference = blobs()
+    got = reference._replace(anomaly_map=np.ascontiguousarray(fault(reference.anomaly_map)))
+    values = measure_agreement(reference, got).values
+    contract = CONTRACTS["int8"]
+    assert {name for name in contract.bounds if not contract.allows(name, values[name])} == broken
+
+
+def test_decisions_that_int8_does_not_allow() -> None:
+    """Many scores at the threshold: ranks and errors hardly change, but a tenth of the decisions do."""
+    reference = blobs(400)
+    score = reference.score.copy()
+    scale = Scale.of(reference, threshold=0.5)
+    score[180:220] = 0.5 + np.linspace(-1e-3, 1e-3, 40, dtype=np.float32)
+    want, got = (reference._replace(score=one) for one in (score, score.copy()))
+    got.score[180:220] = got.score[180:220][::-1]
+    values, contract = measure_agreement(want, got, scale=scale).values, CONTRACTS["int8"]
+    assert values["flips_share"] == 0.1
+    assert {name for name in contract.bounds if not contract.allows(name, values[name])} == {"flips_share"}
 
 
 def test_an_area_that_int8_changed_is_refused() -> None:
