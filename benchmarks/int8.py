@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from benchmarks.speed.readme import between
+from benchmarks.documents import between
 from qfae_export.export import Options, ParityError, export
 from qfae_export.options import INT8_SUFFIX
 from qfae_runtime.agreement import QUANTITIES

@@ -6,7 +6,6 @@ python -m demo.spread            writes demo/results.json and the README's parag
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import click
 
+from benchmarks.documents import between
 from demo.run import run
 
 DATA_SEEDS = (0, 1, 2)
@@ -50,13 +50,7 @@ def paragraph(results: dict[str, Any]) -> str:
 
 def with_results(readme: str, results: dict[str, Any]) -> str:
     """Return the README with its paragraph about the results replaced."""
-    begin, end = MARKS
-    replaced, count = re.subn(
-        f"{begin}.*?{end}", lambda _: f"{begin}\n{paragraph(results)}\n{end}", readme, flags=re.DOTALL
-    )
-    if count != 1:
-        raise click.ClickException(f"{README}: expected one pair of {begin} and {end}, found {count}; put them back")
-    return replaced
+    return between(readme, MARKS, paragraph(results))
 
 
 @click.command()

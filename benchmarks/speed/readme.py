@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.documents import between
 from benchmarks.speed.rows import Row, read
 from benchmarks.speed.table import SPEED, engine_rows_of, notes, speed_cells, title_of
 
@@ -40,13 +41,6 @@ def _line(texts: Sequence[str]) -> str:
 def with_results(text: str, measurements: Sequence[tuple[str, Sequence[Row]]]) -> str:
     """Return a text with the block between its marks."""
     return between(text, MARKS, block(measurements))
-
-
-def between(text: str, marks: tuple[str, str], content: str) -> str:
-    """Return a text with the content between two marks, in place of what stands there."""
-    before, _, rest = text.partition(marks[0])
-    _, _, after = rest.partition(marks[1])
-    return f"{before}{marks[0]}\n{content}\n{marks[1]}{after}"
 
 
 def committed(root: Path) -> list[tuple[str, list[Row]]]:
