@@ -38,8 +38,11 @@ ERRORS = ("score_abs", "score_iqr", "spearman", "auroc_change", "map_cosine_p1")
 _VERSIONS = ("torch", "timm", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy")
 
 
-def conditions(subject: Subject, plan: Plan, device: str, threads: int | None, images: int) -> Row:
-    """Return what every other row was measured under. `images` is how many the score errors are over."""
+def conditions(subject: Subject, plan: Plan, device: str, threads: int | None, images: int, commit: str | None) -> Row:
+    """Return what every other row was measured under.
+
+    `images` is how many the score errors are over, `commit` what revision.commit says of the code.
+    """
     found = {}
     for name in _VERSIONS:
         try:
@@ -50,6 +53,7 @@ def conditions(subject: Subject, plan: Plan, device: str, threads: int | None, i
         "kind": "conditions",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "qfae": __version__,
+        "commit": commit,
         "model": subject.asked.title,
         "gflop_per_image": subject.flop / 1e9,
         "images_of_errors": images,

@@ -95,10 +95,19 @@ def title_of(conditions: Row) -> str:
     threads = conditions["threads"] or machine["cores"]
     how = f"{threads} thread{'s' if threads != 1 else ''}, " if conditions["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "timm")
+    # Rows of before have no commit, and of an installed package there is none.
+    commit = _short_commit(conditions.get("commit"))
     return (
         f"{conditions['model']} ({conditions['gflop_per_image']:.3g} GFLOP an image) on {where}, {how}"
-        f"{conditions['rounds']} rounds, {conditions['date'][:10]}\n{versions}"
+        f"{conditions['rounds']} rounds, {conditions['date'][:10]}{commit}\n{versions}"
     )
+
+
+def _short_commit(commit: str | None) -> str:
+    if commit is None:
+        return ""
+    whole = commit.removesuffix("+")
+    return f", commit {whole[:9]}{' with changes' if whole != commit else ''}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

@@ -22,9 +22,10 @@ from benchmarks.speed.candidates import CANDIDATES, KNOWN, candidates_on
 from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
 from benchmarks.speed.readme import committed, with_results
+from benchmarks.speed.revision import commit
 from benchmarks.speed.rows import read
 from benchmarks.speed.subject import Asked
-from benchmarks.speed.table import named
+from benchmarks.speed.table import named, title_of
 from benchmarks.speed.workers import WorkerError, Workers
 from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
@@ -75,6 +76,25 @@ def test_conditions(rows: list[dict[str, Any]]) -> None:
     assert row["images_of_errors"] >= 32
     assert {"torch", "onnxruntime", "openvino", "numpy"} <= row["versions"].keys()
     assert row["hardware"]["processor"]
+    assert row["commit"] == commit()
+    assert row["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", row["commit"])
+
+
+def test_tables_and_page_name_the_commit(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    [row] = of_kind(rows, "conditions")
+    for known, shown in (("0123456789abcdef", "commit 012345678"), ("0123456789+", "commit 012345678 with changes")):
+        row["commit"] = known
+        assert title_of(row).split("\n")[0].endswith(f", {row['date'][:10]}, {shown}")
+        write_page(rows, tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert shown in page
+        assert f"commit {known};" in page
+    row["commit"] = None
+    without = title_of(row)
+    del row["commit"]  # rows of before
+    assert title_of(row) == without
+    assert "commit" not in without
+    write_page(rows, tmp_path / "page.html")
 
 
 def test_an_engine_is_held_against_the_fastest_products_of_its_precision(rows: list[dict[str, Any]]) -> None:
