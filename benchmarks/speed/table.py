@@ -12,7 +12,7 @@ from benchmarks.speed.rows import Row, best_gemm
 from qfae_runtime.command_line import size_text
 
 SPEED = ("candidate", "batch", "p50 ms", "p99 ms", "images/s", "× plain", "of GEMM", "error / IQR", "Spearman")
-COST = ("candidate", "cold start", "loading", "building", "first call", "memory", "GPU memory", "disk")
+COST = ("candidate", "cold start", "loading", "building", "first call", "memory, peak", "GPU memory held", "disk")
 
 
 def speed_cells(row: Row) -> list[str]:
@@ -34,7 +34,8 @@ def speed_cells(row: Row) -> list[str]:
 def cost_cells(row: Row) -> list[str]:
     """Return what a candidate costs beside its time, in the order of COST; `row` is that of its largest batch."""
     seconds = [row["cold_start_s"], row["load_s"], row["build_s"], row["first_call_s"]]
-    sizes = [row["host_peak_bytes"], row["device_peak_bytes"], row["disk_bytes"]]
+    held = row.get("device_bytes", row.get("device_peak_bytes"))  # rows of before had it under the other name
+    sizes = [row["host_peak_bytes"], held, row["disk_bytes"]]
     return [
         named(row),
         *(f"{_short(one)} s" if one is not None else "–" for one in seconds),

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,8 +21,7 @@ from benchmarks.speed.readme import committed, with_results
 from benchmarks.speed.revision import commit
 from benchmarks.speed.rows import read
 from benchmarks.speed.subject import Asked
-from benchmarks.speed.table import named, title_of
-from benchmarks.speed.workers import WorkerError, Workers
+from benchmarks.speed.table import COST, cost_cells, named, title_of
 from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
@@ -129,6 +124,16 @@ def test_the_table(measured: Path) -> None:
     assert re.search(r"fastest FP32 products: .*, \d+ GFLOP/s", printed)
 
 
+def test_of_a_processor_no_device_memory_is_told(rows: list[dict[str, Any]]) -> None:
+    assert all(row["device_bytes"] is None for row in of_kind(rows, "engine"))
+    at = COST.index("GPU memory held")
+    row = of_kind(rows, "engine")[0]
+    assert cost_cells(row)[at] == "–"
+    assert cost_cells({**row, "device_bytes": 3 * 2**30})[at] == "3.2 GB"
+    del row["device_bytes"]
+    assert cost_cells({**row, "device_peak_bytes": 3 * 2**30})[at] == "3.2 GB", "rows of before"
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -168,83 +173,6 @@ def test_a_page_of_values_that_are_not_finite(rows: list[dict[str, Any]], tmp_pa
         row["error"] = {"fault": "score: the engine has 3 values that are not finite"}
     write_page(rows, tmp_path / "page.html")
     assert "not finite" in (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
-# --- processes ---
-
-
-def test_a_process_that_dies_is_told_and_replaced(measured: Path) -> None:
-    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
-    try:
-        candidate = KNOWN["onnxruntime"]
-        first = workers.of(candidate)
-        assert workers.of(candidate) is first
-        first._process.kill()
-        with pytest.raises(WorkerError, match=r"its process ended with signal 9; see onnxruntime\.log"):
-            first.ask("time", batch=1, seconds=0.0, calls=1, settle=False)
-        workers.end(candidate.name)
-        assert workers.of(candidate).ask("time", batch=1, seconds=0.0, calls=2, settle=False)["settling"] == []
-        assert len(workers.openings[candidate.name]) == 2  # every fresh start is kept
-    finally:
-        workers.close()
-
-
-def test_where_memory_is_short_the_one_that_waited_longest_is_ended(
-    measured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
-    try:
-        for name in ("onnxruntime", "openvino"):
-            workers.of(KNOWN[name])
-        workers.of(KNOWN["onnxruntime"])
-        room = iter([0, 10**15])
-        monkeypatch.setattr("benchmarks.speed.workers.memory_available", lambda: next(room))
-        workers.of(KNOWN["gemm-numpy"])
-        assert list(workers._open) == ["onnxruntime", "gemm-numpy"]
-    finally:
-        workers.close()
-
-
-def test_an_engine_process_loads_no_torch() -> None:
-    """A cold start must be that of the engine."""
-    code = "import benchmarks.speed.worker, sys; print({'torch', 'timm', 'onnx', 'qfae_train'} & set(sys.modules))"
-    assert run("python", "-c", code, cwd=ROOT).stdout == "set()\n"
-
-
-FROM_A_COPY = """
-import sys
-from pathlib import Path
-from benchmarks.speed.candidates import KNOWN
-from benchmarks.speed.end_to_end import _run
-from benchmarks.speed.workers import Worker, WorkerError, Workers
-bench, out = map(Path, sys.argv[1:])
-with Worker(bench / "model", out / "worker.log", 1) as worker:
-    try:
-        worker.ask("nothing")
-    except WorkerError:
-        pass
-workers = Workers(bench / "model", out, "cpu", 1, 4, 4)
-record, _ = _run(KNOWN["onnxruntime"], workers, bench / "pictures", out / "results", 4, False)
-print(record["qfae"])
-"""
-
-
-def test_processes_import_what_started_them(measured: Path, tmp_path: Path) -> None:
-    """As `make bench-gpu` does it: from a checkout that is not installed, or is not the one that is."""
-    root, out = tmp_path / "checkout", tmp_path / "out"
-    for name in ("benchmarks", "qfae_runtime"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with (root / "qfae_runtime/__init__.py").open("a", encoding="utf-8") as file:
-        file.write('\n__version__ = "a copy"\n')
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["QFAE_CACHE"] = str(tmp_path / "cache")
-    done = subprocess.run(
-        [sys.executable, "-c", FROM_A_COPY, str(measured), str(out)],
-        cwd=root, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "a copy\n"
-    assert str(root / "benchmarks/speed/worker.py") in (out / "worker.log").read_text(encoding="utf-8")
 
 
 # --- an engine alone ---
