@@ -116,11 +116,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found = [whole_run(row) for row in rows if row["kind"] == "end_to_end"]
     for precision, row in best_gemm(rows).items():
         found.append(f"fastest {precision.upper()} products: {row['title']}, {row['gflops']:.0f} GFLOP/s")
+    missing: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "missing":
-            size = f", batch {row['batch']}" if "batch" in row else ""
-            found.append(f"not measured: {row['candidate']}{size}: {row['reason']}")
-    return found
+            size = f" at batch {row['batch']}" if "batch" in row else ""
+            missing.setdefault(row["reason"], []).append(f"{row['candidate']}{size}")
+    return found + [f"not measured: {', '.join(names)}: {reason}" for reason, names in missing.items()]
 
 
 def whole_run(row: Row) -> str:

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from benchmarks.speed import candidates, gpu
-from benchmarks.speed.bench import Options
+from benchmarks.speed.bench import Options, _able
 from benchmarks.speed.candidates import CANDIDATES, KNOWN, candidates_on
 from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
 from benchmarks.speed.readme import committed, with_results
 from benchmarks.speed.revision import commit
-from benchmarks.speed.rows import read
+from benchmarks.speed.rows import missing_row, read
 from benchmarks.speed.subject import Asked
-from benchmarks.speed.table import COST, cost_cells, named, title_of
+from benchmarks.speed.table import COST, cost_cells, named, notes, title_of
 from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
@@ -240,7 +240,7 @@ def test_defaults() -> None:
     options = parse_options([], given(preset="brats", random_weights="0"))
     assert options.asked == Asked(config="brats", random_weights=0)
     assert options.plan.batches == (1, 2, 4, 8, 16, 32, 64)
-    assert options.candidates == candidates_on("cpu")
+    assert options.candidates == CANDIDATES, "what cannot run here is listed"
     assert Options(Asked(), Path("x"), ()).gemm_batch == 8
 
 
@@ -277,6 +277,43 @@ def test_missing_packages_come_with_the_line_that_installs_them(monkeypatch: pyt
         reason = candidates.lacking(candidate, candidate.devices[0])
         assert reason is not None
         assert re.fullmatch(r"[a-z, ]+ not installed: pip install .+", reason)
+
+
+@pytest.mark.parametrize(
+    ("device", "names", "reason"),
+    [
+        (
+            "cpu",
+            "torch-fp16, torch-compile-fp16, aotinductor-fp16, onnxruntime-fp16, onnxruntime-tensorrt, tensorrt, "
+            "tensorrt-fp16",
+            "runs on cuda:0 alone: pass --device cuda:0 on a machine with an NVIDIA GPU",
+        ),
+        (
+            "cuda:0",
+            "onnxruntime-int8, openvino, openvino-bf16, openvino-int8",
+            "runs on cpu alone: pass --device cpu",
+        ),
+    ],
+)
+def test_what_runs_on_another_device_alone_is_listed_in_one_sentence(device: str, names: str, reason: str) -> None:
+    missing: list[dict[str, Any]] = []
+    able = _able(CANDIDATES, lambda one: candidates.lacking(one, device), missing)
+    assert set(able) <= set(candidates_on(device))
+    assert len(able) + len(missing) == len(CANDIDATES), "nothing is passed over in silence"
+    assert f"not measured: {names}: {reason}" in notes(missing)
+
+
+def test_notes_name_each_reason_once() -> None:
+    missing = [
+        {**missing_row(KNOWN["torch"], "a batch would take about 40 s"), "batch": 8},
+        missing_row(KNOWN["openvino"], "openvino not installed: pip install x"),
+        {**missing_row(KNOWN["torch-plain"], "a batch would take about 40 s"), "batch": 4},
+        missing_row(KNOWN["openvino-bf16"], "openvino not installed: pip install x"),
+    ]
+    assert notes(missing) == [
+        "not measured: torch at batch 8, torch-plain at batch 4: a batch would take about 40 s",
+        "not measured: openvino, openvino-bf16: openvino not installed: pip install x",
+    ]
 
 
 def test_a_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
