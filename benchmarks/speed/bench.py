@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.speed.candidates import CPU, GEMMS, Candidate, lacking
 from benchmarks.speed.end_to_end import end_to_end, write_pictures
 from benchmarks.speed.opening import PLANS, built_file
+from benchmarks.speed.revision import commit
 from benchmarks.speed.rounds import Measured, Plan, measure
 from benchmarks.speed.rows import (
     Row,
@@ -69,6 +70,7 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
         QfaeError: the model itself cannot be had; a candidate that fails becomes a row.
 
     """
+    revision = commit()  # before processes read the code, one after the other
     missing: list[Row] = []
     present = _able(options.candidates, lambda one: lacking(one, options.device), missing)
     subject = _prepared(options, present, say)
@@ -78,7 +80,7 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
     built = _built(options, present, missing, say)
     present = [one for one in present if one.name in built]
     images, labels, reference = images_of(options.model)
-    first = conditions(subject, options.plan, options.device, options.threads, len(images))
+    first = conditions(subject, options.plan, options.device, options.threads, len(images), revision)
     workers = Workers(
         options.model,
         options.out / "logs",
@@ -95,7 +97,8 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
         missing += failed_rows(measured)
         seconds = {name: value for name, value in built.items() if value is not None}
         gemm = gemm_rows(gemms, measured, workers)
-        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, seconds, best_gemm(gemm))
+        best = best_gemm(gemm)
+        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, labels, seconds, best)
     finally:
         workers.close()
     return [first, *rows, *gemm, *whole, *left_out_rows(measured), *missing]

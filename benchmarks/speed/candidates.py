@@ -83,13 +83,21 @@ KNOWN = {one.name: one for one in (*CANDIDATES, *GEMMS)}
 """All of them by name."""
 
 
+_ELSEWHERE = {
+    CPU: f"runs on {CPU} alone: pass --device {CPU}",
+    CUDA: f"runs on {CUDA} alone: pass --device {CUDA} on a machine with an NVIDIA GPU",
+}
+
+
 def candidates_on(device: str) -> tuple[Candidate, ...]:
     """Return every candidate that can run on a device, installed or not, in the order of tables."""
     return tuple(one for one in CANDIDATES if device in one.devices)
 
 
 def lacking(candidate: Candidate, device: str) -> str | None:
-    """Say what this machine lacks to run a candidate, and the line that installs it; None where nothing seems to."""
+    """Say why a candidate cannot run here, and what would help; None where nothing seems to be lacking."""
+    if device not in candidate.devices:
+        return _ELSEWHERE[candidate.devices[0]]
     missing = [name for name in candidate.modules if find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed: {candidate.pip}"

@@ -29,7 +29,7 @@ DEVICES = (CPU, CUDA)
 _WIDTH = 128  # what the tables need; a terminal that is narrower wraps them
 
 _EPILOG = """\b
-Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted. A candidate that is not installed, or fails, is listed
+Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted. A candidate that cannot run here, or fails, is listed
 with the reason; the others are measured all the same.
 
 \b
@@ -51,7 +51,7 @@ Examples:
     "--random-weights", metavar="SEED", help="With --preset or --config: weights of this seed, no checkpoint."
 )
 @click.option("--images", metavar="DIR", help="Images to measure scores on.  [default: the checkpoint's, or slices]")
-@click.option("--against", metavar="NAME,...", help="What to measure.  [default: all that runs on the device]")
+@click.option("--against", metavar="NAME,...", help="What to measure.  [default: all that can run here]")
 @click.option("--device", metavar="|".join(DEVICES), default=CPU, show_default=True, help="Where to run.")
 @click.option("--threads", metavar="N", help="Threads on the processor.  [default: all cores]")
 @click.option("--batches", metavar="N,...", help=f"Batch sizes.  [default: {','.join(map(str, Plan.batches))}]")
@@ -138,9 +138,9 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
 
 
 def _candidates(text: str | None, device: str, faults: list[str]) -> tuple[Candidate, ...]:
-    able = candidates_on(device)
     if text is None:
-        return able
+        return CANDIDATES  # those that cannot run here are listed with the reason
+    able = candidates_on(device)
     names = [name.strip() for name in text.split(",")]
     known = {one.name: one for one in able}
     for name in names:

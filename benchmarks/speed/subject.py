@@ -6,7 +6,7 @@ random.pt       the checkpoint, where its weights are random
 model.onnx ...  the engine files that candidates ask for, with a manifest
 model.*.plan, model.*.pt2   what was built of them for candidates that need it
 
-All of it is kept for the next run of the very same model, and replaced for another one.
+All of it is kept for the next run of the very same model by the very same code, and replaced for another one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.speed.gemm import Product
+from benchmarks.speed.revision import writers
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.files import EngineFile, check_engine_file
@@ -115,7 +116,8 @@ def sources_of(asked: Asked) -> dict[str, str]:
     """Return what tells a model from another one under the same names, by those names.
 
     It is the SHA-256 of files and of the configuration; of a folder of images, digests of names, sizes and times of
-    change. What cannot be read is left out: reading the model says why.
+    change. What cannot be read is left out: reading the model says why. What writes a model's files counts as well: the
+    code, and the versions of libraries.
 
     Raises:
         ConfigError: there is no such configuration, or it is faulty.
@@ -123,7 +125,7 @@ def sources_of(asked: Asked) -> dict[str, str]:
     """
     from qfae_train.config import load
 
-    files, found = {asked.ckpt, asked.perceptual, *asked.encoders.values()}, {}
+    files, found = {asked.ckpt, asked.perceptual, *asked.encoders.values()}, writers()
     if asked.config is not None:
         config = load(asked.config)
         found[asked.config] = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()

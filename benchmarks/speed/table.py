@@ -9,10 +9,14 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.speed.rows import Row, best_gemm
+from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.command_line import size_text
 
-SPEED = ("candidate", "batch", "p50 ms", "p99 ms", "images/s", "× plain", "of GEMM", "error / IQR", "Spearman")
-COST = ("candidate", "cold start", "loading", "building", "first call", "memory", "GPU memory", "disk")
+SPEED = (
+    *("candidate", "batch", "p50 ms", "p99 ms", "images/s", "× plain", "of GEMM"),
+    *("error / IQR", "Spearman", "contract"),
+)
+COST = ("candidate", "cold start", "loading", "building", "first call", "memory, peak", "GPU memory held", "disk")
 
 
 def speed_cells(row: Row) -> list[str]:
@@ -28,13 +32,20 @@ def speed_cells(row: Row) -> list[str]:
         f"{row['share_of_gemm']:.0%}" if row["share_of_gemm"] else "–",
         "not finite" if "fault" in error else _small(error.get("score_iqr")),
         f"{error['spearman']:.4f}" if error.get("spearman") is not None else "–",
+        _kept(row),
     ]
+
+
+def _kept(row: Row) -> str:
+    contract = row.get("contract")  # rows of before have none
+    return "–" if contract is None else "kept" if contract["kept"] else "broken"
 
 
 def cost_cells(row: Row) -> list[str]:
     """Return what a candidate costs beside its time, in the order of COST; `row` is that of its largest batch."""
     seconds = [row["cold_start_s"], row["load_s"], row["build_s"], row["first_call_s"]]
-    sizes = [row["host_peak_bytes"], row["device_peak_bytes"], row["disk_bytes"]]
+    held = row.get("device_bytes", row.get("device_peak_bytes"))  # rows of before had it under the other name
+    sizes = [row["host_peak_bytes"], held, row["disk_bytes"]]
     return [
         named(row),
         *(f"{_short(one)} s" if one is not None else "–" for one in seconds),
@@ -95,22 +106,36 @@ def title_of(conditions: Row) -> str:
     threads = conditions["threads"] or machine["cores"]
     how = f"{threads} thread{'s' if threads != 1 else ''}, " if conditions["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "timm")
+    # Rows of before have no commit, and of an installed package there is none.
+    commit = _short_commit(conditions.get("commit"))
     return (
         f"{conditions['model']} ({conditions['gflop_per_image']:.3g} GFLOP an image) on {where}, {how}"
-        f"{conditions['rounds']} rounds, {conditions['date'][:10]}\n{versions}"
+        f"{conditions['rounds']} rounds, {conditions['date'][:10]}{commit}\n{versions}"
     )
 
 
+def _short_commit(commit: str | None) -> str:
+    if commit is None:
+        return ""
+    whole = commit.removesuffix("+")
+    return f", commit {whole[:9]}{' with changes' if whole != commit else ''}"
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return the sentences below the tables: files through qfae-run, and what was not measured and why."""
+    """Return the sentences below the tables: files through qfae-run, broken contracts, what was not measured."""
     found = [whole_run(row) for row in rows if row["kind"] == "end_to_end"]
     for precision, row in best_gemm(rows).items():
         found.append(f"fastest {precision.upper()} products: {row['title']}, {row['gflops']:.0f} GFLOP/s")
+    for row in largest_of(rows):
+        if _kept(row) == "broken":
+            titles = "; ".join(QUANTITIES[name].title for name in row["contract"]["broken"])
+            found.append(f"contract {row['contract']['name']} broken by {named(row)}: {titles}")
+    missing: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "missing":
-            size = f", batch {row['batch']}" if "batch" in row else ""
-            found.append(f"not measured: {row['candidate']}{size}: {row['reason']}")
-    return found
+            size = f" at batch {row['batch']}" if "batch" in row else ""
+            missing.setdefault(row["reason"], []).append(f"{row['candidate']}{size}")
+    return found + [f"not measured: {', '.join(names)}: {reason}" for reason, names in missing.items()]
 
 
 def whole_run(row: Row) -> str:

@@ -112,6 +112,10 @@ def products_of(path: Path, batch: int = 1) -> list[Product]:
     shapes = {one.name: _shape(one) for one in (*inferred.value_info, *inferred.input, *inferred.output)}
     shapes |= {one.name: tuple(one.dims) for one in inferred.initializer}
     stored = {one.name for one in inferred.initializer}
+    # What an INT8 file stores as bytes comes to its product by way of a node.
+    stored |= {
+        node.output[0] for node in inferred.node if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    }
     found: Counter[tuple[int, int, int, bool]] = Counter()
     for node in inferred.node:
         if node.op_type == "MatMul":

@@ -5,7 +5,7 @@
     {"do": "open", "candidate": "...", "device": "...", "threads": 2, "batch": 8, "most": 64}
     {"do": "time", "batch": 8, "seconds": 2.0, "calls": 3, "settle": true}  -> {"seconds": [...]}
     {"do": "score", "out": "file.npz"}                                      the images' outputs, as a file
-    {"do": "memory"}                                                        -> peaks in bytes
+    {"do": "memory"}                                                        -> its peak in bytes
 
 An answer has "error" where something failed. Whatever libraries print goes to stderr.
 """
@@ -39,7 +39,6 @@ class Work:
     def __init__(self, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
         self.folder, self.tell = folder, tell
         self.opened: Ready | None = None
-        self.device, self.free = "cpu", 0
 
     def prepare(self, asked: dict[str, Any], flavours: list[str], max_batch: int) -> dict[str, Any]:
         """Write the model's files, saying each step."""
@@ -54,7 +53,6 @@ class Work:
 
     def open(self, candidate: str, device: str, threads: int | None, batch: int, most: int) -> dict[str, Any]:
         """Open a candidate and score one image; `at` is the system's monotonic clock after that."""
-        self.device, self.free = device, _device_free(device)
         start = time.perf_counter()
         self.opened = ready(KNOWN[candidate], self.folder, device, threads, batch, most)
         loaded = time.perf_counter() - start
@@ -90,18 +88,8 @@ class Work:
         return {}
 
     def memory(self) -> dict[str, Any]:
-        """Return the peaks of this process; of a device, what it has less of now than before the candidate came."""
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"host": host, "device": max(0, self.free - _device_free(self.device)) if self.free else None}
-
-
-def _device_free(device: str) -> int:
-    """Return the free bytes of a CUDA device by torch; 0 where there is none to ask."""
-    if device == "cpu":
-        return 0
-    import torch
-
-    return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else 0
+        """Return the largest memory that this process had."""
+        return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def serve(folder: Path, commands: TextIO, answers: TextIO) -> None:

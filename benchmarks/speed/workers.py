@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -109,7 +110,12 @@ class Opening:
 
 @dataclass
 class Workers:
-    """One open process a candidate, by name; `openings` holds every fresh start, `peaks` the memory of each."""
+    """One open process a candidate, by name; `openings` holds every fresh start, and memory is in bytes.
+
+    host_peaks    the largest that a candidate's process had
+    device_held   the most that a candidate had taken of the device's memory when a visit was over: what was in use then
+                  less what was before, summed over its visits, for others keep theirs meanwhile; None: not known
+    """
 
     folder: Path
     logs: Path
@@ -118,8 +124,11 @@ class Workers:
     batch: int
     most: int
     openings: dict[str, list[Opening]] = field(default_factory=dict)
-    peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    host_peaks: dict[str, int] = field(default_factory=dict)
+    device_held: dict[str, int | None] = field(default_factory=dict)
     _open: dict[str, Worker] = field(default_factory=dict)
+    _taken: dict[str, int] = field(default_factory=dict)
+    _used: int | None = None
     _settled: set[tuple[str, int]] = field(default_factory=set)
 
     def of(self, candidate: Candidate) -> Worker:
@@ -132,6 +141,9 @@ class Workers:
         worker = self._open.pop(candidate.name, None)
         if worker is None:
             self._make_room(candidate.name)
+        self._used = device_used(self.device)
+        if worker is None:
+            self._taken[candidate.name] = 0
             worker = self._start(candidate)
         self._open[candidate.name] = worker  # the last of the dict is the one used last
         return worker
@@ -169,19 +181,21 @@ class Workers:
         return worker
 
     def _make_room(self, name: str) -> None:
-        needed = int(self.peaks.get(name, {}).get("host") or 0)
-        least = needed + _ROOM * (memory_bytes() or 0)
+        least = self.host_peaks.get(name, 0) + _ROOM * (memory_bytes() or 0)
         while self._open and memory_available() < least:
             self.end(next(iter(self._open)))
 
     def note_memory(self, candidate: Candidate) -> None:
-        """Ask an open process for its peaks and keep the largest."""
-        answer = self._open[candidate.name].ask("memory")
-        before = self.peaks.get(candidate.name, {})
-        self.peaks[candidate.name] = {
-            key: max((one for one in (before.get(key), answer[key]) if one is not None), default=None)
-            for key in ("host", "device")
-        }
+        """Note what a candidate has taken, now that its visit is over."""
+        name = candidate.name
+        host: int = self._open[name].ask("memory")["host"]
+        self.host_peaks[name] = max(host, self.host_peaks.get(name, 0))
+        before, now = self._used, device_used(self.device)
+        if before is None or now is None:
+            self.device_held.setdefault(name, None)
+            return
+        self._taken[name] += now - before
+        self.device_held[name] = max(self._taken[name], self.device_held.get(name) or 0)
 
     def end(self, name: str) -> None:
         """End a candidate's process, if there is one."""
@@ -203,3 +217,23 @@ def memory_available() -> int:
     except OSError:
         return memory_bytes() or sys.maxsize
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def device_used(device: str) -> int | None:
+    """Return the bytes in use on a CUDA device, by whomever; None where nvidia-smi cannot say, and for a processor.
+
+    It is asked of the system, so that nobody has to load a library for it.
+    """
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return None
+    # nvidia-smi numbers all cards of the machine, CUDA those that this variable lets it see.
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    ordinal = int(number or 0)
+    card = visible[ordinal] if ordinal < len(visible) else str(ordinal)
+    command = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return int(done.stdout) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):  # ValueError: "[N/A]"
+        return None

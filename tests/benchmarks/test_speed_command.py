@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,15 +13,15 @@ import numpy as np
 import pytest
 
 from benchmarks.speed import candidates, gpu
-from benchmarks.speed.bench import Options
+from benchmarks.speed.bench import Options, _able
 from benchmarks.speed.candidates import CANDIDATES, KNOWN, candidates_on
 from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
-from benchmarks.speed.readme import committed, with_results
-from benchmarks.speed.rows import read
+from benchmarks.speed.readme import block, committed, with_results
+from benchmarks.speed.revision import commit
+from benchmarks.speed.rows import missing_row, read
 from benchmarks.speed.subject import Asked
-from benchmarks.speed.table import named
-from benchmarks.speed.workers import WorkerError, Workers
+from benchmarks.speed.table import COST, SPEED, cost_cells, named, notes, speed_cells, title_of
 from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
@@ -62,6 +58,9 @@ def test_a_row_says_what_was_measured(rows: list[dict[str, Any]]) -> None:
         assert row["gflops"] == pytest.approx(
             row["images_per_second"]["mean"] * of_kind(rows, "conditions")[0]["gflop_per_image"]
         )
+        assert row["contract"]["name"] == row["precision"]
+        assert row["contract"]["kept"] == (row["contract"]["broken"] == [])
+        assert row["contract"]["kept"] or int8
     plain = [row for row in engines if row["candidate"] == "torch-plain"]
     assert all(row["times_plain"] == {"mean": 1, "low": 1, "high": 1} for row in plain)
 
@@ -75,6 +74,47 @@ def test_conditions(rows: list[dict[str, Any]]) -> None:
     assert row["images_of_errors"] >= 32
     assert {"torch", "onnxruntime", "openvino", "numpy"} <= row["versions"].keys()
     assert row["hardware"]["processor"]
+    assert row["commit"] == commit()
+    assert row["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", row["commit"])
+
+
+def test_tables_and_page_name_the_commit(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    [row] = of_kind(rows, "conditions")
+    for known, shown in (("0123456789abcdef", "commit 012345678"), ("0123456789+", "commit 012345678 with changes")):
+        row["commit"] = known
+        assert title_of(row).split("\n")[0].endswith(f", {row['date'][:10]}, {shown}")
+        write_page(rows, tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert shown in page
+        assert f"commit {known};" in page
+    row["commit"] = None
+    without = title_of(row)
+    del row["commit"]  # rows of before
+    assert title_of(row) == without
+    assert "commit" not in without
+    write_page(rows, tmp_path / "page.html")
+
+
+def test_a_broken_contract_is_shown_beside_the_speed(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    for row in rows:
+        if row.get("candidate") == "openvino":
+            row["contract"] = {"name": "fp32", "kept": False, "broken": ["score_iqr", "spearman"]}
+        elif row.get("candidate") == "openvino-int8":
+            del row["contract"]  # rows of before
+        elif row["kind"] == "engine":
+            row["contract"] = {"name": "fp32", "kept": True, "broken": []}
+    found = {row["candidate"]: speed_cells(row)[SPEED.index("contract")] for row in of_kind(rows, "engine")}
+    kept = dict.fromkeys(("torch-plain", "torch", "onnxruntime"), "kept")
+    assert found == {**kept, "openvino": "broken", "openvino-int8": "–"}
+    sentence = "ontract fp32 broken by OpenVINO, FP32: score error, p99.9 / IQR; score ranks, Spearman"
+    assert notes(rows).count(f"c{sentence}") == 1, "once, not for every batch size"
+    readme = block([("x.jsonl", rows)])
+    assert f"C{sentence}." in readme
+    assert re.search(r"\| OpenVINO, FP32 \| 4 \|.*\| broken \|", readme)
+    write_page(rows, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('fill="#fff"') == 1
+    assert page.count("contract broken</title>") == 1
 
 
 def test_an_engine_is_held_against_the_fastest_products_of_its_precision(rows: list[dict[str, Any]]) -> None:
@@ -103,10 +143,22 @@ def test_files_through_qfae_run(rows: list[dict[str, Any]]) -> None:
 
 def test_the_table(measured: Path) -> None:
     printed = (measured.parent / "printed.txt").read_text(encoding="utf-8")
-    assert re.search(r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000", printed)
+    assert re.search(
+        r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000 +kept", printed
+    )
     assert re.search(r"OpenVINO, INT8 +4 ", printed)
     assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: [\d.]+ ± ", printed)
     assert re.search(r"fastest FP32 products: .*, \d+ GFLOP/s", printed)
+
+
+def test_of_a_processor_no_device_memory_is_told(rows: list[dict[str, Any]]) -> None:
+    assert all(row["device_bytes"] is None for row in of_kind(rows, "engine"))
+    at = COST.index("GPU memory held")
+    row = of_kind(rows, "engine")[0]
+    assert cost_cells(row)[at] == "–"
+    assert cost_cells({**row, "device_bytes": 3 * 2**30})[at] == "3.2 GB"
+    del row["device_bytes"]
+    assert cost_cells({**row, "device_peak_bytes": 3 * 2**30})[at] == "3.2 GB", "rows of before"
 
 
 class Tags(HTMLParser):
@@ -148,83 +200,6 @@ def test_a_page_of_values_that_are_not_finite(rows: list[dict[str, Any]], tmp_pa
         row["error"] = {"fault": "score: the engine has 3 values that are not finite"}
     write_page(rows, tmp_path / "page.html")
     assert "not finite" in (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
-# --- processes ---
-
-
-def test_a_process_that_dies_is_told_and_replaced(measured: Path) -> None:
-    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
-    try:
-        candidate = KNOWN["onnxruntime"]
-        first = workers.of(candidate)
-        assert workers.of(candidate) is first
-        first._process.kill()
-        with pytest.raises(WorkerError, match=r"its process ended with signal 9; see onnxruntime\.log"):
-            first.ask("time", batch=1, seconds=0.0, calls=1, settle=False)
-        workers.end(candidate.name)
-        assert workers.of(candidate).ask("time", batch=1, seconds=0.0, calls=2, settle=False)["settling"] == []
-        assert len(workers.openings[candidate.name]) == 2  # every fresh start is kept
-    finally:
-        workers.close()
-
-
-def test_where_memory_is_short_the_one_that_waited_longest_is_ended(
-    measured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
-    try:
-        for name in ("onnxruntime", "openvino"):
-            workers.of(KNOWN[name])
-        workers.of(KNOWN["onnxruntime"])
-        room = iter([0, 10**15])
-        monkeypatch.setattr("benchmarks.speed.workers.memory_available", lambda: next(room))
-        workers.of(KNOWN["gemm-numpy"])
-        assert list(workers._open) == ["onnxruntime", "gemm-numpy"]
-    finally:
-        workers.close()
-
-
-def test_an_engine_process_loads_no_torch() -> None:
-    """A cold start must be that of the engine."""
-    code = "import benchmarks.speed.worker, sys; print({'torch', 'timm', 'onnx', 'qfae_train'} & set(sys.modules))"
-    assert run("python", "-c", code, cwd=ROOT).stdout == "set()\n"
-
-
-FROM_A_COPY = """
-import sys
-from pathlib import Path
-from benchmarks.speed.candidates import KNOWN
-from benchmarks.speed.end_to_end import _run
-from benchmarks.speed.workers import Worker, WorkerError, Workers
-bench, out = map(Path, sys.argv[1:])
-with Worker(bench / "model", out / "worker.log", 1) as worker:
-    try:
-        worker.ask("nothing")
-    except WorkerError:
-        pass
-workers = Workers(bench / "model", out, "cpu", 1, 4, 4)
-record, _ = _run(KNOWN["onnxruntime"], workers, bench / "pictures", out / "results", 4, False)
-print(record["qfae"])
-"""
-
-
-def test_processes_import_what_started_them(measured: Path, tmp_path: Path) -> None:
-    """As `make bench-gpu` does it: from a checkout that is not installed, or is not the one that is."""
-    root, out = tmp_path / "checkout", tmp_path / "out"
-    for name in ("benchmarks", "qfae_runtime"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with (root / "qfae_runtime/__init__.py").open("a", encoding="utf-8") as file:
-        file.write('\n__version__ = "a copy"\n')
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["QFAE_CACHE"] = str(tmp_path / "cache")
-    done = subprocess.run(
-        [sys.executable, "-c", FROM_A_COPY, str(measured), str(out)],
-        cwd=root, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "a copy\n"
-    assert str(root / "benchmarks/speed/worker.py") in (out / "worker.log").read_text(encoding="utf-8")
 
 
 # --- an engine alone ---
@@ -292,7 +267,7 @@ def test_defaults() -> None:
     options = parse_options([], given(preset="brats", random_weights="0"))
     assert options.asked == Asked(config="brats", random_weights=0)
     assert options.plan.batches == (1, 2, 4, 8, 16, 32, 64)
-    assert options.candidates == candidates_on("cpu")
+    assert options.candidates == CANDIDATES, "what cannot run here is listed"
     assert Options(Asked(), Path("x"), ()).gemm_batch == 8
 
 
@@ -329,6 +304,43 @@ def test_missing_packages_come_with_the_line_that_installs_them(monkeypatch: pyt
         reason = candidates.lacking(candidate, candidate.devices[0])
         assert reason is not None
         assert re.fullmatch(r"[a-z, ]+ not installed: pip install .+", reason)
+
+
+@pytest.mark.parametrize(
+    ("device", "names", "reason"),
+    [
+        (
+            "cpu",
+            "torch-fp16, torch-compile-fp16, aotinductor-fp16, onnxruntime-fp16, onnxruntime-tensorrt, tensorrt, "
+            "tensorrt-fp16",
+            "runs on cuda:0 alone: pass --device cuda:0 on a machine with an NVIDIA GPU",
+        ),
+        (
+            "cuda:0",
+            "onnxruntime-int8, openvino, openvino-bf16, openvino-int8",
+            "runs on cpu alone: pass --device cpu",
+        ),
+    ],
+)
+def test_what_runs_on_another_device_alone_is_listed_in_one_sentence(device: str, names: str, reason: str) -> None:
+    missing: list[dict[str, Any]] = []
+    able = _able(CANDIDATES, lambda one: candidates.lacking(one, device), missing)
+    assert set(able) <= set(candidates_on(device))
+    assert len(able) + len(missing) == len(CANDIDATES), "nothing is passed over in silence"
+    assert f"not measured: {names}: {reason}" in notes(missing)
+
+
+def test_notes_name_each_reason_once() -> None:
+    missing = [
+        {**missing_row(KNOWN["torch"], "a batch would take about 40 s"), "batch": 8},
+        missing_row(KNOWN["openvino"], "openvino not installed: pip install x"),
+        {**missing_row(KNOWN["torch-plain"], "a batch would take about 40 s"), "batch": 4},
+        missing_row(KNOWN["openvino-bf16"], "openvino not installed: pip install x"),
+    ]
+    assert notes(missing) == [
+        "not measured: torch at batch 8, torch-plain at batch 4: a batch would take about 40 s",
+        "not measured: openvino, openvino-bf16: openvino not installed: pip install x",
+    ]
 
 
 def test_a_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.speed import revision
+from benchmarks.speed.revision import commit, writers
 from benchmarks.speed.subject import RANDOM, SUBJECT, Asked, Subject, images_of, prepare
 from benchmarks.speed.workers import Worker, WorkerError
 from qfae_runtime.engines.base import Scores
@@ -65,6 +68,58 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path
     assert steps != []
     (folder / SUBJECT).write_text('{"asked": {}, "of": "another version"}', encoding="utf-8")
     assert prepared()[0] == after
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_files_of_other_code_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, steps = Asked(ckpt=str(checkpoint_file(tmp_path / "tiny.pt"))), list[str]()
+    prepare(asked, tmp_path / "model", ["onnx"], 4, steps.append)
+    steps.clear()
+    prepare(asked, tmp_path / "model", ["onnx"], 4, steps.append)
+    assert steps == []
+    (tmp_path / "model/model.fp16.plan").touch()
+    now = {**writers(), "onnxscript": "0.0.1"}
+    monkeypatch.setattr("benchmarks.speed.subject.writers", lambda: now)
+    assert prepare(asked, tmp_path / "model", ["onnx"], 4, steps.append).sources["onnxscript"] == "0.0.1"
+    assert "writing model.onnx" in steps
+    assert not (tmp_path / "model/model.fp16.plan").exists()
+
+
+def test_what_writes_a_model_is_known_by_code_and_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"code", "torch", "timm", "onnx", "onnxscript", "onnx_ir"} <= writers().keys()
+    assert {root.name for root in revision._roots()} == {"qfae_export", "qfae_train", "qfae_runtime"}
+    monkeypatch.setattr(revision, "_roots", lambda: [tmp_path])
+    (tmp_path / "below").mkdir()
+    digests = []
+    for name, text in (("a.py", "1"), ("below/b.py", "1"), ("below/b.py", "2"), ("b.py", "2"), ("notes.md", "x")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        digests.append(writers()["code"])
+    assert len(set(digests)) == 4
+    assert digests[-1] == digests[-2], "what is not code does not count"
+
+
+def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        names = ("-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *names, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "inner").mkdir()
+    assert commit(tmp_path) is None
+    git("init")
+    assert commit(tmp_path) is None, "there is no commit yet"
+    (tmp_path / "file").write_text("1", encoding="utf-8")
+    git("add", "file")
+    git("commit", "-m", "first")
+    git("tag", "-a", "-m", "v1", "v1")
+    assert commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "other").touch()
+    assert commit(tmp_path) == git("rev-parse", "HEAD"), "what is not tracked does not count"
+    (tmp_path / "file").write_text("2", encoding="utf-8")
+    assert commit(tmp_path) == git("rev-parse", "HEAD") + "+"
+    assert commit(tmp_path / "inner") is None, "a package that is installed within another project's checkout"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit(tmp_path) is None
 
 
 @pytest.mark.usefixtures("quick_export")
