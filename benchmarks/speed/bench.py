@@ -17,7 +17,9 @@ from benchmarks.speed.rows import (
     Row,
     best_gemm,
     conditions,
+    contract_kept,
     engine_rows,
+    errors_of,
     failed_rows,
     gemm_rows,
     left_out_rows,
@@ -93,12 +95,16 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
         agreements = _scored(options, present, labels, reference, workers, missing, say)
         present = [one for one in present if one.name in agreements]
         measured = measure(options.plan, [*present, *gemms], workers, say)
-        whole = _end_to_end(options, present, measured, workers, missing, say)
+        contracts = {one.name: contract_kept(one, agreements[one.name], labels) for one in present}
+        runnable = [one for one in present if one.model in subject.files and one.name not in measured.failed]
+        whole = _end_to_end(options, runnable, measured, workers, contracts, missing, say)
+        for row in whole:
+            row |= {"error": errors_of(agreements[row["candidate"]]), "contract": contracts[row["candidate"]]}
         missing += failed_rows(measured)
         seconds = {name: value for name, value in built.items() if value is not None}
         gemm = gemm_rows(gemms, measured, workers)
         best = best_gemm(gemm)
-        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, labels, seconds, best)
+        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, contracts, seconds, best)
     finally:
         workers.close()
     return [first, *rows, *gemm, *whole, *left_out_rows(measured), *missing]
@@ -191,13 +197,17 @@ def _end_to_end(
     candidates: Sequence[Candidate],
     measured: Measured,
     workers: Workers,
+    contracts: dict[str, Row],
     missing: list[Row],
     say: Say,
 ) -> list[Row]:
-    """Run qfae-run with the fastest engine that it can run, without heat maps and with them."""
-    able = [one for one in candidates if one.model == "onnx" and one.name not in measured.failed]
+    """Run qfae-run with the fastest of its engines that keeps its contract, without heat maps and with them.
+
+    Where none does, it is the fastest of all.
+    """
+    able = [one for one in candidates if contracts[one.name]["kept"]] or list(candidates)
     sizes = [batch for batch in options.plan.batches if all(measured.of(one.name, batch) for one in able)]
-    if not options.files or not able or not sizes or options.asked.engine is not None:
+    if not options.files or not able or not sizes:
         return []
     batch = max(size for size in sizes if size <= max(16, min(sizes)))
     fastest = max(able, key=lambda one: throughput(measured.of(one.name, batch)).mean)

@@ -17,7 +17,7 @@ import cv2
 from benchmarks.speed.candidates import Candidate
 from benchmarks.speed.rows import Row
 from benchmarks.speed.statistics import Interval
-from benchmarks.speed.subject import NAME, images_of
+from benchmarks.speed.subject import Subject, images_of
 from benchmarks.speed.workers import WorkerError, Workers
 from qfae_runtime.children import importing_alike
 
@@ -48,7 +48,7 @@ def end_to_end(
     maps: bool,
     say: Callable[[str], None],
 ) -> Row:
-    """Run an engine of the file "onnx" alone, and qfae-run with it, in turn, and return the row.
+    """Run an engine of one of the model's files alone, and qfae-run with it, in turn, and return the row.
 
     Raises:
         WorkerError: either failed.
@@ -66,6 +66,7 @@ def end_to_end(
         rates.append(files / scoring)
         shares.append(files / scoring / engine_rate)
         stages.append({**record["seconds"], "process": seconds})
+    moved = workers.of(candidate).ask("transfer", batch=batch)["seconds"]
     return {
         "kind": "end_to_end",
         "candidate": candidate.name,
@@ -78,6 +79,7 @@ def end_to_end(
         "images_per_second": asdict(Interval.over(rates)),
         "share_of_engine": asdict(Interval.over(shares)),
         "seconds": {name: sum(one.get(name, 0.0) for one in stages) / len(stages) for name in stages[0]},
+        "transfer_s": moved * (-(-files // batch)) if moved is not None else None,
     }
 
 
@@ -85,7 +87,8 @@ def _run(
     candidate: Candidate, workers: Workers, pictures: Path, results: Path, batch: int, maps: bool
 ) -> tuple[dict[str, Any], float]:
     """Run qfae-run in a process of its own; return run.json and the seconds of the process."""
-    command = [sys.executable, "-P", "-c", _RUN, str(pictures), "--engine", str(workers.folder / f"{NAME}.onnx")]
+    engine = workers.folder / Subject.load(workers.folder).files[candidate.model]
+    command = [sys.executable, "-P", "-c", _RUN, str(pictures), "--engine", str(engine)]
     command += ["--out", str(results), "--overwrite", "--quiet", "--allow-uncertified", "--batch-size", str(batch)]
     command += ["--backend", candidate.backend, "--device", workers.device]
     command += [] if maps else ["--no-maps"]

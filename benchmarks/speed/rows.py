@@ -79,13 +79,13 @@ def engine_rows(
     workers: Workers,
     subject: Subject,
     agreements: dict[str, Agreement],
-    labels: Sequence[bool | None],
+    contracts: dict[str, Row],
     built: dict[str, float],
     limits: dict[str, Row],
 ) -> list[Row]:
-    """Return a row for every engine at every batch size that was measured; `limits` is what `best_gemm` says.
+    """Return a row for every engine at every batch size that was measured.
 
-    `agreements` are over the images that have these labels (True: anomalous, None: unknown).
+    `contracts` is what `contract_kept` says, `limits` what `best_gemm` says.
     """
     found = []
     for candidate in candidates:
@@ -121,8 +121,8 @@ def engine_rows(
                     "device_bytes": workers.device_held[candidate.name],
                     "disk_bytes": opening.disk,
                     "version": opening.version,
-                    "error": _errors(agreements.get(candidate.name)),
-                    "contract": _contract(candidate, agreements.get(candidate.name), labels),
+                    "error": errors_of(agreements[candidate.name]),
+                    "contract": contracts[candidate.name],
                 }
             )
     return found
@@ -181,18 +181,18 @@ def left_out_rows(measured: Measured) -> list[Row]:
     return [{**missing_row(KNOWN[name], reason), "batch": batch} for (name, batch), reason in measured.left_out.items()]
 
 
-def _errors(agreement: Agreement | None) -> dict[str, Any] | None:
-    if agreement is None:
-        return None
+def errors_of(agreement: Agreement) -> Row:
+    """Return the errors that rows keep; why there are none, where outputs could not be compared."""
     if agreement.fault is not None:
         return {"fault": agreement.fault}
     return {name: agreement.values[name] for name in ERRORS}
 
 
-def _contract(candidate: Candidate, agreement: Agreement | None, labels: Sequence[bool | None]) -> Row | None:
-    """Say whether the scores keep the contract of a candidate's precision, and which bounds they break."""
-    if agreement is None:
-        return None
+def contract_kept(candidate: Candidate, agreement: Agreement, labels: Sequence[bool | None]) -> Row:
+    """Say whether the scores keep the contract of a candidate's precision, and which bounds they break.
+
+    `labels` are those of the images (True: anomalous, None: unknown).
+    """
     owed = demanded(candidate.precision, labels)
     if agreement.images < MIN_IMAGES:
         owed = owed.without(OF_ALL_IMAGES)

@@ -145,13 +145,24 @@ def whole_run(row: Row) -> str:
     split = ", ".join(
         f"{name} {seconds[f'scoring_{name}']:.2f} s" for name in stages if seconds.get(f"scoring_{name}") is not None
     )
+    if row.get("transfer_s") is not None:
+        split += f"; of the engine about {row['transfer_s']:.2f} s to the GPU and back"
     maps = "with" if row["maps"] else "without"
     engine = f"{row['title']} {row['precision'].upper()}, batch {row['batch']}"
     reached = f"{with_interval(row['images_per_second'])} images/s, {row['share_of_engine']['mean']:.0%} of the engine"
     return (
-        f"qfae-run, {row['files']} files of 240 x 240 px, {engine}, {maps} heat maps: {reached} alone ({split}; "
-        f"whole process {seconds['process']:.1f} s)"
+        f"qfae-run, {row['files']} files of 240 x 240 px, {engine}, {maps} heat maps: {reached} alone{_quality(row)} "
+        f"({split}; whole process {seconds['process']:.1f} s)"
     )
+
+
+def _quality(row: Row) -> str:
+    """Say how far the scores of the engine behind a run on files are from PyTorch's."""
+    if "contract" not in row:  # rows of before
+        return ""
+    far = row["error"].get("score_iqr")
+    error = f"score error {_small(far)} of the IQR" if far is not None else "scores that cannot be compared"
+    return f", {error}, contract {_kept(row)}"
 
 
 def with_interval(interval: dict[str, float | None]) -> str:

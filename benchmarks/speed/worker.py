@@ -6,6 +6,7 @@
     {"do": "time", "batch": 8, "seconds": 2.0, "calls": 3, "settle": true}  -> {"seconds": [...]}
     {"do": "score", "out": "file.npz"}                                      the images' outputs, as a file
     {"do": "memory"}                                                        -> its peak in bytes
+    {"do": "transfer", "batch": 8}                                          -> seconds to a GPU and back, or null
 
 An answer has "error" where something failed. Whatever libraries print goes to stderr.
 """
@@ -27,6 +28,7 @@ import numpy as np
 from benchmarks.speed.candidates import KNOWN
 from benchmarks.speed.opening import Ready, build, ready
 from benchmarks.speed.subject import Asked, images_of, prepare
+from benchmarks.speed.transfer import transfer_seconds
 from qfae_runtime.engines.base import Scores
 
 _SCORED_AT_ONCE = 8
@@ -86,6 +88,12 @@ class Work:
         parts = [engine.run(images[start : start + size]) for start in range(0, len(images), size)]
         np.savez(out, **Scores.joined(parts)._asdict())
         return {}
+
+    def transfer(self, batch: int) -> dict[str, Any]:
+        """Return the seconds that a batch is on its way to a GPU and back."""
+        assert self.opened is not None
+        assert self.opened.engine is not None
+        return {"seconds": transfer_seconds(self.opened.engine, batch)}
 
     def memory(self) -> dict[str, Any]:
         """Return the largest memory that this process had."""

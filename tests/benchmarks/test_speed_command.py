@@ -130,8 +130,12 @@ def test_files_through_qfae_run(rows: list[dict[str, Any]]) -> None:
     without, with_maps = of_kind(rows, "end_to_end")
     assert (without["maps"], with_maps["maps"]) == (False, True)
     assert without["files"] == with_maps["files"] == 12
-    assert without["candidate"] in ("onnxruntime", "openvino")
     for row in (without, with_maps):
+        [engine] = [one for one in of_kind(rows, "engine") if (one["candidate"], one["batch"]) == (row["candidate"], 4)]
+        assert row["error"] == engine["error"]
+        assert row["contract"] == engine["contract"]
+        assert row["contract"]["kept"]
+        assert row["transfer_s"] is None, "on a processor nothing is moved"
         seconds = row["seconds"]
         for stage in ("decoding", "preprocessing", "engine", "writing"):
             assert seconds[f"scoring_{stage}"] > 0, stage
@@ -216,12 +220,16 @@ def test_an_exported_engine_as_it_is(tmp_path: Path) -> None:
     stale.touch()
     done = run(
         "qfae-bench", "--engine", "tiny.onnx", "--against", "torch,openvino,openvino-int8", "--batches", "1",
-        "--rounds", "1", "--seconds", "0.01", cwd=tmp_path,
+        "--rounds", "1", "--seconds", "0.01", "--files", "6", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = read(tmp_path / "bench/rows.jsonl")
     [row] = of_kind(rows, "engine")
     assert row["candidate"] == "openvino"
+    assert [(one["candidate"], one["files"], one["maps"]) for one in of_kind(rows, "end_to_end")] == [
+        ("openvino", 6, False),
+        ("openvino", 6, True),
+    ]
     assert row["error"]["score_iqr"] < 1e-3
     assert row["times_plain"] is None
     reasons = {row["candidate"]: row["reason"] for row in of_kind(rows, "missing")}

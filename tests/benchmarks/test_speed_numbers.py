@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from benchmarks.speed.candidates import CANDIDATES, GEMMS, KNOWN, Candidate
 from benchmarks.speed.gemm import Gemm, Product
 from benchmarks.speed.plain import PlainScorer
 from benchmarks.speed.rounds import Measured, Plan, measure
-from benchmarks.speed.rows import _contract, failed_rows, left_out_rows
+from benchmarks.speed.rows import contract_kept, failed_rows, left_out_rows
 from benchmarks.speed.statistics import Interval, Visit, latency, speed_up, throughput
 from benchmarks.speed.torch_engine import compiled, eager, in_precision, package, packaged
 from benchmarks.speed.workers import WorkerError, Workers
@@ -150,10 +151,15 @@ GOOD: dict[str, float | None] = {
 }
 
 
-def contract(name: str, labels: list[bool | None], images: int = 32, **values: float) -> Any:
-    fault = "score: not finite" if values.pop("fault", 0) else None
+def contract(
+    name: str,
+    labels: list[bool | None],
+    images: int = 32,
+    fault: str | None = None,
+    values: Mapping[str, float | None] = GOOD,
+) -> Any:
     agreement = Agreement(images, None, {} if fault else {**GOOD, **values}, {}, fault)
-    return _contract(KNOWN[name], agreement, labels)
+    return contract_kept(KNOWN[name], agreement, labels)
 
 
 def test_every_candidate_owes_the_contract_of_its_arithmetic() -> None:
@@ -168,20 +174,21 @@ def test_every_candidate_owes_the_contract_of_its_arithmetic() -> None:
 def test_a_contract_is_kept_or_says_which_bounds_are_broken() -> None:
     """By every bound of the precision: what BF16 may differ by, FP32 may not."""
     small = {"score_abs": 1e-2, "map_rel": 0.1}
-    assert contract("torch-bf16", [], **small) == {"name": "bf16", "kept": True, "broken": []}
-    assert contract("torch", [], **small) == {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"]}
+    assert contract("torch-bf16", [], values=small) == {"name": "bf16", "kept": True, "broken": []}
+    assert contract("torch", [], values=small) == {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"]}
     large = {"score_iqr": 0.02, "spearman": 0.9}
-    assert contract("torch-fp16", [], **large)["broken"] == ["score_iqr", "spearman"]
-    assert contract("openvino-bf16", [], **large)["name"] == "bf16"
-    assert contract("openvino", [], fault=1)["broken"] == list(CONTRACTS["fp32"].bounds), "nothing is known to hold"
-    assert _contract(KNOWN["torch"], None, []) is None
+    assert contract("torch-fp16", [], values=large)["broken"] == ["score_iqr", "spearman"]
+    assert contract("openvino-bf16", [], values=large)["name"] == "bf16"
+    assert contract("openvino", [], fault="score: not finite")["broken"] == list(CONTRACTS["fp32"].bounds), (
+        "nothing is known to hold"
+    )
 
 
 def test_few_images_say_nothing_of_ranks() -> None:
-    few = contract("torch-bf16", [], images=31, spearman=0.5, flips_beyond=2.0)
+    few = contract("torch-bf16", [], images=31, values={"spearman": 0.5, "flips_beyond": 2.0})
     assert few == {"name": "bf16", "kept": True, "broken": []}
-    assert contract("torch-bf16", [], images=31, spearman=0.5, score_iqr=1.0)["broken"] == ["score_iqr"]
-    assert contract("torch-bf16", [], images=32, spearman=0.5, flips_beyond=2.0)["broken"] == [
+    assert contract("torch-bf16", [], images=31, values={"spearman": 0.5, "score_iqr": 1.0})["broken"] == ["score_iqr"]
+    assert contract("torch-bf16", [], images=32, values={"spearman": 0.5, "flips_beyond": 2.0})["broken"] == [
         "spearman",
         "flips_beyond",
     ]
@@ -189,8 +196,8 @@ def test_few_images_say_nothing_of_ranks() -> None:
 
 def test_int8_owes_the_auroc_where_labels_tell_it() -> None:
     labels: list[bool | None] = [True, False] * 60
-    assert contract("openvino-int8", labels, images=120, auroc_change=0.01)["broken"] == ["auroc_change"]
-    assert contract("openvino-int8", [None] * 120, images=120, auroc_change=0.01)["kept"]
+    assert contract("openvino-int8", labels, images=120, values={"auroc_change": 0.01})["broken"] == ["auroc_change"]
+    assert contract("openvino-int8", [None] * 120, images=120, values={"auroc_change": 0.01})["kept"]
 
 
 # --- matrix products ---

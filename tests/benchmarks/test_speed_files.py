@@ -1,0 +1,100 @@
+"""Files through qfae-run: which engine they are scored with, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from benchmarks.speed import bench
+from benchmarks.speed.bench import Options, _end_to_end
+from benchmarks.speed.candidates import KNOWN
+from benchmarks.speed.rounds import Measured, Plan
+from benchmarks.speed.statistics import Visit
+from benchmarks.speed.subject import Asked
+from benchmarks.speed.table import whole_run
+from benchmarks.speed.transfer import moved, transfer_seconds
+
+SECONDS = {"onnxruntime": 3.0, "openvino": 2.0, "openvino-bf16": 1.0, "openvino-int8": 0.5}
+ROW: dict[str, Any] = {
+    "title": "OpenVINO", "precision": "int8", "batch": 4, "files": 8, "maps": False,
+    "images_per_second": {"mean": 20.0, "low": None, "high": None},
+    "share_of_engine": {"mean": 0.9, "low": None, "high": None},
+    "seconds": {"scoring_decoding": 0.25, "scoring_engine": 0.5, "process": 2.0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand in for running qfae-run; the list holds what it would have been run with, and whether with maps."""
+    found: list[str] = []
+
+    def run(candidate: Any, workers: Any, out: Path, files: int, batch: int, rounds: int, maps: bool, say: Any) -> Any:
+        found.append(f"{candidate.name} {batch} {maps}")
+        return {"candidate": candidate.name}
+
+    monkeypatch.setattr(bench, "end_to_end", run)
+    monkeypatch.setattr(bench, "write_pictures", lambda *_: None)
+    return found
+
+
+def choose(tmp_path: Path, broken: tuple[str, ...]) -> None:
+    options = Options(Asked(ckpt="x.pt"), tmp_path, (), Plan(batches=(1, 4)))
+    visits = [Visit(name, batch, 0, (seconds,)) for name, seconds in SECONDS.items() for batch in (1, 4)]
+    contracts = {name: {"kept": name not in broken} for name in SECONDS}
+    _end_to_end(
+        options, [KNOWN[name] for name in SECONDS], Measured(visits), cast(Any, None), contracts, [], lambda step: None
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "taken"),
+    [
+        ((), "openvino-int8"),
+        (("openvino-int8",), "openvino-bf16"),
+        (("openvino-int8", "openvino-bf16"), "openvino"),
+        (tuple(SECONDS), "openvino-int8"),
+    ],
+)
+def test_the_fastest_that_keeps_its_contract_is_taken(
+    scored: list[str], tmp_path: Path, broken: tuple[str, ...], taken: str
+) -> None:
+    choose(tmp_path, broken)
+    assert scored == [f"{taken} 4 False", f"{taken} 4 True"]
+
+
+def test_scores_stand_beside_the_rate() -> None:
+    row = {**ROW, "error": {"score_iqr": 0.125}, "contract": {"name": "int8", "kept": False, "broken": ["spearman"]}}
+    assert whole_run(row) == (
+        "qfae-run, 8 files of 240 x 240 px, OpenVINO INT8, batch 4, without heat maps: 20 images/s, 90% of the engine "
+        "alone, score error 1.2e-01 of the IQR, contract broken (decoding 0.25 s, engine 0.50 s; whole process 2.0 s)"
+    )
+    faulty = {**row, "error": {"fault": "score: not finite"}}
+    assert "alone, scores that cannot be compared, contract broken (decoding" in whole_run(faulty)
+    assert "alone (decoding 0.25 s, engine 0.50 s; whole process 2.0 s)" in whole_run(ROW), "rows of before"
+
+
+def test_what_the_way_to_a_gpu_costs_is_a_part_of_the_engine() -> None:
+    text = whole_run({**ROW, "transfer_s": 0.031})
+    assert "engine 0.50 s; of the engine about 0.03 s to the GPU and back; whole process" in text
+
+
+def test_moving_a_batch_takes_time_where_there_is_a_device() -> None:
+    assert 0 < moved("cpu", 0, 32, 2) < moved("cpu", 0, 512, 32), "images, maps and reconstructions are moved"
+    for backend, device in (("onnxruntime", "cpu"), ("openvino", "cpu"), ("tensorrt", "cuda:0")):
+        assert transfer_seconds(cast(Any, SimpleNamespace(backend=backend, device=device)), 4) is None
+
+
+def test_it_is_moved_to_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def move(*arguments: Any) -> float:
+        asked.append(arguments)
+        return 0.5
+
+    monkeypatch.setattr("benchmarks.speed.transfer.moved", move)
+    engine = SimpleNamespace(backend="onnxruntime-tensorrt", device="cuda:1", image_size=224)
+    assert transfer_seconds(cast(Any, engine), 8) == 0.5
+    assert asked == [("cuda", 1, 224, 8)]
