@@ -97,7 +97,8 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
         missing += failed_rows(measured)
         seconds = {name: value for name, value in built.items() if value is not None}
         gemm = gemm_rows(gemms, measured, workers)
-        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, seconds, best_gemm(gemm))
+        best = best_gemm(gemm)
+        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, labels, seconds, best)
     finally:
         workers.close()
     return [first, *rows, *gemm, *whole, *left_out_rows(measured), *missing]

@@ -144,7 +144,9 @@ def error_plot(engines: Sequence[Row], colours: dict[str, str]) -> dict[str, Any
             "colour": colours[name],
             "x": x.at(_error(row)),
             "y": y.at(_rate(row)),
-            "title": f"{name}, batch {row['batch']}: {_rate(row):.3g} images/s, error {_error(row):.1e}",
+            "broken": _broken(row),
+            "title": f"{name}, batch {row['batch']}: {_rate(row):.3g} images/s, error {_error(row):.1e}"
+            f"{', contract broken' if _broken(row) else ''}",
         }
         for name, row in best.items()
     ]
@@ -157,6 +159,10 @@ def _rate(row: Row | None) -> float:
 
 def _error(row: Row) -> float:
     return max(_LEAST_ERROR, float(row["error"]["score_iqr"]))
+
+
+def _broken(row: Row) -> bool:
+    return not (row.get("contract") or {"kept": True})["kept"]  # rows of before have none
 
 
 def _apart(marks: list[dict[str, Any]], least: float = 15.0) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ from benchmarks.speed.statistics import Interval, latency, speed_up, throughput
 from benchmarks.speed.subject import Subject
 from benchmarks.speed.workers import Workers
 from qfae_runtime import __version__
-from qfae_runtime.agreement import Agreement
+from qfae_runtime.agreement import OF_ALL_IMAGES, Agreement
+from qfae_runtime.contract import MIN_IMAGES, demanded
 from qfae_runtime.verdicts import hardware
 from qfae_runtime.writers.whole import whole_file
 
@@ -78,10 +79,14 @@ def engine_rows(
     workers: Workers,
     subject: Subject,
     agreements: dict[str, Agreement],
+    labels: Sequence[bool | None],
     built: dict[str, float],
     limits: dict[str, Row],
 ) -> list[Row]:
-    """Return a row for every engine at every batch size that was measured; `limits` is what `best_gemm` says."""
+    """Return a row for every engine at every batch size that was measured; `limits` is what `best_gemm` says.
+
+    `agreements` are over the images that have these labels (True: anomalous, None: unknown).
+    """
     found = []
     for candidate in candidates:
         for batch in plan.batches:
@@ -117,6 +122,7 @@ def engine_rows(
                     "disk_bytes": opening.disk,
                     "version": opening.version,
                     "error": _errors(agreements.get(candidate.name)),
+                    "contract": _contract(candidate, agreements.get(candidate.name), labels),
                 }
             )
     return found
@@ -181,6 +187,17 @@ def _errors(agreement: Agreement | None) -> dict[str, Any] | None:
     if agreement.fault is not None:
         return {"fault": agreement.fault}
     return {name: agreement.values[name] for name in ERRORS}
+
+
+def _contract(candidate: Candidate, agreement: Agreement | None, labels: Sequence[bool | None]) -> Row | None:
+    """Say whether the scores keep the contract of a candidate's precision, and which bounds they break."""
+    if agreement is None:
+        return None
+    owed = demanded(candidate.precision, labels)
+    if agreement.images < MIN_IMAGES:
+        owed = owed.without(OF_ALL_IMAGES)
+    broken = [name for name in owed.bounds if not owed.allows(name, agreement.values.get(name))]
+    return {"name": owed.name, "kept": not broken, "broken": broken}
 
 
 def save(rows: Sequence[Row], path: Path) -> None:

@@ -9,9 +9,13 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.speed.rows import Row, best_gemm
+from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.command_line import size_text
 
-SPEED = ("candidate", "batch", "p50 ms", "p99 ms", "images/s", "× plain", "of GEMM", "error / IQR", "Spearman")
+SPEED = (
+    *("candidate", "batch", "p50 ms", "p99 ms", "images/s", "× plain", "of GEMM"),
+    *("error / IQR", "Spearman", "contract"),
+)
 COST = ("candidate", "cold start", "loading", "building", "first call", "memory, peak", "GPU memory held", "disk")
 
 
@@ -28,7 +32,13 @@ def speed_cells(row: Row) -> list[str]:
         f"{row['share_of_gemm']:.0%}" if row["share_of_gemm"] else "–",
         "not finite" if "fault" in error else _small(error.get("score_iqr")),
         f"{error['spearman']:.4f}" if error.get("spearman") is not None else "–",
+        _kept(row),
     ]
+
+
+def _kept(row: Row) -> str:
+    contract = row.get("contract")  # rows of before have none
+    return "–" if contract is None else "kept" if contract["kept"] else "broken"
 
 
 def cost_cells(row: Row) -> list[str]:
@@ -112,10 +122,14 @@ def _short_commit(commit: str | None) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return the sentences below the tables: files through qfae-run, and what was not measured and why."""
+    """Return the sentences below the tables: files through qfae-run, broken contracts, what was not measured."""
     found = [whole_run(row) for row in rows if row["kind"] == "end_to_end"]
     for precision, row in best_gemm(rows).items():
         found.append(f"fastest {precision.upper()} products: {row['title']}, {row['gflops']:.0f} GFLOP/s")
+    for row in largest_of(rows):
+        if _kept(row) == "broken":
+            titles = "; ".join(QUANTITIES[name].title for name in row["contract"]["broken"])
+            found.append(f"contract {row['contract']['name']} broken by {named(row)}: {titles}")
     missing: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "missing":

@@ -17,11 +17,11 @@ from benchmarks.speed.bench import Options, _able
 from benchmarks.speed.candidates import CANDIDATES, KNOWN, candidates_on
 from benchmarks.speed.cli import command, main, parse_options
 from benchmarks.speed.page import latency_plot, write_page
-from benchmarks.speed.readme import committed, with_results
+from benchmarks.speed.readme import block, committed, with_results
 from benchmarks.speed.revision import commit
 from benchmarks.speed.rows import missing_row, read
 from benchmarks.speed.subject import Asked
-from benchmarks.speed.table import COST, cost_cells, named, notes, title_of
+from benchmarks.speed.table import COST, SPEED, cost_cells, named, notes, speed_cells, title_of
 from qfae_export.cli import main as export
 from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
@@ -58,6 +58,9 @@ def test_a_row_says_what_was_measured(rows: list[dict[str, Any]]) -> None:
         assert row["gflops"] == pytest.approx(
             row["images_per_second"]["mean"] * of_kind(rows, "conditions")[0]["gflop_per_image"]
         )
+        assert row["contract"]["name"] == row["precision"]
+        assert row["contract"]["kept"] == (row["contract"]["broken"] == [])
+        assert row["contract"]["kept"] or int8
     plain = [row for row in engines if row["candidate"] == "torch-plain"]
     assert all(row["times_plain"] == {"mean": 1, "low": 1, "high": 1} for row in plain)
 
@@ -92,6 +95,28 @@ def test_tables_and_page_name_the_commit(rows: list[dict[str, Any]], tmp_path: P
     write_page(rows, tmp_path / "page.html")
 
 
+def test_a_broken_contract_is_shown_beside_the_speed(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    for row in rows:
+        if row.get("candidate") == "openvino":
+            row["contract"] = {"name": "fp32", "kept": False, "broken": ["score_iqr", "spearman"]}
+        elif row.get("candidate") == "openvino-int8":
+            del row["contract"]  # rows of before
+        elif row["kind"] == "engine":
+            row["contract"] = {"name": "fp32", "kept": True, "broken": []}
+    found = {row["candidate"]: speed_cells(row)[SPEED.index("contract")] for row in of_kind(rows, "engine")}
+    kept = dict.fromkeys(("torch-plain", "torch", "onnxruntime"), "kept")
+    assert found == {**kept, "openvino": "broken", "openvino-int8": "–"}
+    sentence = "ontract fp32 broken by OpenVINO, FP32: score error, p99.9 / IQR; score ranks, Spearman"
+    assert notes(rows).count(f"c{sentence}") == 1, "once, not for every batch size"
+    readme = block([("x.jsonl", rows)])
+    assert f"C{sentence}." in readme
+    assert re.search(r"\| OpenVINO, FP32 \| 4 \|.*\| broken \|", readme)
+    write_page(rows, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('fill="#fff"') == 1
+    assert page.count("contract broken</title>") == 1
+
+
 def test_an_engine_is_held_against_the_fastest_products_of_its_precision(rows: list[dict[str, Any]]) -> None:
     gemm = of_kind(rows, "gemm")
     fp32 = {"gemm-torch", "gemm-numpy", "gemm-onnxruntime", "gemm-openvino"}
@@ -118,7 +143,9 @@ def test_files_through_qfae_run(rows: list[dict[str, Any]]) -> None:
 
 def test_the_table(measured: Path) -> None:
     printed = (measured.parent / "printed.txt").read_text(encoding="utf-8")
-    assert re.search(r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000", printed)
+    assert re.search(
+        r"OpenVINO, FP32 +4 +[\d.]+ +[\d.]+ +[\d.]+ ± \S+ +[\d.]+ +\d+% +\d\.\de-\d\d +1\.0000 +kept", printed
+    )
     assert re.search(r"OpenVINO, INT8 +4 ", printed)
     assert re.search(r"qfae-run, 12 files of 240 x 240 px, .* without heat maps: [\d.]+ ± ", printed)
     assert re.search(r"fastest FP32 products: .*, \d+ GFLOP/s", printed)

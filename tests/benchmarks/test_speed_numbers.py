@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from benchmarks.speed import gemm
-from benchmarks.speed.candidates import GEMMS, KNOWN, Candidate
+from benchmarks.speed.candidates import CANDIDATES, GEMMS, KNOWN, Candidate
 from benchmarks.speed.gemm import Gemm, Product
 from benchmarks.speed.plain import PlainScorer
 from benchmarks.speed.rounds import Measured, Plan, measure
-from benchmarks.speed.rows import failed_rows, left_out_rows
+from benchmarks.speed.rows import _contract, failed_rows, left_out_rows
 from benchmarks.speed.statistics import Interval, Visit, latency, speed_up, throughput
 from benchmarks.speed.torch_engine import compiled, eager, in_precision, package, packaged
 from benchmarks.speed.workers import WorkerError, Workers
 from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Unit
+from qfae_runtime.agreement import QUANTITIES, Agreement
+from qfae_runtime.contract import CONTRACTS, owed
 from qfae_train.checkpoint import build_scorer, load
 from tests.export.tiny import SIZE, checkpoint_file, config_of, pictures, scorer_of, vit
 
@@ -139,6 +141,56 @@ def test_products_are_measured_at_their_own_batch_alone() -> None:
     script = Script({"gemm-torch": 1.0, "torch": 1.0})
     run(script, Plan(batches=(1, 4, 8), rounds=1), "torch", "gemm-torch")
     assert [batch for name, batch, _ in script.asked if name == "gemm-torch"] == [4]
+
+
+# --- contracts ---
+
+GOOD: dict[str, float | None] = {
+    name: 1.0 if quantity.larger_is_better else 0.0 for name, quantity in QUANTITIES.items()
+}
+
+
+def contract(name: str, labels: list[bool | None], images: int = 32, **values: float) -> Any:
+    agreement = Agreement(images, None, {**GOOD, **values}, {})
+    return _contract(KNOWN[name], agreement, labels)
+
+
+def test_every_candidate_owes_the_contract_of_its_arithmetic() -> None:
+    files = {"onnx": "fp32", "fp16": "fp16", "int8": "int8", "plan": "fp32", "plan-fp16": "fp16"}
+    for candidate in CANDIDATES:
+        name = contract(candidate.name, [])["name"]
+        assert name == candidate.precision
+        if candidate.model in files:
+            assert name == owed(files[candidate.model], candidate.backend)
+
+
+def test_a_contract_is_kept_or_says_which_bounds_are_broken() -> None:
+    """By every bound of the precision: what BF16 may differ by, FP32 may not."""
+    kept = {"name": "bf16", "kept": True, "broken": []}
+    assert contract("torch-bf16", [], score_abs=1e-2, map_rel=0.1) == kept
+    broken = {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"]}
+    assert contract("torch", [], score_abs=1e-2, map_rel=0.1) == broken
+    assert contract("torch-fp16", [], score_iqr=0.02, spearman=0.9)["broken"] == ["score_iqr", "spearman"]
+    fault = _contract(KNOWN["openvino"], Agreement(32, None, {}, {}, "score: not finite"), [])
+    assert fault is not None
+    assert fault["broken"] == list(CONTRACTS["fp32"].bounds), "nothing is known to hold"
+    assert _contract(KNOWN["torch"], None, []) is None
+
+
+def test_few_images_say_nothing_of_ranks() -> None:
+    few = contract("torch-bf16", [], images=31, spearman=0.5, flips_beyond=2.0)
+    assert few == {"name": "bf16", "kept": True, "broken": []}
+    assert contract("torch-bf16", [], images=31, spearman=0.5, score_iqr=1.0)["broken"] == ["score_iqr"]
+    assert contract("torch-bf16", [], images=32, spearman=0.5, flips_beyond=2.0)["broken"] == [
+        "spearman",
+        "flips_beyond",
+    ]
+
+
+def test_int8_owes_the_auroc_where_labels_tell_it() -> None:
+    labels: list[bool | None] = [True, False] * 60
+    assert contract("openvino-int8", labels, images=120, auroc_change=0.01)["broken"] == ["auroc_change"]
+    assert contract("openvino-int8", [None] * 120, images=120, auroc_change=0.01)["kept"]
 
 
 # --- matrix products ---
