@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -151,14 +150,8 @@ GOOD: dict[str, float | None] = {
 }
 
 
-def contract(
-    name: str,
-    labels: list[bool | None],
-    images: int = 32,
-    fault: str | None = None,
-    values: Mapping[str, float | None] = GOOD,
-) -> Any:
-    agreement = Agreement(images, None, {} if fault else {**GOOD, **values}, {}, fault)
+def contract(name: str, labels: list[bool | None], images: int = 32, **values: float) -> Any:
+    agreement = Agreement(images, None, {**GOOD, **values}, {})
     return contract_kept(KNOWN[name], agreement, labels)
 
 
@@ -173,22 +166,20 @@ def test_every_candidate_owes_the_contract_of_its_arithmetic() -> None:
 
 def test_a_contract_is_kept_or_says_which_bounds_are_broken() -> None:
     """By every bound of the precision: what BF16 may differ by, FP32 may not."""
-    small = {"score_abs": 1e-2, "map_rel": 0.1}
-    assert contract("torch-bf16", [], values=small) == {"name": "bf16", "kept": True, "broken": []}
-    assert contract("torch", [], values=small) == {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"]}
-    large = {"score_iqr": 0.02, "spearman": 0.9}
-    assert contract("torch-fp16", [], values=large)["broken"] == ["score_iqr", "spearman"]
-    assert contract("openvino-bf16", [], values=large)["name"] == "bf16"
-    assert contract("openvino", [], fault="score: not finite")["broken"] == list(CONTRACTS["fp32"].bounds), (
-        "nothing is known to hold"
-    )
+    kept = {"name": "bf16", "kept": True, "broken": []}
+    assert contract("torch-bf16", [], score_abs=1e-2, map_rel=0.1) == kept
+    broken = {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"]}
+    assert contract("torch", [], score_abs=1e-2, map_rel=0.1) == broken
+    assert contract("torch-fp16", [], score_iqr=0.02, spearman=0.9)["broken"] == ["score_iqr", "spearman"]
+    fault = contract_kept(KNOWN["openvino"], Agreement(32, None, {}, {}, "score: not finite"), [])
+    assert fault["broken"] == list(CONTRACTS["fp32"].bounds), "nothing is known to hold"
 
 
 def test_few_images_say_nothing_of_ranks() -> None:
-    few = contract("torch-bf16", [], images=31, values={"spearman": 0.5, "flips_beyond": 2.0})
+    few = contract("torch-bf16", [], images=31, spearman=0.5, flips_beyond=2.0)
     assert few == {"name": "bf16", "kept": True, "broken": []}
-    assert contract("torch-bf16", [], images=31, values={"spearman": 0.5, "score_iqr": 1.0})["broken"] == ["score_iqr"]
-    assert contract("torch-bf16", [], images=32, values={"spearman": 0.5, "flips_beyond": 2.0})["broken"] == [
+    assert contract("torch-bf16", [], images=31, spearman=0.5, score_iqr=1.0)["broken"] == ["score_iqr"]
+    assert contract("torch-bf16", [], images=32, spearman=0.5, flips_beyond=2.0)["broken"] == [
         "spearman",
         "flips_beyond",
     ]
@@ -196,8 +187,8 @@ def test_few_images_say_nothing_of_ranks() -> None:
 
 def test_int8_owes_the_auroc_where_labels_tell_it() -> None:
     labels: list[bool | None] = [True, False] * 60
-    assert contract("openvino-int8", labels, images=120, values={"auroc_change": 0.01})["broken"] == ["auroc_change"]
-    assert contract("openvino-int8", [None] * 120, images=120, values={"auroc_change": 0.01})["kept"]
+    assert contract("openvino-int8", labels, images=120, auroc_change=0.01)["broken"] == ["auroc_change"]
+    assert contract("openvino-int8", [None] * 120, images=120, auroc_change=0.01)["kept"]
 
 
 # --- matrix products ---

@@ -75,9 +75,8 @@ class EightBits(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> EightBits:
-        """The four products of every block that a score needs, but those of encoders' first blocks."""
-        model, score, decoder = config.model, config.score, config.model.decoder
-        widths = [decoder.dim] * decoder.depth
+        """The four products of the blocks that a score needs, but the decoder's and those of encoders' first blocks."""
+        model, score, widths = config.model, config.score, []
         for entry in model.encoders:
             last = entry.args["depth"] + max(entry.hidden_states or model.hidden_states) + 1
             widths += [entry.args["embed_dim"]] * (last - 1)
