@@ -137,9 +137,14 @@ _ONE_SCORE = ("fp32", "fp16")
 def demanded(precision: str, labels: Sequence[bool | None]) -> Contract:
     """Return what is asked of an engine on images with these labels (True: anomalous, None: unknown)."""
     contract = CONTRACTS[precision]
-    if precision != "int8" or labels.count(True) * labels.count(False) < MIN_PAIRS:
+    if precision != "int8" or pairs(labels) < MIN_PAIRS:
         return contract
     return replace(contract, bounds={**contract.bounds, "auroc_change": AUROC_CHANGE})
+
+
+def pairs(labels: Sequence[bool | None]) -> int:
+    """Return how many pairs of a normal and an anomalous image there are."""
+    return labels.count(True) * labels.count(False)
 
 
 def owed(precision: str, backend: str) -> str:

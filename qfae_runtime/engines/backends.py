@@ -94,8 +94,8 @@ def runner(file: EngineFile, backend: str | None, device: str) -> tuple[str, str
     places = asked.places(file.precision)
     if device not in ("auto", *places) and device in asked.devices:
         raise EngineError(
-            f"{file.path}: {file.precision.upper()} files are for processors, got device {device}, expected {places[0]}; leave out "
-            f"the device, or name {file.manifest.name}.onnx, which {asked.name} runs there"
+            f"{file.path}: {file.precision.upper()} files are for processors, got device {device}, expected "
+            f"{places[0]}; leave out the device, or name {file.manifest.name}.onnx, which {asked.name} runs there"
         )
     if device not in ("auto", *places):
         raise EngineError(
