@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 
 import qfae_export.int8
+from qfae_export.describe import bytes_in_int8, bytes_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import from_slices
@@ -92,6 +93,16 @@ def test_a_weight_is_there_once(file: Path, graph: InferenceGraph, tmp_path: Pat
     [whole] = write_onnx(graph, tmp_path / "tiny.onnx")
     saved = sum(cast(Linear, graph.get_submodule(name)).weight.numel() for name in PRODUCTS) * 3
     assert whole.stat().st_size - file.stat().st_size > 0.8 * saved
+
+
+@pytest.mark.parametrize("kept", [(), ("decoder", "encoder.3.fc2")])
+def test_how_large_the_file_will_be(graph: InferenceGraph, kept: tuple[str, ...], tmp_path: Path) -> None:
+    """Beforehand, where a full disk must be told; a file has its nodes and scales too."""
+    policy = replace(INT8, kept=kept)
+    [written] = write_onnx(int8_graph(graph, pictures(4), policy), tmp_path / "tiny.int8.onnx")
+    stored = [numpy_helper.to_array(one) for one in onnx.load(str(written)).graph.initializer]
+    assert sum(one.nbytes for one in stored) == pytest.approx(bytes_in_int8(graph, policy), rel=0.05)
+    assert bytes_in_int8(graph, policy) < 0.8 * bytes_of(graph)
 
 
 def emulated(graph: InferenceGraph) -> InferenceGraph:
