@@ -28,7 +28,7 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
 from qfae_export.handover import put_in_place
 from qfae_export.images import ParityImages, calibration, choose, largest_batch
-from qfae_export.int8 import calibrated_on, int8_graph
+from qfae_export.int8 import calibrated_on, int8_graph, refuse_policy
 from qfae_export.measurements import Engines, Measurements, measure_engines
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
@@ -252,7 +252,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     scorer, graph = _graph(source, options.part)
     int8_policy = INT8 if options.int8_keep is None else replace(INT8, kept=options.int8_keep)
     if options.int8:
-        graph.refuse_unknown(int8_policy)  # now, and not after minutes
+        refuse_policy(graph, int8_policy)  # now, and not after minutes
     _refuse_full_disk(options, bytes_of(graph), bytes_in_int8(graph, int8_policy) if options.int8 else 0)
     chain = None
     if source.images is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -25,7 +27,7 @@ from qfae_export.layers import Linear
 from qfae_export.onnx_file import write_onnx
 from qfae_export.parity import pytorch_scores
 from qfae_export.precision import INT8
-from qfae_export.qdq import activation_scale, weight_scales
+from qfae_export.qdq import activation_scale, add_qdq, weight_scales
 from qfae_runtime.engines import onnxruntime, openvino
 from tests.export.tiny import SIZE, config_of, pictures, scorer_of, vit
 
@@ -158,6 +160,29 @@ def test_scales() -> None:
     assert (int(offset), offset.dtype) == (8, np.dtype(np.uint8))
     assert activation_scale(0.0, 5.0, signed=True) == (np.float32(5 / 127), np.int8(0))
     assert activation_scale(0.0, 0.0) == (np.float32(1), np.int8(0)), "an input that is always 0"
+
+
+@pytest.mark.parametrize(("unit", "dtype"), [("encoder.2.proj", np.int8), ("encoder.2.fc2", np.uint8)])
+def test_what_attentions_give_has_no_offset_even_where_it_is_never_negative(unit: str, dtype: type) -> None:
+    """OpenVINO could not load it."""
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "weight")
+    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    node = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"], name=f"{unit}/MatMul")
+    proto = onnx.helper.make_model(onnx.helper.make_graph([node], "one", tensors[:1], tensors[1:], [weight]))
+    model = ir.from_proto(proto)
+    assert add_qdq(model, {unit: (0.0, 5.0)}) == 1
+    offset = model.graph.initializers[f"{unit}.input_offset"].const_value
+    assert offset is not None
+    assert offset.numpy().dtype == dtype
+
+
+def test_every_range_has_zero_within(graph: InferenceGraph) -> None:
+    """An offset is the place of zero: where all values are far above it, it must be a byte nevertheless."""
+    shifted = copy.deepcopy(graph)
+    norm: Any = shifted.get_submodule("encoder.2.norm1")
+    norm.weight, norm.bias = norm.weight * 0.1, norm.bias + 100
+    low, high = products(int8_graph(shifted, pictures(4)))["encoder.2.qkv"].input_range or (1, 0)
+    assert (low, high > 0) == (0, True)
 
 
 def test_places_that_are_kept(graph: InferenceGraph) -> None:

@@ -126,6 +126,14 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, 
             f"qfae-export: --int8-keep: got {text!r}, expected places with a comma between, e.g. decoder,encoder.3, or "
             "none",
         )
+    everything = ("--int8-keep", "encoder,decoder,perceptual")
+    done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", *everything)
+    assert done.code == 1
+    assert (
+        "precision: with encoder, decoder, perceptual in FP32, no product of this model is computed in eight bits; "
+        "keep less with --int8-keep, or leave out --int8"
+    ) in done.err
+    assert "scoring" not in done.err, "it is told before minutes have passed"
     few = picture_folder(tmp_path / "few", 5)
     done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--calibration-images", few)
     assert "5 different images, but a measurement needs 32 at least; pass --calibration-images DIR" in done.err
