@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ from qfae_runtime.command_line import (
     unexpected,
     whole_number,
 )
+from qfae_runtime.contract import MIN_PAIRS, pairs
 from qfae_runtime.engines import CPU_BACKENDS
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
+from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_runtime.manifest import FORMATS, MAX_BATCH
 from qfae_train.config import presets
 from qfae_train.options import config_source, weight_options
@@ -179,7 +182,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         overwrite=given["overwrite"],
         fp16=given["fp16"],
         int8=given["int8"],
-        int8_keep=_places(given["int8_keep"]),
+        int8_keep=_places(given["int8_keep"], faults),
         calibration_images=Path(given["calibration_images"]) if given["calibration_images"] else None,
         parity_count=whole_number("--parity-count", given["parity_count"], MOST_PARITY_IMAGES, faults),
         format=given["format"],
@@ -277,6 +280,9 @@ def _show_images(exported: Exported, options: Options, console: Console) -> None
             "warning: these are not images of your kind; pass --parity-images DIR to measure on your own",
             soft_wrap=True,
         )
+    for report in exported.reports.values():
+        if report.contract.name == "int8" and "auroc_change" not in report.contract.bounds:
+            console.print(_too_few_pairs(pairs(images.labels)), soft_wrap=True, markup=False)
     largest = exported.manifest.max_batch
     if options.max_batch is None and largest < DEFAULT_MAX_BATCH:
         console.print(
@@ -286,17 +292,31 @@ def _show_images(exported: Exported, options: Options, console: Console) -> None
         )
 
 
+def _too_few_pairs(got: int) -> str:
+    enough = 2 * math.ceil(math.sqrt(MIN_PAIRS))
+    return (
+        f"INT8's change of AUROC is not bounded: these images make {got:,} pairs of a normal and an anomalous one, "
+        f"expected {math.ceil(MIN_PAIRS):,} or more; pass --parity-images DIR with folders {GOOD} and {UNGOOD}, and "
+        f"--parity-count {enough} or more, half of them of each kind"
+    )
+
+
 def _show_report(report: ParityReport, console: Console) -> None:
     console.print(report.table())
     if len(report.links) > 1:
         console.print(report.chain())
 
 
-def _places(text: str | None) -> tuple[str, ...] | None:
+def _places(text: str | None, faults: list[str]) -> tuple[str, ...] | None:
     """Return what stays FP32 in INT8; None where nothing is said, no place for "none"."""
     if text is None:
         return None
-    return () if text == "none" else tuple(filter(None, text.split(",")))
+    places = () if text == "none" else tuple(dict.fromkeys(text.split(",")))
+    if "" in places:
+        faults.append(
+            f"--int8-keep: got {text!r}, expected places with a comma between, e.g. decoder,encoder.3, or none"
+        )
+    return places
 
 
 def _seed(text: str | None, faults: list[str]) -> int | None:

@@ -22,13 +22,13 @@ import torch
 
 from qfae_export.bisect import Bisected
 from qfae_export.chain import Chain
-from qfae_export.describe import bytes_of, manifest_of, provenance_of
+from qfae_export.describe import bytes_in_int8, bytes_of, manifest_of, provenance_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
 from qfae_export.handover import put_in_place
 from qfae_export.images import ParityImages, calibration, choose, largest_batch
-from qfae_export.int8 import calibrated_on, int8_graph
+from qfae_export.int8 import calibrated_on, int8_graph, refuse_policy
 from qfae_export.measurements import Engines, Measurements, measure_engines
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
@@ -252,8 +252,8 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     scorer, graph = _graph(source, options.part)
     int8_policy = INT8 if options.int8_keep is None else replace(INT8, kept=options.int8_keep)
     if options.int8:
-        graph.refuse_unknown(int8_policy)  # now, and not after minutes
-    _refuse_full_disk(options, bytes_of(graph))
+        refuse_policy(graph, int8_policy)  # now, and not after minutes
+    _refuse_full_disk(options, bytes_of(graph), bytes_in_int8(graph, int8_policy) if options.int8 else 0)
     chain = None
     if source.images is not None:
         say(f"scoring {len(source.images)} images with PyTorch float32, the reference")
@@ -344,9 +344,9 @@ def _refuse_existing(options: Options) -> None:
         )
 
 
-def _refuse_full_disk(options: Options, weights: int) -> None:
+def _refuse_full_disk(options: Options, weights: int, int8: int) -> None:
     """Say now what would otherwise be found out after minutes of scoring."""
-    needed = weights + (weights // 2 if options.fp16 else 0) + (weights // 2 if options.int8 else 0)
+    needed = weights + (weights // 2 if options.fp16 else 0) + int8
     needed += weights if options.bisect else 0  # a trial, and what stays FP32
     needed += weights // 2 if options.fp16 and options.format != "onnx" else 0  # a plan
     free = shutil.disk_usage(options.folder).free

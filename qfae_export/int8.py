@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, common
 from qfae_export.layers import Linear, TransformerBlock
@@ -66,6 +67,21 @@ def int8_graph(graph: InferenceGraph, images: UInt8, policy: Precision = INT8) -
     for name, product in chosen.items():
         product.input_range = (min(float(seen[name].low.min()), 0.0), max(float(seen[name].high.max()), 0.0))
     return copied
+
+
+def refuse_policy(graph: InferenceGraph, policy: Precision) -> None:
+    """Refuse an INT8 policy that does not fit a graph.
+
+    Raises:
+        ExportError: a selector names nothing in it, or nothing is left to be computed in eight bits.
+
+    """
+    graph.refuse_unknown(policy)
+    if not any(policy.in_int8(name) for name in graph.units()):
+        raise ExportError(
+            f"precision: with {', '.join(policy.kept) or 'nothing'} in FP32, no product of this model is computed in "
+            "eight bits; keep less with --int8-keep, or leave out --int8"
+        )
 
 
 def calibrated_on(images: ParityImages, measured: ParityImages | None) -> tuple[dict[str, Any], str | None]:

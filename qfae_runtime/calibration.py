@@ -18,7 +18,7 @@ import numpy as np
 
 from qfae_runtime import conformal
 from qfae_runtime.checked import Fields, parse_json
-from qfae_runtime.contract import owed
+from qfae_runtime.contract import scores_agree
 from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.errors import CalibrationError, ManifestError
 
@@ -154,8 +154,7 @@ def load(path: Path, opened: OpenedEngine, reading: dict[str, Any]) -> Calibrati
     if stored.preprocess_sha256 != manifest.preprocess.sha256():
         raise CalibrationError(f"{path}: made with images that were prepared in another way; {_CURE}, or remove it")
     precision = manifest.files[opened.path.name].precision or "fp32"
-    if owed(precision, stored.backend) != owed(precision, opened.engine.backend):
-        # Backends of one contract agree far within a step of the p-values; BF16 scores are others than FP32 ones.
+    if not scores_agree(precision, stored.backend, opened.engine.backend):
         raise CalibrationError(
             f"{path}: made with {stored.backend}, whose scores are not those of {opened.engine.backend}; "
             f"pass --backend {stored.backend}, or {_CURE}"

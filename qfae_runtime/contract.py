@@ -130,15 +130,31 @@ MIN_PAIRS = 10 / AUROC_CHANGE
 
 _OF_BACKEND = {"openvino-bf16": "bf16"}
 
+_ONE_SCORE = ("fp32", "fp16")
+"""Contracts whose engines score alike, each within a hundredth of the scores' spread, whatever backend runs them."""
+
 
 def demanded(precision: str, labels: Sequence[bool | None]) -> Contract:
     """Return what is asked of an engine on images with these labels (True: anomalous, None: unknown)."""
     contract = CONTRACTS[precision]
-    if precision != "int8" or labels.count(True) * labels.count(False) < MIN_PAIRS:
+    if precision != "int8" or pairs(labels) < MIN_PAIRS:
         return contract
     return replace(contract, bounds={**contract.bounds, "auroc_change": AUROC_CHANGE})
+
+
+def pairs(labels: Sequence[bool | None]) -> int:
+    """Return how many pairs of a normal and an anomalous image there are."""
+    return labels.count(True) * labels.count(False)
 
 
 def owed(precision: str, backend: str) -> str:
     """Name the contract that a backend owes on a file of this precision: the file's, or that of its own arithmetic."""
     return _OF_BACKEND.get(backend, precision)
+
+
+def scores_agree(precision: str, one: str, other: str) -> bool:
+    """Say whether a threshold found on one backend's scores holds for another's, on one file of this precision.
+
+    Two backends round BF16 and INT8 each in its own way, and may differ by as much as either does from PyTorch.
+    """
+    return one == other or owed(precision, one) == owed(precision, other) in _ONE_SCORE

@@ -27,8 +27,16 @@ class Backend(NamedTuple):
     devices: tuple[str, ...]
     reference: bool = False
 
+    def places(self, precision: str) -> tuple[str, ...]:
+        """Return the devices it runs files of a precision on."""
+        return tuple(one for one in self.devices if one == "cpu" or precision not in _FOR_CPU)
+
 
 _ANY = ("fp32", "fp16", "bf16")
+
+_FOR_CPU = ("int8",)
+"""Precisions of files for processors alone: no GPU backend is known to compute their products in eight bits."""
+
 RUNNERS = (
     Backend("onnxruntime", ("onnx",), (*_ANY, "int8"), ("cpu", "cuda:0"), reference=True),
     Backend("onnxruntime-tensorrt", ("onnx",), _ANY, ("cuda:0",)),
@@ -55,7 +63,7 @@ def runners_of(file: EngineFile, device: str) -> list[tuple[str, str]]:
         (one.name, place)
         for one in RUNNERS
         if file.format in one.formats and file.precision in one.precisions
-        for place in one.devices
+        for place in one.places(file.precision)
         if device in ("auto", place)
     ]
 
@@ -83,12 +91,18 @@ def runner(file: EngineFile, backend: str | None, device: str) -> tuple[str, str
             f"{file.path}: {asked.name} runs {', '.join(asked.precisions)} files, this one is {file.precision}; "
             f"name {file.manifest.name}.onnx, or leave out the backend"
         )
-    if device not in ("auto", *asked.devices):
+    places = asked.places(file.precision)
+    if device not in ("auto", *places) and device in asked.devices:
         raise EngineError(
-            f"{file.path}: {asked.name} runs format {file.format!r} on {asked.devices[0]}, not on {device}; "
+            f"{file.path}: {file.precision.upper()} files are for processors, got device {device}, expected "
+            f"{places[0]}; leave out the device, or name {file.manifest.name}.onnx, which {asked.name} runs there"
+        )
+    if device not in ("auto", *places):
+        raise EngineError(
+            f"{file.path}: {asked.name} runs format {file.format!r} on {places[0]}, not on {device}; "
             "leave out the device"
         )
-    return asked.name, asked.devices[0] if device == "auto" else device
+    return asked.name, places[0] if device == "auto" else device
 
 
 def lacking(backend: str, device: str) -> str | None:

@@ -22,7 +22,7 @@ from qfae_runtime.errors import EngineError, ManifestError, SelfTestError
 from qfae_runtime.selftest import self_test
 
 from .test_cli import qfae_run
-from .tiny import certify_too, edit_manifest, export_tiny
+from .tiny import as_int8, certify_too, edit_manifest, export_tiny
 
 OTHERS = {"openvino", "openvino-bf16"}
 
@@ -236,6 +236,31 @@ def test_fp16_files_are_not_for_openvino(backends: Backends, path: Path) -> None
         assert str(caught.value) == (
             f"{path}: {name} runs {kinds} files, this one is fp16; name tiny.onnx, or leave out the backend"
         )
+
+
+@pytest.mark.parametrize("backend", ["auto", None, "onnxruntime"])
+def test_int8_files_are_not_for_gpus(backends: Backends, path: Path, backend: str | None) -> None:
+    """Neither asked for nor offered, not even where the manifest certifies it."""
+    certify_too(path, "onnxruntime", "cuda:0")
+    as_int8(path)
+    with pytest.raises(EngineError) as caught:
+        open_engine(path, backend=backend, device="cuda:0")
+    assert str(caught.value) == (
+        f"{path}: INT8 files are for processors, got device cuda:0, expected cpu; leave out the device, or name "
+        "tiny.onnx, which onnxruntime runs there"
+    )
+    with open_engine(path, backend=backend) as opened:
+        assert opened.engine.device == "cpu"
+    if opened.choice is not None:
+        assert [(one.backend, one.device) for one in opened.choice.candidates] == [
+            ("onnxruntime", "cpu"), ("openvino", "cpu")
+        ]  # fmt: skip
+
+
+def test_other_files_are_offered_gpus(backends: Backends, path: Path) -> None:
+    with open_engine(path) as opened:
+        assert opened.choice is not None
+        assert ("onnxruntime", "cuda:0") in [(one.backend, one.device) for one in opened.choice.candidates]
 
 
 def test_a_backend_or_device_that_does_not_run_the_file(path: Path) -> None:

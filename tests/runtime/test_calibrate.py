@@ -18,6 +18,7 @@ from qfae_runtime.hashing import sha256_of
 from .conftest import write_png
 from .test_cli import qfae_run
 from .test_run import run, table
+from .tiny import as_int8
 
 IMAGES = 39
 
@@ -210,6 +211,26 @@ def test_a_calibration_that_does_not_fit_stops_the_run(
     assert says in shown.stderr
     assert "calibrat" in shown.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("int8", "code"), [(False, 0), (True, 1)])
+def test_a_threshold_of_int8_scores_is_for_the_backend_that_gave_them(
+    normals: Path, dataset: Path, engine_path: Path, tmp_path: Path, int8: bool, code: int
+) -> None:
+    """FP32 scores of two backends agree, so the threshold of one holds for the other."""
+    if int8:
+        as_int8(engine_path)
+    assert calibrate(normals, "--engine", engine_path, "--fpr", "0.1").exit_code == 0
+    assert qfae_run(dataset, "--engine", engine_path, "--out", tmp_path / "same").exit_code == 0
+    path = engine_path.parent / "tiny.onnx.calibration.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "backend": "openvino"}))
+    shown = qfae_run(dataset, "--engine", engine_path, "--out", tmp_path / "other")
+    assert shown.exit_code == code, shown.stderr
+    said = (
+        f"{path}: made with openvino, whose scores are not those of onnxruntime; pass --backend openvino, or calibrate "
+        "again with qfae-run calibrate"
+    )
+    assert (said in shown.stderr) is int8
 
 
 def test_help_tells_the_exit_codes() -> None:

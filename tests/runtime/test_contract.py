@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qfae_runtime.agreement import Scale, measure_agreement
-from qfae_runtime.contract import CONTRACTS, Contract, demanded
+from qfae_runtime.contract import CONTRACTS, Contract, demanded, scores_agree
 from qfae_runtime.engines.base import Scores
 
 from .test_agreement import changed, scores
@@ -141,6 +141,22 @@ def test_what_int8_promises() -> None:
     assert demanded("int8", [None] * 200) == CONTRACTS["int8"]
     assert demanded("fp16", many) == FP16
     assert demanded("int8", many).is_as_strict_as(CONTRACTS["int8"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "one", "other", "agree"),
+    [
+        ("fp32", "onnxruntime", "openvino", True),
+        ("fp16", "onnxruntime", "onnxruntime-tensorrt", True),
+        ("fp32", "onnxruntime", "openvino-bf16", False),
+        ("fp32", "openvino-bf16", "openvino-bf16", True),
+        ("bf16", "onnxruntime", "onnxruntime-tensorrt", False),
+        ("int8", "onnxruntime", "openvino", False),
+        ("int8", "openvino", "openvino", True),
+    ],
+)
+def test_whose_scores_agree(precision: str, one: str, other: str, agree: bool) -> None:
+    assert scores_agree(precision, one, other) is scores_agree(precision, other, one) is agree
 
 
 def blobs(count: int = 40, side: int = 16) -> Scores:

@@ -138,6 +138,16 @@ def edit_manifest(engine_path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def as_int8(engine_path: Path) -> None:
+    """Make the manifest say that the engine is an INT8 file, and was certified as one."""
+    stored = json.loads(engine_path.with_suffix(".json").read_text())
+    stored["files"][engine_path.name]["precision"] = "int8"
+    bounds = {"name": "int8", "bounds": dict(CONTRACTS["int8"].bounds)}
+    edit_manifest(
+        engine_path, files=stored["files"], certificate=[{**one, "contract": bounds} for one in stored["certificate"]]
+    )
+
+
 def mend_hashes(engine_path: Path, *, certificate_too: bool) -> None:
     """Make the manifest fit the engine's present bytes, as someone who tampers would."""
     path = engine_path.with_suffix(".json")
