@@ -24,7 +24,7 @@ import torch
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph, Reconstruction
 from qfae_export.layers import Linear
-from qfae_export.qdq import add_qdq
+from qfae_export.qdq import Quantised, add_qdq, misfits
 from qfae_export.simplify import simplify
 from qfae_runtime import __version__
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES
@@ -59,7 +59,18 @@ def write_onnx(graph: InferenceGraph, path: Path) -> list[Path]:
     """
     written = save(trace(graph), path)
     _check(path, graph)
+    if quantised := _quantised(graph):
+        _check_bytes(path, quantised)
     return written
+
+
+def _quantised(graph: InferenceGraph) -> dict[str, Quantised]:
+    """Return the weights and input ranges of the products that are to be INT8, by their place."""
+    return {
+        name: (one.weight.numpy(), one.input_range)
+        for name, one in graph.named_modules()
+        if isinstance(one, Linear) and one.input_range
+    }
 
 
 def tensor_names(part: str) -> tuple[list[str], list[str]]:
@@ -108,9 +119,7 @@ def trace(graph: InferenceGraph) -> ir.Model:
         ) from error
     _check_attentions(program, model)
     _name_nodes(model)
-    ranges = {
-        name: one.input_range for name, one in graph.named_modules() if isinstance(one, Linear) and one.input_range
-    }
+    ranges = {name: extent for name, (_, extent) in _quantised(graph).items()}
     if (got := add_qdq(model, ranges)) != len(ranges):
         raise ExportError(
             f"torch {torch.__version__} writes {got} of {len(ranges)} INT8 products as one operation; export with the "
@@ -172,6 +181,21 @@ def _strip(model: ir.Model) -> None:
     for holder in holders:
         holder.metadata_props.clear()
         holder.doc_string = None
+
+
+def _check_bytes(path: Path, quantised: dict[str, Quantised]) -> None:
+    """Hold the eight-bit products of a file against what they stand for.
+
+    Raises:
+        ExportError: some are something else.
+
+    """
+    wrong = misfits(path, quantised)
+    if wrong:
+        raise ExportError(
+            f"{path.name}: the bytes of {', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} are not "
+            "what the weights and calibration images give; report this, or leave out --int8"
+        )
 
 
 def _check(path: Path, graph: InferenceGraph) -> None:

@@ -9,6 +9,8 @@ are joined before the product: OpenVINO 2026.4 cannot load an offset there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 Range = tuple[float, float]
+Quantised = tuple[npt.NDArray[np.float32], Range]
+"""A product that is to be INT8: its weight, [in, out], and the range of its input."""
 
 _LEVELS = 127
 
@@ -33,6 +37,32 @@ def add_qdq(model: ir.Model, ranges: Mapping[str, Range]) -> int:
             done += 1
     common.RemoveUnusedNodesPass()(model)
     return done
+
+
+def misfits(path: Path, products: Mapping[str, Quantised]) -> list[str]:
+    """Return the units of a written file whose bytes are not their weights [in, out], or whose scale not their range.
+
+    Scores of a few images hardly show a wrong column among thousands; here every byte is held against what it stands
+    for: within half a step, no step wider than a column needs, no input cut off, and no scale far wider than it.
+    """
+    stored = ir.load(path).graph.initializers
+
+    def array(name: str) -> npt.NDArray[Any]:
+        tensor = stored[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
+
+    def fits(unit: str, weight: npt.NDArray[np.float32], low: float, high: float) -> bool:
+        levels, steps = array(f"{unit}.weight_int8"), array(f"{unit}.weight_scale")
+        near = np.abs(levels * steps - weight) <= 0.5001 * steps
+        full = (np.abs(levels.astype(np.int16)).max(axis=0) == _LEVELS) | (weight == 0).all(axis=0)
+        step, offset = float(array(f"{unit}.input_scale")), array(f"{unit}.input_offset")
+        kind, place = np.iinfo(offset.dtype), int(offset)
+        covered = (kind.min - place - 1) * step <= low and high <= (kind.max - place + 1) * step
+        narrow = (kind.max - kind.min) * step <= 2.05 * (high - low) or low == high
+        return bool(near.all() and full.all() and covered and narrow)
+
+    return [unit for unit, (weight, extent) in products.items() if not fits(unit, weight, *extent)]
 
 
 def weight_scales(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -27,7 +27,7 @@ from qfae_export.layers import Linear
 from qfae_export.onnx_file import write_onnx
 from qfae_export.parity import pytorch_scores
 from qfae_export.precision import INT8
-from qfae_export.qdq import activation_scale, add_qdq, weight_scales
+from qfae_export.qdq import activation_scale, add_qdq, misfits, weight_scales
 from qfae_runtime.engines import onnxruntime, openvino
 from tests.export.tiny import SIZE, config_of, pictures, scorer_of, vit
 
@@ -174,6 +174,77 @@ def test_what_attentions_give_has_no_offset_even_where_it_is_never_negative(unit
     offset = model.graph.initializers[f"{unit}.input_offset"].const_value
     assert offset is not None
     assert offset.numpy().dtype == dtype
+
+
+def halve_a_column(arrays: dict[str, Any]) -> None:
+    arrays["encoder.2.qkv.weight_scale"][7] /= 2
+
+
+def double_a_column(arrays: dict[str, Any]) -> None:
+    """As exact as the coarser step allows, but coarser than it need be."""
+    unit = "encoder.2.qkv"
+    arrays[f"{unit}.weight_scale"][7] *= 2
+    arrays[f"{unit}.weight_int8"][:, 7] = np.rint(arrays[f"{unit}.weight_int8"][:, 7] / 2)
+
+
+def change_a_byte(arrays: dict[str, Any]) -> None:
+    arrays["perceptual.1.fc2.weight_int8"][5, 3] ^= 2
+
+
+def swap_columns(arrays: dict[str, Any]) -> None:
+    levels = arrays["encoder.3.proj.weight_int8"]
+    levels[:, [0, 1]] = levels[:, [1, 0]]
+
+
+def halve_an_input(arrays: dict[str, Any]) -> None:
+    arrays["encoder.2.fc1.input_scale"] /= 2
+
+
+def treble_an_input(arrays: dict[str, Any]) -> None:
+    arrays["encoder.2.fc1.input_scale"] *= 3
+
+
+def move_an_offset(arrays: dict[str, Any]) -> None:
+    arrays["perceptual.2.fc2.input_offset"] += 40
+
+
+@pytest.mark.parametrize(
+    ("fault", "unit"),
+    [
+        (halve_a_column, "encoder.2.qkv"),
+        (double_a_column, "encoder.2.qkv"),
+        (change_a_byte, "perceptual.1.fc2"),
+        (swap_columns, "encoder.3.proj"),
+        (halve_an_input, "encoder.2.fc1"),
+        (treble_an_input, "encoder.2.fc1"),
+        (move_an_offset, "perceptual.2.fc2"),
+    ],
+)
+def test_bytes_that_are_not_what_they_stand_for(
+    rounded: InferenceGraph, file: Path, tmp_path: Path, fault: Callable[[dict[str, Any]], None], unit: str
+) -> None:
+    """Most of these hardly move a score of such a model, so that the measurement alone would let them through."""
+    quantised = {name: (one.weight.numpy(), one.input_range or (0.0, 0.0)) for name, one in products(rounded).items()}
+    assert misfits(file, quantised) == []
+    model = onnx.load(str(file))
+    arrays = {one.name: numpy_helper.to_array(one).copy() for one in model.graph.initializer}
+    fault(arrays)
+    for one in model.graph.initializer:
+        one.CopyFrom(numpy_helper.from_array(arrays[one.name], one.name))
+    onnx.save(model, str(tmp_path / "x.int8.onnx"))
+    assert misfits(tmp_path / "x.int8.onnx", quantised) == [unit]
+
+
+def test_a_file_of_wrong_bytes_is_not_written(
+    rounded: InferenceGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qfae_export.qdq.weight_scales", lambda weight: 1.1 * weight_scales(weight))
+    with pytest.raises(ExportError) as refused:
+        write_onnx(rounded, tmp_path / "x.int8.onnx")
+    assert str(refused.value).startswith("x.int8.onnx: the bytes of encoder.2.qkv, encoder.2.proj, encoder.2.fc1 and o")
+    assert str(refused.value).endswith(
+        "are not what the weights and calibration images give; report this, or leave out --int8"
+    )
 
 
 def test_every_range_has_zero_within(graph: InferenceGraph) -> None:
