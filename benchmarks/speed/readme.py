@@ -10,7 +10,7 @@ from benchmarks.speed.rows import Row, read
 from benchmarks.speed.table import SPEED, engine_rows_of, notes, speed_cells, title_of
 
 RESULTS = Path("benchmarks/results")
-SHOWN = ("qfae-run", "fastest", "contract")
+SHOWN = ("qfae-run", "GFLOP/s", "contract")
 """How the sentences begin that README repeats."""
 
 MARKS = ("<!-- bench-results -->", "<!-- /bench-results -->")
@@ -32,7 +32,7 @@ def block(measurements: Sequence[tuple[str, Sequence[Row]]]) -> str:
         parts += [f"{title}:", "", _line(SPEED), _line(["---", *["---:"] * (len(SPEED) - 1)])]
         parts += [_line(speed_cells(row)) for row in engines if row["batch"] == max(sizes)]
         parts += ["", f"With {versions}; every row is in [{name}]({RESULTS.as_posix()}/{name})."]
-        parts += [f"{note[0].upper()}{note[1:]}." for note in notes(rows) if note.startswith(SHOWN)]
+        parts += ["", *(f"- {note}" for note in notes(rows) if note.startswith(SHOWN))]
         parts.append("")
     return "\n".join(parts).rstrip()
 

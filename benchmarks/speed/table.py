@@ -124,8 +124,7 @@ def _short_commit(commit: str | None) -> str:
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return the sentences below the tables: files through qfae-run, broken contracts, what was not measured."""
     found = [whole_run(row) for row in rows if row["kind"] == "end_to_end"]
-    for precision, row in best_gemm(rows).items():
-        found.append(f"fastest {precision.upper()} products: {row['title']}, {row['gflops']:.0f} GFLOP/s")
+    found += [products_of(rows, precision) for precision in best_gemm(rows)]
     for row in largest_of(rows):
         if _kept(row) == "broken":
             titles = "; ".join(QUANTITIES[name].title for name in row["contract"]["broken"])
@@ -136,6 +135,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
             size = f" at batch {row['batch']}" if "batch" in row else ""
             missing.setdefault(row["reason"], []).append(f"{row['candidate']}{size}")
     return found + [f"not measured: {', '.join(names)}: {reason}" for reason, names in missing.items()]
+
+
+def products_of(rows: Sequence[Row], precision: str) -> str:
+    """Say how fast every library computes the model's own matrix products in a precision, the fastest first."""
+    mine = [row for row in rows if row["kind"] == "gemm" and row["precision"] == precision]
+    rates = ", ".join(f"{row['title']} {row['gflops']:.0f}" for row in sorted(mine, key=lambda row: -row["gflops"]))
+    return f"GFLOP/s of the {precision.upper()} products alone: {rates}"
 
 
 def whole_run(row: Row) -> str:
