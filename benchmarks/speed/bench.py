@@ -33,6 +33,7 @@ from qfae_runtime.engines.base import Scores
 
 Say = Callable[[str], None]
 
+_FILE_ROUNDS = 3
 _GEMM_BATCH = 8  # on a CPU: larger batches make products no faster, and take long
 
 
@@ -215,7 +216,7 @@ def _end_to_end(
     rows = []
     for maps in (False, True):
         try:
-            rows.append(end_to_end(fastest, workers, options.out, options.files, batch, 2, maps, say))
+            rows.append(end_to_end(fastest, workers, options.out, options.files, batch, _FILE_ROUNDS, maps, say))
         except WorkerError as error:
             missing.append(missing_row(fastest, str(error)))
             break
