@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,15 +30,15 @@ from qfae_export.int8 import calibrated_on, int8_graph, refuse_policy
 from qfae_export.measurements import Engines, Measurements, measure_engines
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
+from qfae_export.output_folder import made_in, refuse_existing, refuse_full_disk
 from qfae_export.parity import ParityError, ParityReport, golden_of
 from qfae_export.plans import SUFFIXES, Planned, add_plan, rebuild, wanted
 from qfae_export.precision import FP16, INT8, Precision
 from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
-from qfae_runtime.command_line import size_text
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
-from qfae_runtime.errors import ManifestError, OutputError, UsageError, cure_of_writing
+from qfae_runtime.errors import ManifestError, UsageError
 from qfae_runtime.golden import save_golden
 from qfae_runtime.manifest import Manifest
 from qfae_train.autoencoder import AnomalyScorer
@@ -143,7 +141,7 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
     if options.onnx is not None:
         planned = rebuild(options, say)
         return Exported(options.folder, planned.manifest, (), from_onnx=True).with_plan(planned)
-    _refuse_existing(options)
+    refuse_existing(options)
     kind, note = wanted(options, options.engine_name + (FP16_SUFFIX if options.fp16 else ".onnx"))
     say("reading the checkpoint" if options.ckpt is not None else "making random weights")
     source = _read(options)
@@ -151,7 +149,7 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
     if options.int8:  # read now: what is wrong with the folder must not be found out after minutes
         images = calibration(options.calibration_images, source.config.preprocess_spec())
         source = replace(source, calibration=images)
-    with _made_in(options) as made:
+    with made_in(options) as made:
         exported = _engines(source, options, made, say)
         if kind is not None:
             try:
@@ -162,26 +160,8 @@ def export(options: Options, say: Say = lambda step: None) -> Exported:
                 note = f"no plan: {error}"  # nobody insisted on one, and the ONNX engines are proven
         if note is not None:
             exported = replace(exported, notes=(*exported.notes, note))
-        _refuse_existing(options)  # minutes have passed
+        refuse_existing(options)  # minutes have passed
         return hand_over(exported, options.folder)
-
-
-@contextmanager
-def _made_in(options: Options) -> Iterator[Path]:
-    """Yield a folder inside --out, so that moving a file to its final name is one step that cannot run out of space."""
-    new = not options.folder.exists()
-    try:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=options.folder, prefix=f".{options.engine_name}-") as made:
-            yield Path(made)
-    except OSError as error:
-        raise OutputError(
-            f"{options.folder}: cannot be written ({error.strerror or error}); "
-            f"nothing was exported: {cure_of_writing(error, 'another --out')}"
-        ) from error
-    finally:
-        if new and options.folder.is_dir() and not any(options.folder.iterdir()):
-            options.folder.rmdir()
 
 
 def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Exported:
@@ -253,7 +233,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     int8_policy = INT8 if options.int8_keep is None else replace(INT8, kept=options.int8_keep)
     if options.int8:
         refuse_policy(graph, int8_policy)  # now, and not after minutes
-    _refuse_full_disk(options, bytes_of(graph), bytes_in_int8(graph, int8_policy) if options.int8 else 0)
+    refuse_full_disk(options, bytes_of(graph), bytes_in_int8(graph, int8_policy) if options.int8 else 0)
     chain = None
     if source.images is not None:
         say(f"scoring {len(source.images)} images with PyTorch float32, the reference")
@@ -330,31 +310,6 @@ def _graph(source: _Source, part: str) -> tuple[AnomalyScorer, InferenceGraph]:
 
 def _other(part: str) -> str:
     return "scorer" if part == "reconstruction" else "reconstruction"
-
-
-def _refuse_existing(options: Options) -> None:
-    onnx = [suffix + data for suffix in (".onnx", INT8_SUFFIX, FP16_SUFFIX) for data in ("", ".data")]
-    suffixes = (*onnx, *SUFFIXES.values(), ".golden.npz", ".json")
-    names = [options.engine_name + suffix for suffix in suffixes]
-    existing = [name for name in names if (options.folder / name).exists()]
-    if existing and not options.overwrite:
-        raise OutputError(
-            f"{options.folder}: already holds {', '.join(existing)}; pass --overwrite to replace it, "
-            "or another --out or --name"
-        )
-
-
-def _refuse_full_disk(options: Options, weights: int, int8: int) -> None:
-    """Say now what would otherwise be found out after minutes of scoring."""
-    needed = weights + (weights // 2 if options.fp16 else 0) + int8
-    needed += weights if options.bisect else 0  # a trial, and what stays FP32
-    needed += weights // 2 if options.fp16 and options.format != "onnx" else 0  # a plan
-    free = shutil.disk_usage(options.folder).free
-    if free < needed:
-        raise OutputError(
-            f"{options.folder}: {size_text(free)} are free, but the engine takes {size_text(needed)}; "
-            "nothing was exported: free some space or choose another --out"
-        )
 
 
 def _read(options: Options) -> _Source:
