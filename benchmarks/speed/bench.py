@@ -11,11 +11,11 @@ import numpy as np
 from benchmarks.speed.candidates import CPU, GEMMS, Candidate, lacking
 from benchmarks.speed.end_to_end import end_to_end, write_pictures
 from benchmarks.speed.opening import PLANS, built_file
-from benchmarks.speed.revision import commit
 from benchmarks.speed.rounds import Measured, Plan, measure
 from benchmarks.speed.rows import (
+    Judged,
     Row,
-    best_gemm,
+    Start,
     conditions,
     contract_kept,
     engine_rows,
@@ -28,10 +28,11 @@ from benchmarks.speed.rows import (
 from benchmarks.speed.statistics import throughput
 from benchmarks.speed.subject import WRITTEN, Asked, Subject, images_of
 from benchmarks.speed.workers import Worker, WorkerError, Workers
-from qfae_runtime.agreement import Agreement, Scale, measure_agreement
+from qfae_runtime.agreement import Scale, measure_agreement
 from qfae_runtime.engines.base import Scores
 
 Say = Callable[[str], None]
+Keep = Callable[[list[Row]], None]
 
 _FILE_ROUNDS = 3
 _GEMM_BATCH = 8  # on a CPU: larger batches make products no faster, and take long
@@ -66,24 +67,25 @@ class Options:
         return max(sizes) if self.device != CPU else max((one for one in sizes if one <= _GEMM_BATCH), default=sizes[0])
 
 
-def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
-    """Measure all candidates and return the rows.
+def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda rows: None) -> list[Row]:
+    """Measure all candidates and return the rows; `keep` is given those of the rounds that are complete, as they come.
 
     Raises:
         QfaeError: the model itself cannot be had; a candidate that fails becomes a row.
 
     """
-    revision = commit()  # before processes read the code, one after the other
-    missing: list[Row] = []
+    start, missing = Start.now(), list[Row]()
     present = _able(options.candidates, lambda one: lacking(one, options.device), missing)
     subject = _prepared(options, present, say)
     present = _able(present, lambda one: _no_file(one, subject), missing)
     gemms = [one for one in GEMMS if options.device in one.devices and lacking(one, options.device) is None]
-    gemms = [one for one in gemms if subject.products and any(one.precision == other.precision for other in present)]
+    needed = {one.precision for one in present}
+    needed |= {"fp32"} if "int8" in needed else set()  # a part of such a file's arithmetic
+    gemms = [one for one in gemms if subject.products and one.precision in needed]
     built = _built(options, present, missing, say)
     present = [one for one in present if one.name in built]
-    images, labels, reference = images_of(options.model)
-    first = conditions(subject, options.plan, options.device, options.threads, len(images), revision)
+    names = [one.name for one in options.candidates]
+    first = conditions(start, subject, options.plan, options.device, options.threads, names, options.files)
     workers = Workers(
         options.model,
         options.out / "logs",
@@ -93,22 +95,21 @@ def bench(options: Options, say: Say = lambda step: None) -> list[Row]:
         max(options.plan.batches),
     )
     try:
-        agreements = _scored(options, present, labels, reference, workers, missing, say)
-        present = [one for one in present if one.name in agreements]
-        measured = measure(options.plan, [*present, *gemms], workers, say)
-        contracts = {one.name: contract_kept(one, agreements[one.name], labels) for one in present}
-        runnable = [one for one in present if one.model in subject.files and one.name not in measured.failed]
-        whole = _end_to_end(options, runnable, measured, workers, contracts, missing, say)
-        for row in whole:
-            row |= {"error": errors_of(agreements[row["candidate"]]), "contract": contracts[row["candidate"]]}
-        missing += failed_rows(measured)
-        seconds = {name: value for name, value in built.items() if value is not None}
-        gemm = gemm_rows(gemms, measured, workers)
-        best = best_gemm(gemm)
-        rows = engine_rows(present, options.plan, measured, workers, subject, agreements, contracts, seconds, best)
+        judged = _judged(options, present, subject, built, workers, missing, say)
+        present = [one for one in present if one.name in judged]
+
+        def rows(measured: Measured) -> list[Row]:
+            gemm = gemm_rows(gemms, measured, workers)
+            engines = engine_rows(first, present, measured, workers, subject, judged, gemm)
+            return [first, *engines, *gemm, *failed_rows(measured), *left_out_rows(measured), *missing]
+
+        measured = measure(options.plan, [*present, *gemms], workers, say, lambda measured: keep(rows(measured)))
+        runnable = [one for one in present if one.model in subject.files]
+        whole = _end_to_end(options, runnable, measured, workers, judged, missing, say)
+        first["complete"] = True
+        return [*rows(measured), *whole]
     finally:
         workers.close()
-    return [first, *rows, *gemm, *whole, *left_out_rows(measured), *missing]
 
 
 def _able(
@@ -164,17 +165,19 @@ def _built(options: Options, candidates: Sequence[Candidate], missing: list[Row]
     return found
 
 
-def _scored(
+def _judged(
     options: Options,
     candidates: Sequence[Candidate],
-    labels: Sequence[bool | None],
-    reference: Scores,
+    subject: Subject,
+    built: dict[str, float | None],
     workers: Workers,
     missing: list[Row],
     say: Say,
-) -> dict[str, Agreement]:
+) -> dict[str, Judged]:
     """Open every candidate once and hold its outputs on the images against PyTorch FP32, the reference."""
-    scale = Scale.of(reference, labels)
+    _, labels, reference = images_of(options.model)
+    real = slice(subject.real)  # coloured copies say nothing about scores
+    scale = Scale.of(reference.of(real), labels[real])
     found = {}
     for candidate in candidates:
         say(f"scoring with {candidate.name}")
@@ -189,7 +192,9 @@ def _scored(
         with np.load(out, allow_pickle=False) as stored:
             got = Scores(*(stored[name] for name in Scores._fields))
         out.unlink()
-        found[candidate.name] = measure_agreement(reference, got, labels, scale)
+        agreement = measure_agreement(reference, got, labels, scale)
+        contract = contract_kept(candidate, agreement, labels)
+        found[candidate.name] = Judged(errors_of(agreement), contract, built[candidate.name])
     return found
 
 
@@ -198,7 +203,7 @@ def _end_to_end(
     candidates: Sequence[Candidate],
     measured: Measured,
     workers: Workers,
-    contracts: dict[str, Row],
+    judged: dict[str, Judged],
     missing: list[Row],
     say: Say,
 ) -> list[Row]:
@@ -206,18 +211,19 @@ def _end_to_end(
 
     Where none does, it is the fastest of all.
     """
-    able = [one for one in candidates if contracts[one.name]["kept"]] or list(candidates)
-    sizes = [batch for batch in options.plan.batches if all(measured.of(one.name, batch) for one in able)]
-    if not options.files or not able or not sizes:
+    able = [one for one in candidates if judged[one.name].contract["kept"]] or list(candidates)
+    sizes = [batch for batch in options.plan.batches if any(measured.of(one.name, batch) for one in able)]
+    if not options.files or not sizes:
         return []
     batch = max(size for size in sizes if size <= max(16, min(sizes)))
+    able = [one for one in able if measured.of(one.name, batch)]
     fastest = max(able, key=lambda one: throughput(measured.of(one.name, batch)).mean)
-    write_pictures(options.out / "pictures", options.files, options.model)
-    rows = []
-    for maps in (False, True):
-        try:
-            rows.append(end_to_end(fastest, workers, options.out, options.files, batch, _FILE_ROUNDS, maps, say))
-        except WorkerError as error:
-            missing.append(missing_row(fastest, str(error)))
-            break
+    known, rows = judged[fastest.name], []
+    try:
+        write_pictures(options.out / "pictures", options.files, options.model)
+        for maps in (False, True):
+            row = end_to_end(fastest, workers, options.out, options.files, batch, _FILE_ROUNDS, maps, say)
+            rows.append({**row, "error": known.error, "contract": known.contract})
+    except (WorkerError, OSError) as error:
+        missing.append({**missing_row(fastest, str(error)), "candidate": f"qfae-run with {fastest.name}"})
     return rows

@@ -13,7 +13,7 @@ from benchmarks.speed.bench import Options, bench
 from benchmarks.speed.candidates import BASELINE, CANDIDATES, CPU, CUDA, Candidate, candidates_on
 from benchmarks.speed.page import write_page
 from benchmarks.speed.rounds import Plan
-from benchmarks.speed.rows import save
+from benchmarks.speed.rows import Row, save
 from benchmarks.speed.subject import Asked
 from benchmarks.speed.table import notes, tables
 from qfae_runtime import __version__
@@ -65,13 +65,22 @@ Examples:
 def command(rest: tuple[str, ...], **given: Any) -> None:
     """Measure how fast every way to run a model is, and how far its scores are from PyTorch's."""
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    written: list[Path] = []
     try:
         with ended_in_order(), needing_extra("a benchmark"):
             options = parse_options(rest, given)
-            rows = bench(options, lambda step: err.print(f"{PROGRAM}: {step}", soft_wrap=True, markup=False))
-            written = _written(rows, options.out)
+
+            def say(step: str) -> None:
+                err.print(f"{PROGRAM}: {step}", soft_wrap=True, markup=False)
+
+            def keep(rows: list[Row]) -> None:
+                written[:] = _written(rows, options.out)
+
+            rows = bench(options, say, keep)
+            keep(rows)
     except KeyboardInterrupt:
-        err.print(f"{PROGRAM}: interrupted; nothing was written but the model's files")
+        kept = f"the rounds before are in {written[0]}" if written else "nothing was written but the model's files"
+        err.print(f"{PROGRAM}: interrupted; {kept}", soft_wrap=True, markup=False)
         raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:
         fail(PROGRAM, error)

@@ -59,14 +59,16 @@ def end_to_end(
     for number in range(rounds):
         say(f"qfae-run with {candidate.name}, round {number + 1} of {rounds}{', with heat maps' if maps else ''}")
         worker = workers.of(candidate)
-        alone = worker.ask("time", batch=batch, seconds=0.0, calls=-(-files // batch), settle=True)["seconds"]
+        workers.end_others(candidate.name)  # qfae-run needs the memory, for an engine of its own
+        calls = -(-files // batch)
+        alone = worker.ask("time", batch=batch, seconds=0.0, calls=calls, settle=True, maps=maps)["seconds"]
         engine_rate = batch * len(alone) / sum(alone)
         record, seconds = _run(candidate, workers, pictures, work / "results", batch, maps)
         scoring = record["seconds"]["scoring"]
         rates.append(files / scoring)
         shares.append(files / scoring / engine_rate)
         stages.append({**record["seconds"], "process": seconds})
-    moved = workers.of(candidate).ask("transfer", batch=batch)["seconds"]
+    moved = workers.of(candidate).ask("transfer", batch=batch, maps=maps)["seconds"]
     return {
         "kind": "end_to_end",
         "candidate": candidate.name,

@@ -19,9 +19,12 @@ PLANS = {"plan": "onnx", "plan-fp16": "fp16"}
 
 
 class Ready(NamedTuple):
-    """`seconds` times one batch of a size; `engine` is None of matrix products alone, `disk` the bytes it was read."""
+    """`seconds` times one batch of a size, with maps or without.
 
-    seconds: Callable[[int], float]
+    `engine` is None of matrix products alone, `disk` the bytes it was read from.
+    """
+
+    seconds: Callable[[int, bool], float]
     engine: Engine | None
     disk: int
     flop: int | None = None
@@ -71,10 +74,10 @@ def ready(candidate: Candidate, folder: Path, device: str, threads: int | None, 
     engine, read = _engine(candidate, subject, folder, device, threads, most)
     images, _, _ = images_of(folder)
 
-    def seconds(size: int) -> float:
+    def seconds(size: int, maps: bool) -> float:
         pixels = images[np.arange(size) % len(images)]
         start = time.perf_counter()
-        engine.run(pixels)
+        engine.run(pixels, maps)
         return time.perf_counter() - start
 
     return Ready(seconds, engine, sum(path.stat().st_size for path in read if path.exists()))
@@ -84,7 +87,7 @@ def _gemm(candidate: Candidate, subject: Subject, device: str, threads: int | No
     products = [one._replace(rows=one.rows * batch) for one in subject.products]
     library = candidate.backend.partition("-")[0]
     gemm = Gemm(products, maker(library, candidate.precision, device, threads))
-    return Ready(lambda size: gemm.seconds(), None, 0, gemm.flop)
+    return Ready(lambda size, maps: gemm.seconds(), None, 0, gemm.flop)
 
 
 def _engine(

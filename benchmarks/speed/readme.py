@@ -10,7 +10,7 @@ from benchmarks.speed.rows import Row, read
 from benchmarks.speed.table import SPEED, engine_rows_of, notes, speed_cells, title_of
 
 RESULTS = Path("benchmarks/results")
-SHOWN = ("qfae-run", "GFLOP/s", "contract")
+SHOWN = ("qfae-run", "GFLOP/s", "contract", "INT8")
 """How the sentences begin that README repeats."""
 
 MARKS = ("<!-- bench-results -->", "<!-- /bench-results -->")

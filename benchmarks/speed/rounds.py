@@ -32,12 +32,12 @@ class Plan:
 
 @dataclass
 class Measured:
-    """All visits, the first call of every candidate at every size, what was left out and what failed, by name."""
+    """All visits; by candidate and batch size the very first call, why it was left out, and how it failed."""
 
     visits: list[Visit] = field(default_factory=list)
     first_calls: dict[tuple[str, int], float] = field(default_factory=dict)
     left_out: dict[tuple[str, int], str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def of(self, candidate: str, batch: int) -> list[Visit]:
         """Return the visits to a candidate at one batch size."""
@@ -53,9 +53,16 @@ class Measured:
 
 
 def measure(
-    plan: Plan, candidates: Sequence[Candidate], workers: Workers, say: Callable[[str], None] = lambda step: None
+    plan: Plan,
+    candidates: Sequence[Candidate],
+    workers: Workers,
+    say: Callable[[str], None] = lambda step: None,
+    keep: Callable[[Measured], None] = lambda measured: None,
 ) -> Measured:
-    """Visit every candidate at every batch size in every round, beginning with another one each time."""
+    """Visit every candidate at every batch size in every round, beginning with another one each time.
+
+    `keep` is given what was measured after each round. A failure ends a candidate at that batch size.
+    """
     measured = Measured()
     for number in range(plan.rounds):
         start = number % max(1, len(candidates))
@@ -63,8 +70,8 @@ def measure(
         for batch in plan.batches:
             say(f"round {number + 1} of {plan.rounds}, batch {batch}")
             for candidate in turn:
-                if candidate.name not in measured.failed:
-                    _visit(plan, candidate, batch, number, workers, measured, say)
+                _visit(plan, candidate, batch, number, workers, measured, say)
+        keep(measured)
     return measured
 
 
@@ -77,24 +84,23 @@ def _visit(
     measured: Measured,
     say: Callable[[str], None],
 ) -> None:
+    key = candidate.name, batch
     gemm = candidate.model == "gemm"
-    if gemm and batch != workers.batch:
-        return  # its products are made for one size
-    expected = measured.expected(candidate.name, batch)
-    if expected is not None and expected > plan.longest:
-        measured.left_out[candidate.name, batch] = f"a batch would take about {expected:.0f} s"
+    if key in measured.failed or key in measured.left_out or (gemm and batch != workers.batch):
+        return  # products are made for one size
+    expected = measured.expected(*key)
+    if expected is not None and expected > plan.longest and not gemm and not measured.of(*key):
+        measured.left_out[key] = f"a batch would take about {expected:.0f} s"
         return
     try:
         worker = workers.of(candidate)
-        new = not workers.settled(candidate, batch)
-        settle = new or (expected is not None and expected < _QUICK)
+        settle = not workers.settled(candidate, batch) or (expected is not None and expected < _QUICK)
         answer = worker.ask("time", batch=batch, seconds=plan.seconds, calls=plan.calls, settle=settle)
         workers.note_memory(candidate)
     except WorkerError as error:
-        measured.failed[candidate.name] = str(error)
+        measured.failed[key] = f"failed in round {number + 1}: {error}"
         workers.end(candidate.name)
-        say(f"{candidate.name}: {error}")
+        say(f"{candidate.name}, batch {batch}: {error}")
         return
-    if new:
-        measured.first_calls.setdefault((candidate.name, batch), answer["settling"][0])
+    measured.first_calls.setdefault(key, answer["first"])
     measured.visits.append(Visit(candidate.name, batch, number, tuple(answer["seconds"])))

@@ -14,13 +14,14 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.speed.candidates import BASELINE, KNOWN, Candidate
+from benchmarks.speed.candidates import BASELINE, CPU, KNOWN, Candidate
+from benchmarks.speed.revision import commit
 from benchmarks.speed.rounds import Measured, Plan
 from benchmarks.speed.statistics import Interval, latency, speed_up, throughput
 from benchmarks.speed.subject import Subject
@@ -36,67 +37,101 @@ Row = dict[str, Any]
 ERRORS = ("score_abs", "score_iqr", "spearman", "auroc_change", "map_cosine_p1")
 """The quantities of agreement.QUANTITIES that rows keep."""
 
+_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 _VERSIONS = ("torch", "timm", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy")
 
 
-def conditions(subject: Subject, plan: Plan, device: str, threads: int | None, images: int, commit: str | None) -> Row:
-    """Return what every other row was measured under.
+@dataclass(frozen=True)
+class Start:
+    """What is known before anything is measured: revision.commit of the code, and how busy the machine was."""
 
-    `images` is how many the score errors are over, `commit` what revision.commit says of the code.
-    """
+    commit: str | None
+    load: float | None
+
+    @classmethod
+    def now(cls) -> Start:
+        """Look before processes read the code and keep the machine busy."""
+        return cls(commit(), os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is known of a candidate before it is timed: errors, contract (`contract_kept`), seconds it was built in."""
+
+    error: Row
+    contract: Row
+    build_s: float | None
+
+
+def conditions(
+    start: Start, subject: Subject, plan: Plan, device: str, threads: int | None, candidates: Sequence[str], files: int
+) -> Row:
+    """Return what every other row was measured under."""
     found = {}
     for name in _VERSIONS:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    machine = hardware()
     return {
         "kind": "conditions",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "qfae": __version__,
-        "commit": commit,
+        "commit": start.commit,
         "model": subject.asked.title,
         "gflop_per_image": subject.flop / 1e9,
-        "images_of_errors": images,
+        "images_of_errors": subject.images,
+        "int8": subject.int8,
         "device": device,
-        "threads": threads,
-        "hardware": hardware(),
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "threads": threads or machine["cores"],
+        "hardware": machine,
+        "instructions": instructions(),
+        "load_before": start.load,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": found,
+        "candidates": [*candidates],
         "batches": list(plan.batches),
         "rounds": plan.rounds,
         "seconds_per_visit": plan.seconds,
         "calls_per_visit": plan.calls,
+        "longest": plan.longest,
+        "files": files,
+        "complete": False,
     }
 
 
+def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Return which of the instructions that products gain from this processor has, as Linux names them."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return [name for name in _INSTRUCTIONS if name in flags]
+
+
 def engine_rows(
+    first: Row,
     candidates: Sequence[Candidate],
-    plan: Plan,
     measured: Measured,
     workers: Workers,
     subject: Subject,
-    agreements: dict[str, Agreement],
-    contracts: dict[str, Row],
-    built: dict[str, float],
-    limits: dict[str, Row],
+    judged: dict[str, Judged],
+    gemm: Sequence[Row],
 ) -> list[Row]:
-    """Return a row for every engine at every batch size that was measured.
-
-    `contracts` is what `contract_kept` says, `limits` what `best_gemm` says.
-    """
+    """Return a row for every engine at every batch size that was measured; `first` is the row of conditions."""
     found = []
     for candidate in candidates:
-        for batch in plan.batches:
+        limit = limit_of(candidate, gemm, subject.int8)
+        for batch in first["batches"]:
             visits = measured.of(candidate.name, batch)
             if not visits:
                 continue
             rate = throughput(visits)
-            opening = workers.openings[candidate.name][0]
-            flops = rate.mean * subject.flop
-            limit = limits.get(candidate.precision)
+            opening, known = workers.openings[candidate.name][0], judged[candidate.name]
+            gflops = rate.mean * subject.flop / 1e9
             ratio = speed_up(visits, measured.of(BASELINE, batch))
             found.append(
                 {
@@ -104,28 +139,64 @@ def engine_rows(
                     "candidate": candidate.name,
                     "title": candidate.title,
                     "precision": candidate.precision,
+                    **_shared(first),
                     "batch": batch,
                     "calls": sum(len(visit.seconds) for visit in visits),
                     "rounds": len(visits),
                     "latency_ms": latency(visits),
                     "images_per_second": asdict(rate),
                     "times_plain": asdict(ratio) if ratio is not None else None,
-                    "gflops": flops / 1e9,
-                    "share_of_gemm": flops / 1e9 / limit["gflops"] if limit is not None else None,
-                    "gemm_of": limit["title"] if limit is not None else None,
+                    "gflops": gflops,
+                    "share_of_gemm": gflops / limit.gflops if limit is not None else None,
+                    "gemm_of": limit.title if limit is not None else None,
+                    "gemm_batch": limit.batch if limit is not None else None,
                     "first_call_s": measured.first_calls.get((candidate.name, batch)),
                     "cold_start_s": opening.cold_start,
                     "load_s": opening.load,
-                    "build_s": built.get(candidate.name),
+                    "build_s": known.build_s,
                     "host_peak_bytes": workers.host_peaks[candidate.name],
                     "device_bytes": workers.device_held[candidate.name],
                     "disk_bytes": opening.disk,
                     "version": opening.version,
-                    "error": errors_of(agreements[candidate.name]),
-                    "contract": contracts[candidate.name],
+                    "error": known.error,
+                    "contract": known.contract,
                 }
             )
     return found
+
+
+def _shared(first: Row) -> Row:
+    """Return what of the conditions every row repeats, so that one row says what was measured on what."""
+    machine = first["hardware"]
+    on = machine["processor"] if first["device"] == CPU else ", ".join(machine["cards"][:1])
+    return {name: first[name] for name in ("model", "device", "threads")} | {"hardware": on}
+
+
+class Limit(NamedTuple):
+    """The rate that products alone reach, whose it is, and at which batch size."""
+
+    gflops: float
+    title: str
+    batch: int
+
+
+def limit_of(candidate: Candidate, gemm: Sequence[Row], int8: Row | None) -> Limit | None:
+    """Return how fast the fastest library computes a candidate's products; None where none was measured.
+
+    Of an INT8 file a part of the arithmetic is FP32: the limit is that of both parts, one after the other.
+    """
+    best = best_gemm(gemm)
+    mine = best.get(candidate.precision)
+    if mine is None:
+        return None
+    if candidate.precision != "int8":
+        return Limit(mine["gflops"], mine["title"], mine["batch"])
+    rest = best.get("fp32")
+    if rest is None or int8 is None:
+        return None
+    share = int8["share_of_flop"]
+    gflops = 1 / (share / mine["gflops"] + (1 - share) / rest["gflops"])
+    return Limit(gflops, f"{share:.0%} {mine['title']} INT8, else {rest['title']} FP32", mine["batch"])
 
 
 def gemm_rows(candidates: Sequence[Candidate], measured: Measured, workers: Workers) -> list[Row]:
@@ -172,8 +243,8 @@ def missing_row(candidate: Candidate, reason: str) -> Row:
 
 
 def failed_rows(measured: Measured) -> list[Row]:
-    """Return rows of the engines and libraries that failed while they were measured."""
-    return [missing_row(KNOWN[name], reason) for name, reason in measured.failed.items()]
+    """Return rows of the batch sizes that an engine or a library failed at while it was measured."""
+    return [{**missing_row(KNOWN[name], reason), "batch": batch} for (name, batch), reason in measured.failed.items()]
 
 
 def left_out_rows(measured: Measured) -> list[Row]:
@@ -191,13 +262,15 @@ def errors_of(agreement: Agreement) -> Row:
 def contract_kept(candidate: Candidate, agreement: Agreement, labels: Sequence[bool | None]) -> Row:
     """Say whether the scores keep the contract of a candidate's precision, and which bounds they break.
 
-    `labels` are those of the images (True: anomalous, None: unknown).
+    `labels` are those of the images (True: anomalous, None: unknown). What INT8 owes and these images cannot tell is
+    `not_bounded`.
     """
     owed = demanded(candidate.precision, labels)
     if agreement.images < MIN_IMAGES:
         owed = owed.without(OF_ALL_IMAGES)
     broken = [name for name in owed.bounds if not owed.allows(name, agreement.values.get(name))]
-    return {"name": owed.name, "kept": not broken, "broken": broken}
+    unbounded = ["auroc_change"] if owed.name == "int8" and "auroc_change" not in owed.bounds else []
+    return {"name": owed.name, "kept": not broken, "broken": broken, "not_bounded": unbounded}
 
 
 def save(rows: Sequence[Row], path: Path) -> None:

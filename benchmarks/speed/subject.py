@@ -35,6 +35,7 @@ from qfae_runtime.writers.whole import whole_file
 
 if TYPE_CHECKING:
     from qfae_export.graph import InferenceGraph
+    from qfae_export.images import ParityImages
     from qfae_train.checkpoint import Checkpoint
 
 SUBJECT, IMAGES, RANDOM = "subject.json", "images.npz", "random.pt"
@@ -77,18 +78,25 @@ class Subject:
 
     asked       what to measure, and `sources` what that was: see sources_of
     max_batch   the largest batch that the files are for
+    images      how many images scores are measured on
+    real        how many of them, the first, are as they came: the others are copies in false colours
     flop        the least that an image needs
     products    the matrix products of an image
     files       engine files by what candidates call them
+    int8        of the INT8 file, if there is one: `share_of_flop` in eight bits, `kept_fp32` and `calibrated_on` as in
+                its manifest
     """
 
     asked: Asked
     sources: dict[str, str]
     max_batch: int
     image_size: int
+    images: int
+    real: int
     flop: int
     products: tuple[Product, ...]
     files: dict[str, str]
+    int8: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Write subject.json, whole or not at all."""
@@ -187,11 +195,13 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     np.savez(folder / IMAGES, images=chosen.pixels, labels=np.array(labels, np.int8), **reference._asdict())
     graph = InferenceGraph(scorer)
     del scorer
-    files = _write_engines(graph, checkpoint, asked.title, folder, flavours, max_batch, say)
+    files = _write_engines(graph, checkpoint, asked.title, chosen, folder, flavours, max_batch, say)
     if asked.engine is not None:
         files |= _engine_file(check_engine_file(Path(asked.engine)))
     products, flop = tuple(products_of(folder / WRITTEN["onnx"])), least_flop(checkpoint.config)
-    subject = Subject(asked, sources, max_batch, spec.image_size, flop, products, files)
+    int8 = _int8_of(folder / files["int8"]) if "int8" in files else None
+    many, real = len(chosen), chosen.real
+    subject = Subject(asked, sources, max_batch, spec.image_size, many, real, flop, products, files, int8)
     subject.save(folder)
     return subject
 
@@ -208,6 +218,7 @@ def _write_engines(
     graph: InferenceGraph,
     checkpoint: Checkpoint,
     title: str,
+    measured: ParityImages,
     folder: Path,
     flavours: Sequence[str],
     max_batch: int,
@@ -216,13 +227,15 @@ def _write_engines(
     """Write the engine files of these flavours, FP32 in any case, and their manifest; return them by flavour."""
     from qfae_export.describe import manifest_of, provenance_of
     from qfae_export.images import calibration
-    from qfae_export.int8 import int8_graph
+    from qfae_export.int8 import calibrated_on, int8_graph
     from qfae_export.onnx_file import write_onnx
     from qfae_export.precision import FP16, FP32
 
+    calibrating = calibration(None, checkpoint.config.preprocess_spec())
+
     def made(flavour: str) -> InferenceGraph:
         if flavour == "int8":
-            return int8_graph(graph, calibration(None, checkpoint.config.preprocess_spec()).pixels)
+            return int8_graph(graph, calibrating.pixels)
         return graph.cast(FP32 if flavour == "onnx" else FP16)  # FP16 rounds the weights, so it comes last
 
     written, files = {}, {}
@@ -234,8 +247,18 @@ def _write_engines(
             files[flavour] = name
     provenance = provenance_of(checkpoint, title)
     manifest = manifest_of(NAME, checkpoint.config, "full", max_batch, written, None, (), provenance)
+    if "int8" in files:
+        manifest.precision[files["int8"]]["calibrated_on"] = calibrated_on(calibrating, measured)[0]
     manifest.save(folder / f"{NAME}.json")
     return files
+
+
+def _int8_of(path: Path) -> dict[str, Any]:
+    """Return what rows say of an INT8 file whose manifest lies beside it."""
+    from benchmarks.speed.work import int8_share
+
+    policy = check_engine_file(path).manifest.precision[path.name]
+    return {"share_of_flop": int8_share(path)} | {name: policy.get(name) for name in ("kept_fp32", "calibrated_on")}
 
 
 def _of_engine(asked: Asked, folder: Path, sources: dict[str, str], max_batch: int) -> Subject:
@@ -260,8 +283,9 @@ def _of_engine(asked: Asked, folder: Path, sources: dict[str, str], max_batch: i
         from benchmarks.speed.work import products_of
 
         products = tuple(products_of(file.path))
-    flop, files = sum(one.flop for one in products), _engine_file(file)
-    subject = Subject(asked, sources, max_batch, manifest.image_size, flop, products, files)
+    flop, files, many = sum(one.flop for one in products), _engine_file(file), len(golden.images)
+    int8 = _int8_of(file.path) if file.precision == "int8" else None
+    subject = Subject(asked, sources, max_batch, manifest.image_size, many, many, flop, products, files, int8)
     subject.save(folder)
     return subject
 

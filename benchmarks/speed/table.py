@@ -108,9 +108,10 @@ def title_of(conditions: Row) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "timm")
     # Rows of before have no commit, and of an installed package there is none.
     commit = _short_commit(conditions.get("commit"))
+    cut = "" if conditions.get("complete", True) else ", incomplete: ended before its last round"
     return (
         f"{conditions['model']} ({conditions['gflop_per_image']:.3g} GFLOP an image) on {where}, {how}"
-        f"{conditions['rounds']} rounds, {conditions['date'][:10]}{commit}\n{versions}"
+        f"{conditions['rounds']} rounds, {conditions['date'][:10]}{commit}{cut}\n{versions}"
     )
 
 
@@ -129,12 +130,25 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if _kept(row) == "broken":
             titles = "; ".join(QUANTITIES[name].title for name in row["contract"]["broken"])
             found.append(f"contract {row['contract']['name']} broken by {named(row)}: {titles}")
+    found += [_int8(row["int8"]) for row in rows if row["kind"] == "conditions" and row.get("int8")]
+    if any((row.get("contract") or {}).get("not_bounded") for row in rows):
+        found.append("contract int8: the change of AUROC is not bounded, for these images have too few known labels")
     missing: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "missing":
             size = f" at batch {row['batch']}" if "batch" in row else ""
             missing.setdefault(row["reason"], []).append(f"{row['candidate']}{size}")
     return found + [f"not measured: {', '.join(names)}: {reason}" for reason, names in missing.items()]
+
+
+def _int8(policy: Row) -> str:
+    """Say what an INT8 file computes in eight bits, and which images it knows."""
+    kept = f"{', '.join(policy['kept_fp32'])} in FP32 beside what always is, " if policy["kept_fp32"] else ""
+    text = f"INT8: {kept}{policy['share_of_flop']:.0%} of the arithmetic in eight bits"
+    images = policy.get("calibrated_on")
+    if images is None:
+        return text
+    return f"{text}; scales of {images['from']}, {images['measured_on_too']} of which errors are measured on too"
 
 
 def products_of(rows: Sequence[Row], precision: str) -> str:

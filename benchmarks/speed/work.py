@@ -95,6 +95,10 @@ def _qformer(config: Config, contexts: Sequence[tuple[int, int]]) -> int:
     return total
 
 
+_Found = Counter[tuple[int, int, int, bool]]
+"""How often a product of [rows, inner] and [inner, columns] is there, the right side a stored weight or not."""
+
+
 def products_of(path: Path, batch: int = 1) -> list[Product]:
     """Return the matrix products of an ONNX file of this project for one batch, equal ones together.
 
@@ -104,6 +108,24 @@ def products_of(path: Path, batch: int = 1) -> list[Product]:
         ValueError: onnx cannot tell the shape of a product.
 
     """
+    return _together(_products(path, batch)[0])
+
+
+def int8_share(path: Path) -> float:
+    """Return the share of a file's FLOP that is computed in eight bits; errors as of products_of."""
+    all_, eight = (sum(one.flop for one in _together(found)) for found in _products(path, 1))
+    return eight / all_
+
+
+def _together(found: _Found) -> list[Product]:
+    return [
+        Product(rows, inner, columns, times, kept)
+        for (rows, inner, columns, kept), times in sorted(found.items(), reverse=True)
+    ]
+
+
+def _products(path: Path, batch: int) -> tuple[_Found, _Found]:
+    """Return all products, and those of them that are computed in eight bits."""
     model = onnx.load(str(path), load_external_data=False)
     for tensor in (*model.graph.input, *model.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_value = batch
@@ -113,17 +135,20 @@ def products_of(path: Path, batch: int = 1) -> list[Product]:
     shapes |= {one.name: tuple(one.dims) for one in inferred.initializer}
     stored = {one.name for one in inferred.initializer}
     # What an INT8 file stores as bytes comes to its product by way of a node.
-    stored |= {
+    widened = {
         node.output[0] for node in inferred.node if node.op_type == "DequantizeLinear" and node.input[0] in stored
     }
-    found: Counter[tuple[int, int, int, bool]] = Counter()
+    stored |= widened
+    found, eight = _Found(), _Found()
     for node in inferred.node:
         if node.op_type == "MatMul":
             left, right = (shapes.get(name, ()) for name in node.input[:2])
             if len(left) < 2 or len(right) < 2 or 0 in (*left, *right):
                 raise ValueError(f"{path}: the shapes of {node.name} are unknown: {left} @ {right}")
             if node.input[1] in stored:
-                found[math.prod(left[:-1]), left[-1], right[-1], True] += 1
+                key = math.prod(left[:-1]), left[-1], right[-1], True
+                found[key] += 1
+                eight[key] += node.input[1] in widened
             else:
                 outer = np.broadcast_shapes(left[:-2], right[:-2])
                 found[left[-2], left[-1], right[-1], False] += math.prod(outer)
@@ -131,10 +156,7 @@ def products_of(path: Path, batch: int = 1) -> list[Product]:
             (*heads, queries, width), (*_, keys, _) = shapes[node.input[0]], shapes[node.input[1]]
             found[queries, width, keys, False] += math.prod(heads)
             found[queries, keys, width, False] += math.prod(heads)
-    return [
-        Product(rows, inner, columns, times, kept)
-        for (rows, inner, columns, kept), times in sorted(found.items(), reverse=True)
-    ]
+    return found, eight
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:

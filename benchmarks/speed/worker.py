@@ -3,10 +3,10 @@
     {"do": "prepare", "asked": {...}, "flavours": [...], "max_batch": 64}   write the model's files
     {"do": "build", "candidate": "...", "device": "...", "max_batch": 64}   build what it runs
     {"do": "open", "candidate": "...", "device": "...", "threads": 2, "batch": 8, "most": 64}
-    {"do": "time", "batch": 8, "seconds": 2.0, "calls": 3, "settle": true}  -> {"seconds": [...]}
+    {"do": "time", "batch": 8, "seconds": 2.0, "calls": 3, "settle": true}  -> {"seconds": [...], "first": 9.0}
     {"do": "score", "out": "file.npz"}                                      the images' outputs, as a file
     {"do": "memory"}                                                        -> its peak in bytes
-    {"do": "transfer", "batch": 8}                                          -> seconds to a GPU and back, or null
+    {"do": "transfer", "batch": 8, "maps": true}                            -> seconds to a GPU and back, or null
 
 An answer has "error" where something failed. Whatever libraries print goes to stderr.
 """
@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,11 +37,15 @@ _SHOWN = 200  # characters of an error; all of it is in the log
 
 
 class Work:
-    """What one process does for one folder."""
+    """What one process does for one folder.
+
+    `firsts` are the seconds of the very first call of every batch size, whoever made it: there compilers work.
+    """
 
     def __init__(self, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
         self.folder, self.tell = folder, tell
         self.opened: Ready | None = None
+        self.firsts: dict[int, float] = {}
 
     def prepare(self, asked: dict[str, Any], flavours: list[str], max_batch: int) -> dict[str, Any]:
         """Write the model's files, saying each step."""
@@ -58,25 +63,30 @@ class Work:
         start = time.perf_counter()
         self.opened = ready(KNOWN[candidate], self.folder, device, threads, batch, most)
         loaded = time.perf_counter() - start
-        first = self.opened.seconds(1)
+        self._seconds(1)
         version = self.opened.engine.version if self.opened.engine is not None else ""
         return {
             "load": loaded,
-            "first": first,
             "at": time.monotonic(),
             "version": version,
             "disk": self.opened.disk,
             "flop": self.opened.flop,
         }
 
-    def time(self, batch: int, seconds: float, calls: int, settle: bool) -> dict[str, Any]:
+    def time(self, batch: int, seconds: float, calls: int, settle: bool, maps: bool = True) -> dict[str, Any]:
         """Time batches of a size until `seconds` have passed and `calls` were made; `settle` begins with one more."""
-        assert self.opened is not None
-        settling = [self.opened.seconds(batch)] if settle else []
+        if settle:
+            self._seconds(batch, maps)
         found: list[float] = []
         while len(found) < calls or sum(found) < seconds:
-            found.append(self.opened.seconds(batch))
-        return {"seconds": found, "settling": settling}
+            found.append(self._seconds(batch, maps))
+        return {"seconds": found, "first": self.firsts[batch]}
+
+    def _seconds(self, batch: int, maps: bool = True) -> float:
+        assert self.opened is not None
+        seconds = self.opened.seconds(batch, maps)
+        self.firsts.setdefault(batch, seconds)
+        return seconds
 
     def score(self, out: str) -> dict[str, Any]:
         """Score the model's images and leave the outputs in a file."""
@@ -85,19 +95,31 @@ class Work:
         engine = self.opened.engine
         images, _, _ = images_of(self.folder)
         size = min(_SCORED_AT_ONCE, engine.max_batch)
-        parts = [engine.run(images[start : start + size]) for start in range(0, len(images), size)]
+        parts = []
+        for at in range(0, len(images), size):
+            start = time.perf_counter()
+            parts.append(engine.run(images[at : at + size]))
+            self.firsts.setdefault(len(parts[-1].score), time.perf_counter() - start)
         np.savez(out, **Scores.joined(parts)._asdict())
         return {}
 
-    def transfer(self, batch: int) -> dict[str, Any]:
+    def transfer(self, batch: int, maps: bool) -> dict[str, Any]:
         """Return the seconds that a batch is on its way to a GPU and back."""
         assert self.opened is not None
         assert self.opened.engine is not None
-        return {"seconds": transfer_seconds(self.opened.engine, batch)}
+        return {"seconds": transfer_seconds(self.opened.engine, batch, maps)}
 
     def memory(self) -> dict[str, Any]:
         """Return the largest memory that this process had."""
-        return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"host": peak_bytes()}
+
+
+def peak_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Return the largest resident memory of this process; another system's count may begin with its parent's."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve(folder: Path, commands: TextIO, answers: TextIO) -> None:

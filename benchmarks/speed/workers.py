@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +79,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         if self._process.stdin is not None and not self._process.stdin.closed:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # it is dead already, and what it was last asked was never read
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -98,11 +100,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class Opening:
-    """How a fresh process came to its first score: seconds from its start, of loading, of the first image."""
+    """How a fresh process came to its first score: seconds from its start, and of loading."""
 
     cold_start: float
     load: float
-    first: float
     version: str
     disk: int
     flop: int | None
@@ -172,7 +173,6 @@ class Workers:
             Opening(
                 answer["at"] - worker.started,
                 answer["load"],
-                answer["first"],
                 answer["version"],
                 answer["disk"],
                 answer["flop"],
@@ -181,7 +181,9 @@ class Workers:
         return worker
 
     def _make_room(self, name: str) -> None:
-        least = self.host_peaks.get(name, 0) + _ROOM * (memory_bytes() or 0)
+        # Of one that was never open, it may need as much as the largest.
+        needed = self.host_peaks.get(name, max(self.host_peaks.values(), default=0))
+        least = needed + _ROOM * (memory_bytes() or 0)
         while self._open and memory_available() < least:
             self.end(next(iter(self._open)))
 
@@ -203,6 +205,11 @@ class Workers:
         self._settled = {one for one in self._settled if one[0] != name}
         if worker is not None:
             worker.close()
+
+    def end_others(self, name: str) -> None:
+        """End every process but one candidate's."""
+        for other in [one for one in self._open if one != name]:
+            self.end(other)
 
     def close(self) -> None:
         """End all of them."""

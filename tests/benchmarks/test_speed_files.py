@@ -12,6 +12,7 @@ from benchmarks.speed import bench
 from benchmarks.speed.bench import Options, _end_to_end
 from benchmarks.speed.candidates import KNOWN
 from benchmarks.speed.rounds import Measured, Plan
+from benchmarks.speed.rows import Judged
 from benchmarks.speed.statistics import Visit
 from benchmarks.speed.subject import Asked
 from benchmarks.speed.table import whole_run
@@ -40,13 +41,13 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def choose(tmp_path: Path, broken: tuple[str, ...]) -> None:
+def choose(tmp_path: Path, broken: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     options = Options(Asked(ckpt="x.pt"), tmp_path, (), Plan(batches=(1, 4)))
     visits = [Visit(name, batch, 0, (seconds,)) for name, seconds in SECONDS.items() for batch in (1, 4)]
-    contracts = {name: {"kept": name not in broken} for name in SECONDS}
-    _end_to_end(
-        options, [KNOWN[name] for name in SECONDS], Measured(visits), cast(Any, None), contracts, [], lambda step: None
-    )
+    judged = {name: Judged({"score_iqr": 0.5}, {"kept": name not in broken}, None) for name in SECONDS}
+    candidates, missing = [KNOWN[name] for name in SECONDS], list[dict[str, Any]]()
+    rows = _end_to_end(options, candidates, Measured(visits), cast(Any, None), judged, missing, lambda step: None)
+    return [*rows, *missing]
 
 
 @pytest.mark.parametrize(
@@ -81,10 +82,38 @@ def test_what_the_way_to_a_gpu_costs_is_a_part_of_the_engine() -> None:
     assert "engine 0.50 s; of the engine about 0.03 s to the GPU and back; whole process" in text
 
 
-def test_moving_a_batch_takes_time_where_there_is_a_device() -> None:
-    assert 0 < moved("cpu", 0, 32, 2) < moved("cpu", 0, 512, 32), "images, maps and reconstructions are moved"
+def test_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images there, and back what is asked for; counted where ONNX Runtime would move it."""
+    there: list[tuple[int, ...]] = []
+    back: list[tuple[int, ...]] = []
+
+    class Value:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        @staticmethod
+        def ortvalue_from_numpy(array: Any, kind: str, number: int) -> Value:
+            assert (kind, number) == ("cuda", 1)
+            there.append(array.shape)
+            return Value(array)
+
+        def numpy(self) -> Any:
+            back.append(self.array.shape)
+            return self.array
+
+    monkeypatch.setattr("onnxruntime.OrtValue", Value)
+    images, score, maps, reconstruction = (4, 32, 32, 3), (4,), (4, 32, 32), (4, 32, 32, 3)
+    assert moved("cuda", 1, 32, 4, maps=True) > 0
+    assert (set(there), set(back)) == ({images, score, maps, reconstruction}, {score, maps, reconstruction})
+    there.clear()
+    back.clear()
+    assert moved("cuda", 1, 32, 4, maps=False) > 0
+    assert (set(there), set(back)) == ({images, score}, {score})
+
+
+def test_where_nothing_is_moved() -> None:
     for backend, device in (("onnxruntime", "cpu"), ("openvino", "cpu"), ("tensorrt", "cuda:0")):
-        assert transfer_seconds(cast(Any, SimpleNamespace(backend=backend, device=device)), 4) is None
+        assert transfer_seconds(cast(Any, SimpleNamespace(backend=backend, device=device)), 4, maps=True) is None
 
 
 def test_it_is_moved_to_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,5 +125,14 @@ def test_it_is_moved_to_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("benchmarks.speed.transfer.moved", move)
     engine = SimpleNamespace(backend="onnxruntime-tensorrt", device="cuda:1", image_size=224)
-    assert transfer_seconds(cast(Any, engine), 8) == 0.5
-    assert asked == [("cuda", 1, 224, 8)]
+    assert transfer_seconds(cast(Any, engine), 8, maps=False) == 0.5
+    assert asked == [("cuda", 1, 224, 8, False)]
+
+
+def test_a_run_on_files_that_fails_is_told_and_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(bench, "write_pictures", fails)
+    [row] = choose(tmp_path)
+    assert (row["kind"], row["candidate"], row["reason"]) == ("missing", "qfae-run with openvino-int8", "disk full")

@@ -15,7 +15,7 @@ from benchmarks.speed.candidates import CANDIDATES, GEMMS, KNOWN, Candidate
 from benchmarks.speed.gemm import Gemm, Product
 from benchmarks.speed.plain import PlainScorer
 from benchmarks.speed.rounds import Measured, Plan, measure
-from benchmarks.speed.rows import contract_kept, failed_rows, left_out_rows
+from benchmarks.speed.rows import contract_kept, failed_rows, instructions, left_out_rows, limit_of
 from benchmarks.speed.statistics import Interval, Visit, latency, speed_up, throughput
 from benchmarks.speed.torch_engine import compiled, eager, in_precision, package, packaged
 from benchmarks.speed.workers import WorkerError, Workers
@@ -62,7 +62,7 @@ class Script:
     """Processes that take as long as they are told and remember who was asked; stands for Workers."""
 
     rates: dict[str, float]
-    fails: set[str] = field(default_factory=set)
+    fails: set[tuple[str, int]] = field(default_factory=set)
     asked: list[tuple[str, int, bool]] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     batch: int = 4
@@ -79,10 +79,10 @@ class Script:
 
     def ask(self, do: str, batch: int, seconds: float, calls: int, settle: bool) -> dict[str, Any]:
         self.asked.append((self.now, batch, settle))
-        if self.now in self.fails:
+        if (self.now, batch) in self.fails:
             raise WorkerError("out of memory")
         each = batch / self.rates[self.now]
-        return {"seconds": [each] * calls, "settling": [9.0] if settle else []}
+        return {"seconds": [each] * calls, "first": 9.0 + len(self.asked)}
 
     def note_memory(self, candidate: Candidate) -> None: ...
 
@@ -107,8 +107,7 @@ def test_candidates_take_turns_and_begin_in_turn() -> None:
 def test_first_calls_are_apart_and_quick_visits_settle() -> None:
     script = Script({"torch": 100.0, "openvino": 0.5})
     measured = run(script, Plan(batches=(1,), rounds=2), "torch", "openvino")
-    assert measured.first_calls == {("torch", 1): 9.0, ("openvino", 1): 9.0}
-    assert all(9.0 not in visit.seconds for visit in measured.visits)
+    assert measured.first_calls == {("torch", 1): 10.0, ("openvino", 1): 11.0}, "those of the first round"
     assert [settle for name, _, settle in script.asked if name == "torch"] == [True, True]
     assert [settle for name, _, settle in script.asked if name == "openvino"] == [True, False]  # two seconds each
 
@@ -120,20 +119,38 @@ def test_batches_that_would_take_too_long_are_left_out_with_a_reason() -> None:
     assert [(name, batch) for name, batch, _ in script.asked if batch == 64] == [("openvino", 64)]
 
 
-def test_a_candidate_that_fails_is_ended_and_the_others_go_on() -> None:
-    script = Script({"torch": 1.0, "openvino": 1.0}, fails={"torch"})
+def test_a_candidate_that_fails_is_started_again_for_other_sizes() -> None:
+    script = Script({"torch": 1.0, "openvino": 1.0}, fails={("torch", 2)})
     measured = run(script, Plan(batches=(1, 2), rounds=2), "torch", "openvino")
-    assert measured.failed == {"torch": "out of memory"}
-    assert script.ended == ["torch"]
-    assert len(measured.of("openvino", 2)) == 2
+    assert measured.failed == {("torch", 2): "failed in round 1: out of memory"}
+    assert script.ended == ["torch"], "at batch 2, once"
+    assert [len(measured.of(name, size)) for name in ("torch", "openvino") for size in (1, 2)] == [2, 0, 2, 2]
 
 
-def test_products_that_fail_or_take_too_long_are_listed_too() -> None:
-    script = Script({"gemm-torch": 0.1, "gemm-numpy": 1.0}, fails={"gemm-numpy"})
-    measured = run(script, Plan(batches=(4,), rounds=2, longest=10), "gemm-torch", "gemm-numpy")
+def test_what_was_begun_is_measured_in_every_round() -> None:
+    """Where a batch takes about as long as is allowed, noise must not end it after a round; products never are."""
+    script = Script({"torch": 1.0, "gemm-torch": 0.01})
+    plan = Plan(batches=(4,), rounds=3, longest=5)
+    script.rates["torch"] = 0.9
+    measured = run(script, plan, "torch", "gemm-torch")
+    assert [len(measured.of(name, 4)) for name in ("torch", "gemm-torch")] == [3, 3]
+    assert measured.left_out == {}
+
+
+def test_what_is_measured_can_be_kept_after_every_round() -> None:
+    found: list[int] = []
+    script = Script({"torch": 1.0})
+    plan = Plan(batches=(1, 2), rounds=3)
+    measure(plan, [KNOWN["torch"]], cast(Workers, script), keep=lambda measured: found.append(len(measured.visits)))
+    assert found == [2, 4, 6]
+
+
+def test_what_failed_or_takes_too_long_is_listed_with_its_batch_size() -> None:
+    script = Script({"torch": 0.1, "gemm-numpy": 1.0}, fails={("gemm-numpy", 4)})
+    measured = run(script, Plan(batches=(1, 4), rounds=2, longest=10), "torch", "gemm-numpy")
     [failed], [left_out] = failed_rows(measured), left_out_rows(measured)
-    assert (failed["title"], failed["reason"]) == ("numpy", "out of memory")
-    assert (left_out["title"], left_out["batch"]) == ("torch.matmul", 4)
+    assert (failed["title"], failed["batch"], failed["reason"]) == ("numpy", 4, "failed in round 1: out of memory")
+    assert (left_out["title"], left_out["batch"]) == ("PyTorch, trimmed", 4)
     assert left_out["reason"] == "a batch would take about 40 s"
 
 
@@ -166,9 +183,9 @@ def test_every_candidate_owes_the_contract_of_its_arithmetic() -> None:
 
 def test_a_contract_is_kept_or_says_which_bounds_are_broken() -> None:
     """By every bound of the precision: what BF16 may differ by, FP32 may not."""
-    kept = {"name": "bf16", "kept": True, "broken": []}
+    kept = {"name": "bf16", "kept": True, "broken": [], "not_bounded": []}
     assert contract("torch-bf16", [], score_abs=1e-2, map_rel=0.1) == kept
-    broken = {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"]}
+    broken = {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"], "not_bounded": []}
     assert contract("torch", [], score_abs=1e-2, map_rel=0.1) == broken
     assert contract("torch-fp16", [], score_iqr=0.02, spearman=0.9)["broken"] == ["score_iqr", "spearman"]
     fault = contract_kept(KNOWN["openvino"], Agreement(32, None, {}, {}, "score: not finite"), [])
@@ -177,7 +194,7 @@ def test_a_contract_is_kept_or_says_which_bounds_are_broken() -> None:
 
 def test_few_images_say_nothing_of_ranks() -> None:
     few = contract("torch-bf16", [], images=31, spearman=0.5, flips_beyond=2.0)
-    assert few == {"name": "bf16", "kept": True, "broken": []}
+    assert few == {"name": "bf16", "kept": True, "broken": [], "not_bounded": []}
     assert contract("torch-bf16", [], images=31, spearman=0.5, score_iqr=1.0)["broken"] == ["score_iqr"]
     assert contract("torch-bf16", [], images=32, spearman=0.5, flips_beyond=2.0)["broken"] == [
         "spearman",
@@ -188,7 +205,37 @@ def test_few_images_say_nothing_of_ranks() -> None:
 def test_int8_owes_the_auroc_where_labels_tell_it() -> None:
     labels: list[bool | None] = [True, False] * 60
     assert contract("openvino-int8", labels, images=120, auroc_change=0.01)["broken"] == ["auroc_change"]
-    assert contract("openvino-int8", [None] * 120, images=120, auroc_change=0.01)["kept"]
+    unknown = contract("openvino-int8", [None] * 120, images=120, auroc_change=0.01)
+    assert (unknown["kept"], unknown["not_bounded"]) == (True, ["auroc_change"])
+    assert contract("openvino-int8", labels, images=120)["not_bounded"] == []
+
+
+# --- how far from the limit ---
+
+
+def test_an_int8_file_is_held_against_products_of_both_its_precisions() -> None:
+    gemm = [
+        {"kind": "gemm", "title": title, "precision": precision, "gflops": gflops, "batch": 4}
+        for title, precision, gflops in (
+            ("numpy", "fp32", 100.0), ("OpenVINO", "fp32", 200.0), ("OpenVINO", "int8", 800.0)
+        )
+    ]  # fmt: skip
+    int8 = {"share_of_flop": 0.75}
+    # Of 16 GFLOP, 12 take 12 / 800 s and 4 take 4 / 200 s.
+    limit = limit_of(KNOWN["openvino-int8"], gemm, int8)
+    assert limit is not None
+    assert limit.gflops == pytest.approx(16 / (12 / 800 + 4 / 200))
+    assert limit[1:] == ("75% OpenVINO INT8, else OpenVINO FP32", 4)
+    assert limit_of(KNOWN["torch"], gemm, int8) == (200.0, "OpenVINO", 4)
+    assert limit_of(KNOWN["openvino-bf16"], gemm, int8) is None
+    assert limit_of(KNOWN["openvino-int8"], gemm[2:], int8) is None, "FP32 products were not measured"
+
+
+def test_instructions_that_matter_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("model name\t: x\nflags\t\t: fpu avx512_bf16 avx2 sse avx512_vnni\n", encoding="utf-8")
+    assert instructions(file) == ["avx2", "avx512_vnni", "avx512_bf16"]
+    assert instructions(tmp_path / "none") == []
 
 
 # --- matrix products ---

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.speed.candidates import KNOWN
+from benchmarks.speed.worker import Work, peak_bytes
 from benchmarks.speed.workers import WorkerError, Workers, device_used
 from tests.commands import ROOT, run
 
@@ -25,10 +27,56 @@ def test_a_process_that_dies_is_told_and_replaced(measured: Path) -> None:
         with pytest.raises(WorkerError, match=r"its process ended with signal 9; see onnxruntime\.log"):
             first.ask("time", batch=1, seconds=0.0, calls=1, settle=False)
         workers.end(candidate.name)
-        assert workers.of(candidate).ask("time", batch=1, seconds=0.0, calls=2, settle=False)["settling"] == []
+        assert len(workers.of(candidate).ask("time", batch=1, seconds=0.0, calls=2, settle=False)["seconds"]) == 2
         assert len(workers.openings[candidate.name]) == 2  # every fresh start is kept
     finally:
         workers.close()
+
+
+def test_a_process_that_died_while_it_waited_is_told_too(measured: Path) -> None:
+    """What is asked of it is never read, and closing its pipe would try to send that again."""
+    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
+    try:
+        worker = workers.of(KNOWN["onnxruntime"])
+        worker._process.kill()
+        worker._process.wait()
+        with pytest.raises(WorkerError, match="its process ended with signal 9"):
+            worker.ask("time", batch=1, seconds=0.0, calls=1, settle=False)
+        workers.end("onnxruntime")
+    finally:
+        workers.close()
+
+
+def test_the_very_first_call_of_a_size_is_kept_whoever_made_it(measured: Path, tmp_path: Path) -> None:
+    """Scoring the images runs batches of 8 and what is left of them: compilers work there, before anything is timed."""
+    ticks = iter(range(1000))
+    work = Work(measured / "model", lambda answer: None)
+    work.open("onnxruntime", "cpu", 1, 4, 8)
+    assert work.opened is not None
+    ready, slow = work.opened, {1: 50.0, 4: 40.0}
+
+    def seconds(size: int, maps: bool) -> float:
+        ready.seconds(size, maps)
+        return slow.pop(size, 1.0 + next(ticks) / 1000)
+
+    work.firsts.clear()
+    work.opened = ready._replace(seconds=seconds)
+    work._seconds(1)
+    work.score(str(tmp_path / "scores.npz"))
+    images = len(np.load(tmp_path / "scores.npz")["score"])
+    assert work.firsts.keys() == {1, 8} | ({images % 8} - {0})
+    before = dict(work.firsts)
+    for size in (1, 8):
+        answer = work.time(size, 0.0, 2, settle=True)
+        assert answer["first"] == before[size]
+    assert work.time(4, 0.0, 1, settle=True)["first"] == before.get(4, 40.0)
+
+
+def test_the_peak_is_that_of_the_process_alone(tmp_path: Path) -> None:
+    file = tmp_path / "status"
+    file.write_text("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t 1 kB\n", encoding="ascii")
+    assert peak_bytes(file) == 2 * 2**20
+    assert peak_bytes(tmp_path / "none") > 2**20
 
 
 def test_where_memory_is_short_the_one_that_waited_longest_is_ended(
