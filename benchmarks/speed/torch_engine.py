@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qfae_export.graph import InferenceGraph
@@ -42,8 +43,7 @@ class TorchEngine:
         assert self._module is not None
         with torch.inference_mode():
             outputs = self._module(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
-            # Copies: what a captured graph gives is overwritten by its next run.
-            return Scores(*(output.cpu().numpy().copy() for output in outputs))
+            return Scores(*(_callers(output) for output in outputs))
 
     def close(self) -> None:
         """Free the model."""
@@ -56,6 +56,15 @@ class TorchEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _callers(output: Tensor) -> NDArray[Any]:
+    """Return an output in memory of the caller's own, copied once.
+
+    From a GPU it comes into fresh memory. On the processor it is where the model left it: a later run may write there.
+    """
+    here = output.cpu()
+    return (here.clone() if here is output else here).numpy()
 
 
 def eager(module: nn.Module, image_size: int, device: str) -> TorchEngine:
@@ -116,6 +125,9 @@ def in_precision(graph: InferenceGraph, precision: str) -> InferenceGraph:
 
 
 def _settle(device: str) -> None:
-    """FP32 means FP32: no TF32, and no reduced sums."""
+    """FP32 means FP32: no TF32. FP16 and BF16 products are summed as PyTorch does unless told otherwise.
+
+    Where a library splits such a product, its parts may then be added up in the short type: what users of PyTorch run.
+    """
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
