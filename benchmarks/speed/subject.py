@@ -5,6 +5,7 @@ images.npz      the images it is measured on, and PyTorch's FP32 outputs on them
 random.pt       the checkpoint, where its weights are random
 model.onnx ...  the engine files that candidates ask for, with a manifest
 model.*.plan, model.*.pt2   what was built of them for candidates that need it
+model.*.seconds             how long building each of those took
 
 All of it is kept for the next run of the very same model by the very same code, and replaced for another one.
 """
@@ -43,7 +44,17 @@ WRITTEN = {"onnx": f"{NAME}.onnx", "int8": f"{NAME}.int8.onnx", "fp16": f"{NAME}
 """The engine files that are written here, by what candidates call them; INT8's scales are of qfae's brain slices."""
 
 # subject.json goes first: without it nothing is taken for kept.
-_MADE = (SUBJECT, IMAGES, RANDOM, f"{NAME}.json", f"{NAME}.onnx*", f"{NAME}.*.onnx*", f"{NAME}.*.plan", f"{NAME}.*.pt2")
+_MADE = (
+    SUBJECT,
+    IMAGES,
+    RANDOM,
+    f"{NAME}.json",
+    f"{NAME}.onnx*",
+    f"{NAME}.*.onnx*",
+    f"{NAME}.*.plan",
+    f"{NAME}.*.pt2",
+    f"{NAME}.*.seconds",
+)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from qfae_export.precision import FP16
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores, check_images
 from qfae_runtime.manifest import MAX_BATCH
+from qfae_runtime.writers.whole import whole_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -93,13 +94,15 @@ class _Tuple(nn.Module):
 
 
 def package(module: InferenceGraph, device: str, path: Path) -> None:
-    """Compile a graph ahead of time, for any batch, into one AOTInductor package."""
+    """Compile a graph ahead of time, for any batch, into one AOTInductor package, there whole or not at all."""
     size = module.image_size
     example = (torch.zeros(3, size, size, 3, dtype=torch.uint8, device=device),)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with torch.no_grad():
         program = torch.export.export(_Tuple(module.to(device)), example, dynamic_shapes=({0: batch},), strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        # An open file: a path would have to end in .pt2.
+        with whole_file(path) as part, part.open("w+b") as file:
+            torch._inductor.aoti_compile_and_package(program, package_path=file)
 
 
 def packaged(path: Path, image_size: int, device: str) -> TorchEngine:
