@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Linear
 from qfae_export.onnx_file import OPSETS, PIXELS_NAME, tensor_names
@@ -65,6 +66,22 @@ def provenance_of(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
         "frozen": checkpoint.frozen,
         "training": {key: _plain(value) for key, value in checkpoint.record.items()},
     }
+
+
+def refuse_other_checkpoint(manifest: Manifest, engine: str, ckpt: Path, sha256: str) -> None:
+    """Refuse a checkpoint file of this SHA-256 beside an engine that was not exported from it.
+
+    Raises:
+        ExportError: the manifest does not name this checkpoint.
+
+    """
+    said = manifest.provenance.get("checkpoint", {}).get("sha256")
+    if said != sha256:
+        source = "random weights" if "random_weights" in manifest.provenance else f"{str(said)[:16]}..."
+        raise ExportError(
+            f"{ckpt}: SHA-256 {sha256[:16]}..., but {engine} was exported from {source}; "
+            "pass the checkpoint it was exported from"
+        )
 
 
 def bytes_of(graph: InferenceGraph) -> int:

@@ -74,8 +74,8 @@ class InferenceGraph(nn.Module):
             if isinstance(module, Unit) and not isinstance(module, ForeignBlock)
         ]
 
-    def refuse_unknown(self, precision: Precision) -> None:
-        """Refuse a policy that does not fit.
+    def refuse_unknown(self, precision: Precision, option: str = "precision") -> None:
+        """Refuse a policy that does not fit; `option` is where it was said.
 
         Raises:
             ExportError: a selector of the policy names nothing in this graph.
@@ -84,7 +84,7 @@ class InferenceGraph(nn.Module):
         unknown = unknown_selectors(precision.kept, self.units())
         if unknown:
             raise ExportError(
-                f"precision: {', '.join(unknown)}: no such place in this model; expected, for example, "
+                f"{option}: {', '.join(unknown)}: no such place in this model; expected, for example, "
                 f"{', '.join(self.units()[:2])}, or a stage of it"
             )
 

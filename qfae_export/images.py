@@ -39,6 +39,12 @@ _COLOURFUL = 2.0  # grey levels between an image's channels, in the mean
 
 _SHOWN = 8
 _CURE = "pass --parity-images DIR with a folder of real images, normal and anomalous"
+_NEEDS = {
+    "--parity-images": f"a measurement needs {MIN_IMAGES} at least; {_CURE}",
+    "--calibration-images": f"INT8's scales need {MIN_IMAGES} at least; pass --calibration-images DIR with a folder of "
+    "normal images, of the kind to be scored",
+}
+"""What is said of too few images, by the option that names a folder of them."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def choose(
 
 
 def calibration(folder: Path | None, spec: PreprocessSpec) -> ParityImages:
-    """Return what INT8's scales are taken from: a folder's images, else the slices.
+    """Return what INT8's scales are taken from: a folder's images, else the slices, half of which have lesions.
 
     Raises:
         ExportError: see from_folder.
@@ -141,7 +147,7 @@ def from_checkpoint(stored: UInt8, spec: PreprocessSpec, file: str) -> ParityIma
 def from_folder(folder: Path, spec: PreprocessSpec, limit: int, option: str = "--parity-images") -> ParityImages:
     """Return at most `limit` images of a folder, evenly spread over its files, preprocessed as for scoring.
 
-    `option` is what named the folder.
+    `option` is what named the folder, one of _NEEDS.
 
     Raises:
         ExportError: the folder is missing or holds too few images, or images cannot be read (all are named).
@@ -178,7 +184,7 @@ def from_folder(folder: Path, spec: PreprocessSpec, limit: int, option: str = "-
             f"{'; '.join(faults[:_SHOWN])}{more}; remove them: a measurement leaves no image out"
         )
     origin = f"{len(different)} of the {len(found.images)} images in {folder.absolute().name}/"
-    return _prepared(np.stack(prepared), names, origin, labels, _CURE.replace("--parity-images", option))
+    return _prepared(np.stack(prepared), names, origin, labels, option)
 
 
 def from_slices(spec: PreprocessSpec) -> ParityImages:
@@ -220,7 +226,7 @@ def largest_batch(asked: int | None, default: int, images: ParityImages) -> int:
 
 
 def _prepared(
-    pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence[bool | None], cure: str = _CURE
+    pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence[bool | None], option: str = "--parity-images"
 ) -> ParityImages:
     """Keep the first of equal images, for a copy measures nothing; add coloured ones where all are grey."""
     first: dict[bytes, int] = {}
@@ -228,9 +234,7 @@ def _prepared(
         first.setdefault(image.tobytes(), number)
     kept = list(first.values())
     if len(kept) < MIN_IMAGES:
-        raise ExportError(
-            f"{origin}: {len(kept)} different images, but a measurement needs {MIN_IMAGES} at least; {cure}"
-        )
+        raise ExportError(f"{origin}: {len(kept)} different images, but {_NEEDS[option]}")
     kept_names, kept_labels = [names[number] for number in kept], [labels[number] for number in kept]
     pixels = np.ascontiguousarray(pixels[kept])
     if _colourful(pixels) >= COLOURED:

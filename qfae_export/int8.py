@@ -70,17 +70,17 @@ def int8_graph(graph: InferenceGraph, images: UInt8, policy: Precision = INT8) -
 
 
 def refuse_policy(graph: InferenceGraph, policy: Precision) -> None:
-    """Refuse an INT8 policy that does not fit a graph.
+    """Refuse an INT8 policy that does not fit a graph; its selectors are those of --int8-keep.
 
     Raises:
         ExportError: a selector names nothing in it, or nothing is left to be computed in eight bits.
 
     """
-    graph.refuse_unknown(policy)
+    graph.refuse_unknown(policy, "--int8-keep")
     if not any(policy.in_int8(name) for name in graph.units()):
         raise ExportError(
-            f"precision: with {', '.join(policy.kept) or 'nothing'} in FP32, no product of this model is computed in "
-            "eight bits; keep less with --int8-keep, or leave out --int8"
+            f"--int8-keep: with {', '.join(policy.kept) or 'nothing'} in FP32, no product of this model is computed in "
+            "eight bits; keep less, or leave out --int8"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qfae_export.chain import Chain
+from qfae_export.describe import refuse_other_checkpoint
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, choose
@@ -110,12 +111,7 @@ def _anew(
 ) -> Chain:
     """Score images with PyTorch, and again with what the engine's policy rounds: no engine on a CPU shows it all."""
     checkpoint = open_checkpoint(ckpt, load_config(config) if config is not None else None, weights)
-    said = opened.manifest.provenance.get("checkpoint", {}).get("sha256")
-    if said != checkpoint.sha256:
-        raise ExportError(
-            f"{ckpt}: SHA-256 {checkpoint.sha256[:16]}..., but {opened.path.name} was exported from "
-            f"{str(said)[:16]}...; pass the checkpoint it was exported from"
-        )
+    refuse_other_checkpoint(opened.manifest, opened.path.name, ckpt, checkpoint.sha256)
     spec, stored = checkpoint.config.preprocess_spec(), checkpoint.parity_images.numpy()
     if difference := opened.manifest.preprocess.diff(spec):
         raise ExportError(

@@ -9,6 +9,7 @@ import shutil
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from qfae_runtime.engines.backends import GPU_BUILD, GPU_INSTALL, NEEDS_GPU_BUILD, NOT_INSTALLED
 from qfae_runtime.engines.backends import lacking as backend_lacks
 
 CPU, CUDA = "cpu", "cuda:0"
@@ -27,7 +28,7 @@ class Candidate(NamedTuple):
     backend    who runs it
     devices    where it can run
     modules    Python modules it needs
-    pip        how to install those
+    pip        how to install those; ONNX Runtime for a GPU is another package
     """
 
     name: str
@@ -41,7 +42,7 @@ class Candidate(NamedTuple):
 
 
 _TORCH = (("torch", "timm"), "pip install 'qfae[train]'")
-_ORT = (("onnxruntime",), "pip install onnxruntime (a GPU: onnxruntime-gpu)")
+_ORT = (("onnxruntime",), "pip install onnxruntime")
 _OPENVINO = (("openvino",), "pip install 'qfae[openvino]'")
 _TENSORRT = (("tensorrt", "cuda"), "pip install 'qfae[tensorrt]' cuda-python")
 _BOTH = (CPU, CUDA)
@@ -100,10 +101,16 @@ def lacking(candidate: Candidate, device: str) -> str | None:
         return _ELSEWHERE[candidate.devices[0]]
     missing = [name for name in candidate.modules if find_spec(name) is None]
     if missing:
-        return f"{', '.join(missing)} not installed: {candidate.pip}"
+        return f"{', '.join(missing)} {NOT_INSTALLED}: {_pip(candidate, device)}"
     if candidate.backend in ("compile", "aot") and device == CPU and not any(map(shutil.which, ("c++", "g++"))):
         return "no C++ compiler found, which torch needs for this: install g++"
     if candidate.backend == "openvino-bf16" or (candidate.model != "gemm" and candidate.backend.startswith("onnx")):
         reason = backend_lacks(candidate.backend, device)
-        return f"{reason}: {candidate.pip}" if reason is not None else None
+        # What else is lacking, no package would bring.
+        cure = {NOT_INSTALLED: _pip(candidate, device), NEEDS_GPU_BUILD: GPU_BUILD}.get(reason or "")
+        return f"{reason}: {cure}" if cure is not None else reason
     return None
+
+
+def _pip(candidate: Candidate, device: str) -> str:
+    return GPU_INSTALL if device == CUDA and "onnxruntime" in candidate.modules else candidate.pip

@@ -117,6 +117,11 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         faults.append("--random-weights: name the architecture with --preset or --config")
     if seed is not None and given["ckpt"]:
         faults.append("--random-weights, --ckpt: give one of them, not both")
+    if given["engine"] and given["random_weights"] is not None:
+        faults.append("--engine, --random-weights: give one of them, not both")
+    elif given["engine"] and config is not None and not given["ckpt"]:
+        option = "--config" if given["config"] else "--preset"
+        faults.append(f"{option}: describes a checkpoint, and --engine needs none; pass --ckpt too, or leave it out")
     if not given["engine"] and not given["ckpt"] and given["random_weights"] is None:
         faults.append("nothing to measure: name --engine, --ckpt, or --preset with --random-weights")
     weights = parse_weight_files(given["backbone_weights"], given["perceptual_weights"], faults)

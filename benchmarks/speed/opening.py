@@ -13,9 +13,13 @@ from benchmarks.speed.candidates import Candidate
 from benchmarks.speed.gemm import Gemm, maker
 from benchmarks.speed.subject import NAME, Subject, images_of, opened
 from qfae_runtime.engines.base import Engine
+from qfae_runtime.writers.whole import whole_file
 
 PLANS = {"plan": "onnx", "plan-fp16": "fp16"}
 """The file that a plan is built from."""
+
+TOOK = ".seconds"
+"""Ends the name of the file beside a built one that says how long building took; it is written last."""
 
 
 class Ready(NamedTuple):
@@ -30,17 +34,24 @@ class Ready(NamedTuple):
     flop: int | None = None
 
 
-def build(candidate: Candidate, folder: Path, device: str, max_batch: int) -> None:
+def build(candidate: Candidate, folder: Path, device: str, max_batch: int) -> float:
     """Build what a candidate runs, where it is not there yet: a plan, or a package; may take minutes.
+
+    Return the seconds that it took: of what an earlier run built, those of then; 0 where there is nothing to build.
 
     Raises:
         QfaeError: it cannot be built.
 
     """
-    path = built_file(candidate, folder, device)
-    if path is None or path.exists():
-        return
-    subject = Subject.load(folder)
+    path, subject = built_file(candidate, folder, device), Subject.load(folder)
+    if path is None or (candidate.model in PLANS and candidate.model in subject.files):
+        return 0.0  # of an engine that was named, nobody here knows what it took
+    took = path.with_name(path.name + TOOK)
+    kept = _kept(path, took)
+    if kept is not None:
+        return kept
+    took.unlink(missing_ok=True)
+    start = time.perf_counter()
     if candidate.model in PLANS:
         from qfae_export.tensorrt_plan import build_plan
 
@@ -49,6 +60,18 @@ def build(candidate: Candidate, folder: Path, device: str, max_batch: int) -> No
         from benchmarks.speed.torch_engine import package
 
         package(_graph(candidate, folder), device, path)
+    seconds = time.perf_counter() - start
+    with whole_file(took) as part:
+        part.write_text(f"{seconds!r}\n", encoding="utf-8")
+    return seconds
+
+
+def _kept(path: Path, took: Path) -> float | None:
+    """Return the seconds that building a file took; None where it is not there, or was cut short before they were."""
+    try:
+        return float(took.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError):
+        return None
 
 
 def built_file(candidate: Candidate, folder: Path, device: str) -> Path | None:

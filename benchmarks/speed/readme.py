@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.documents import between
 from benchmarks.speed.rows import Row, read
 from benchmarks.speed.table import SPEED, engine_rows_of, notes, speed_cells, title_of
+from qfae_runtime.errors import QfaeError
 
 RESULTS = Path("benchmarks/results")
-SHOWN = ("qfae-run", "GFLOP/s", "contract", "INT8")
-"""How the sentences begin that README repeats."""
-
 MARKS = ("<!-- bench-results -->", "<!-- /bench-results -->")
 
 
 def block(measurements: Sequence[tuple[str, Sequence[Row]]]) -> str:
-    """Return the lines between the marks: a table of each file's largest batch that every candidate was measured at."""
+    """Return the lines between the marks: a table of each file, and sentences below it.
+
+    The table is of the batch size that most candidates were measured at, of several such sizes the largest. Whoever was
+    not measured at it is named below the table.
+
+    Raises:
+        QfaeError: a file has no row of an engine.
+
+    """
     parts = []
     for name, rows in measurements:
         first = next(row for row in rows if row["kind"] == "conditions")
         engines = engine_rows_of(rows)
-        candidates = {row["candidate"] for row in engines}
-        sizes = [
-            size
-            for size in {row["batch"] for row in engines}
-            if {row["candidate"] for row in engines if row["batch"] == size} == candidates
-        ]
+        size = _shown_size(name, engines)
         title, versions = title_of(first).split("\n")
         parts += [f"{title}:", "", _line(SPEED), _line(["---", *["---:"] * (len(SPEED) - 1)])]
-        parts += [_line(speed_cells(row)) for row in engines if row["batch"] == max(sizes)]
+        parts += [_line(speed_cells(row)) for row in engines if row["batch"] == size]
         parts += ["", f"With {versions}; every row is in [{name}]({RESULTS.as_posix()}/{name})."]
-        parts += ["", *(f"- {note}" for note in notes(rows) if note.startswith(SHOWN))]
+        parts += ["", *(f"- {note}" for note in notes(rows))]
         parts.append("")
     return "\n".join(parts).rstrip()
+
+
+def _shown_size(name: str, engines: Sequence[Row]) -> int:
+    measured: Counter[int] = Counter(row["batch"] for row in engines)
+    if not measured:
+        raise QfaeError(f"{name}: no engine was measured; expected rows of kind 'engine': measure again, or remove it")
+    return max(measured, key=lambda size: (measured[size], size))
 
 
 def _line(texts: Sequence[str]) -> str:

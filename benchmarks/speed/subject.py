@@ -5,6 +5,7 @@ images.npz      the images it is measured on, and PyTorch's FP32 outputs on them
 random.pt       the checkpoint, where its weights are random
 model.onnx ...  the engine files that candidates ask for, with a manifest
 model.*.plan, model.*.pt2   what was built of them for candidates that need it
+model.*.seconds             how long building each of those took
 
 All of it is kept for the next run of the very same model by the very same code, and replaced for another one.
 """
@@ -44,7 +45,17 @@ WRITTEN = {"onnx": f"{NAME}.onnx", "int8": f"{NAME}.int8.onnx", "fp16": f"{NAME}
 """The engine files that are written here, by what candidates call them; INT8's scales are of qfae's brain slices."""
 
 # subject.json goes first: without it nothing is taken for kept.
-_MADE = (SUBJECT, IMAGES, RANDOM, f"{NAME}.json", f"{NAME}.onnx*", f"{NAME}.*.onnx*", f"{NAME}.*.plan", f"{NAME}.*.pt2")
+_MADE = (
+    SUBJECT,
+    IMAGES,
+    RANDOM,
+    f"{NAME}.json",
+    f"{NAME}.onnx*",
+    f"{NAME}.*.onnx*",
+    f"{NAME}.*.plan",
+    f"{NAME}.*.pt2",
+    f"{NAME}.*.seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,8 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     What is there already of the very same model is kept; of another one, nothing is.
 
     Raises:
-        QfaeError: a checkpoint, weights or images cannot be had, or the model cannot be exported.
+        QfaeError: a checkpoint, weights or images cannot be had, an engine is not of the checkpoint, or the model
+            cannot be exported.
 
     """
     from benchmarks.speed.work import least_flop, products_of
@@ -183,6 +195,7 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
         return _of_engine(asked, folder, sources, max_batch)
     say("reading the model")
     read = opened(asked, folder) if asked.ckpt is not None else None  # before anything makes room for it
+    named = _beside(asked, read[0]) if read is not None else {}
     if kept is None:
         _clear(folder, sources)
     checkpoint, weights = read or opened(asked, folder)
@@ -196,8 +209,7 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     graph = InferenceGraph(scorer)
     del scorer
     files = _write_engines(graph, checkpoint, asked.title, chosen, folder, flavours, max_batch, say)
-    if asked.engine is not None:
-        files |= _engine_file(check_engine_file(Path(asked.engine)))
+    files |= named
     products, flop = tuple(products_of(folder / WRITTEN["onnx"])), least_flop(checkpoint.config)
     int8 = _int8_of(folder / files["int8"]) if "int8" in files else None
     many, real = len(chosen), chosen.real
@@ -288,6 +300,23 @@ def _of_engine(asked: Asked, folder: Path, sources: dict[str, str], max_batch: i
     subject = Subject(asked, sources, max_batch, manifest.image_size, many, many, flop, products, files, int8)
     subject.save(folder)
     return subject
+
+
+def _beside(asked: Asked, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the file of an engine that stands beside its checkpoint, by what candidates call it; {}: there is none.
+
+    Raises:
+        QfaeError: it is refused, or its manifest says that it was exported from something else.
+
+    """
+    from qfae_export.describe import refuse_other_checkpoint
+
+    if asked.engine is None:
+        return {}
+    file = check_engine_file(Path(asked.engine))
+    if {"checkpoint", "random_weights"} & file.manifest.provenance.keys():  # otherwise nobody can tell
+        refuse_other_checkpoint(file.manifest, file.path.name, Path(str(asked.ckpt)), checkpoint.sha256)
+    return _engine_file(file)
 
 
 def _engine_file(file: EngineFile) -> dict[str, str]:

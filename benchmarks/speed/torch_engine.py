@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qfae_export.graph import InferenceGraph
@@ -20,6 +21,7 @@ from qfae_export.precision import FP16
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores, check_images
 from qfae_runtime.manifest import MAX_BATCH
+from qfae_runtime.writers.whole import whole_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -42,8 +44,7 @@ class TorchEngine:
         assert self._module is not None
         with torch.inference_mode():
             outputs = self._module(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
-            # Copies: what a captured graph gives is overwritten by its next run.
-            return Scores(*(output.cpu().numpy().copy() for output in outputs))
+            return Scores(*(_callers(output) for output in outputs))
 
     def close(self) -> None:
         """Free the model."""
@@ -56,6 +57,15 @@ class TorchEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _callers(output: Tensor) -> NDArray[Any]:
+    """Return an output in memory of the caller's own, copied once.
+
+    From a GPU it comes into fresh memory. On the processor it is where the model left it: a later run may write there.
+    """
+    here = output.cpu()
+    return (here.clone() if here is output else here).numpy()
 
 
 def eager(module: nn.Module, image_size: int, device: str) -> TorchEngine:
@@ -84,13 +94,15 @@ class _Tuple(nn.Module):
 
 
 def package(module: InferenceGraph, device: str, path: Path) -> None:
-    """Compile a graph ahead of time, for any batch, into one AOTInductor package."""
+    """Compile a graph ahead of time, for any batch, into one AOTInductor package, there whole or not at all."""
     size = module.image_size
     example = (torch.zeros(3, size, size, 3, dtype=torch.uint8, device=device),)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with torch.no_grad():
         program = torch.export.export(_Tuple(module.to(device)), example, dynamic_shapes=({0: batch},), strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        # An open file: a path would have to end in .pt2.
+        with whole_file(path) as part, part.open("w+b") as file:
+            torch._inductor.aoti_compile_and_package(program, package_path=file)
 
 
 def packaged(path: Path, image_size: int, device: str) -> TorchEngine:
@@ -116,6 +128,9 @@ def in_precision(graph: InferenceGraph, precision: str) -> InferenceGraph:
 
 
 def _settle(device: str) -> None:
-    """FP32 means FP32: no TF32, and no reduced sums."""
+    """FP32 means FP32: no TF32. FP16 and BF16 products are summed as PyTorch does unless told otherwise.
+
+    Where a library splits such a product, its parts may then be added up in the short type: what users of PyTorch run.
+    """
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -13,6 +13,12 @@ from qfae_runtime.errors import EngineError
 
 DEVICES = ("auto", "cpu", "cuda:0")
 NOT_INSTALLED = "not installed"
+NEEDS_GPU_BUILD = "not installed, needs onnxruntime-gpu"
+"""What `lacking` says where ONNX Runtime is there, but not its build for a GPU."""
+
+GPU_INSTALL = "pip install onnxruntime-gpu"
+GPU_BUILD = f"pip uninstall -y onnxruntime && {GPU_INSTALL}"
+"""Installs the build with GPU providers. It fills the same folder as onnxruntime: of the two, only one can be there."""
 
 
 class Backend(NamedTuple):
@@ -112,7 +118,7 @@ def lacking(backend: str, device: str) -> str | None:
             return NOT_INSTALLED
         from qfae_runtime.engines import onnxruntime
 
-        return None if onnxruntime.has_provider(backend, device) else "not installed, needs onnxruntime-gpu"
+        return None if onnxruntime.has_provider(backend, device) else NEEDS_GPU_BUILD
     if backend.startswith("openvino"):
         if find_spec("openvino") is None:
             return NOT_INSTALLED

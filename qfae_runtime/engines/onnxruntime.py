@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.engines.backends import GPU_BUILD
 from qfae_runtime.engines.base import (
     INPUT_NAME,
     OUTPUT_NAMES,
@@ -42,9 +43,6 @@ _PROVIDERS = {
     ("onnxruntime", "cuda:0"): (_CUDA, _CPU),
     ("onnxruntime-tensorrt", "cuda:0"): (_TENSORRT, _CUDA, _CPU),
 }
-GPU_BUILD = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
-"""Installs the build with GPU providers. It fills the same folder as onnxruntime: of the two, only one can be there."""
-
 _TF32 = "NVIDIA_TF32_OVERRIDE"
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity; warnings about the graph are the exporter's business
 _NUMPY_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}

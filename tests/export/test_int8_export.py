@@ -115,7 +115,10 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, 
     assert done.code == 1
     assert f"--calibration-images: {tmp_path / 'none'}: no such folder; name one that holds real images" in done.err
     done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--int8-keep", "decoder.9,mlp")
-    assert "precision: decoder.9, mlp: no such place in this model; expected, for example, encoder." in done.err
+    assert (
+        "qfae-export: --int8-keep: decoder.9, mlp: no such place in this model; expected, for example, encoder."
+        in done.err
+    )
     assert "scoring" not in done.err, "it is told before minutes have passed"
     done = run(capsys, "--ckpt", checkpoint, "--name", "x.int8")
     assert "--name: 'x.int8' ends like the files that an engine is accompanied by; pass another --name" in done.err
@@ -130,13 +133,16 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, 
     done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", *everything)
     assert done.code == 1
     assert (
-        "precision: with encoder, decoder, perceptual in FP32, no product of this model is computed in eight bits; "
-        "keep less with --int8-keep, or leave out --int8"
+        "qfae-export: --int8-keep: with encoder, decoder, perceptual in FP32, no product of this model is computed in "
+        "eight bits; keep less, or leave out --int8"
     ) in done.err
     assert "scoring" not in done.err, "it is told before minutes have passed"
     few = picture_folder(tmp_path / "few", 5)
     done = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--calibration-images", few)
-    assert "5 different images, but a measurement needs 32 at least; pass --calibration-images DIR" in done.err
+    assert done.err.splitlines()[-1] == (
+        "qfae-export: 5 of the 5 images in few/: 5 different images, but INT8's scales need 32 at least; "
+        "pass --calibration-images DIR with a folder of normal images, of the kind to be scored"
+    )
     assert "writing" not in done.err, "it is told before minutes have passed"
     done = run(capsys, "--onnx", made.engine, "--format", "rtx-plan")
     assert done.code == 1
