@@ -85,7 +85,7 @@ _EXTRA = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "safe
     "--int8-keep",
     metavar="PLACE,...|none",
     help="What stays FP32 in it beside what always does, e.g. decoder,encoder.3,perceptual.7.fc1; none is faster, and "
-    "nearer to the contract's bounds.  [default: decoder]",
+    "uses more of what the contract allows.  [default: decoder]",
 )
 @click.option(
     "--calibration-images",

@@ -83,5 +83,6 @@ def test_the_document_holds_the_contract_and_a_table_of_these_columns() -> None:
     table = text.partition("## The contract")[2].partition("## ")[0]
     for bound in (*CONTRACTS["int8"].bounds.values(), AUROC_CHANGE):
         assert f" {bound:g} " in table.replace("|", " "), bound
+    assert {*CONTRACTS["int8"].bounds, "auroc_change", "flips"} == {*int8.SHOWN, "flips_share"}
     heads = int8.table([]).splitlines()[0]
     assert heads in text
