@@ -190,7 +190,10 @@ def with_interval(interval: dict[str, float | None]) -> str:
     mean, low = interval["mean"], interval["low"]
     if mean is None:
         return "–"
-    return _short(mean) if low is None else f"{_short(mean)} ± {mean - low:.2g}"
+    if low is None:
+        return _short(mean)
+    half = mean - low
+    return f"{_short(mean)} ± {f'{half:.2g}' if half < 100 else f'{half:.0f}'}"
 
 
 def _short(value: float | None) -> str:

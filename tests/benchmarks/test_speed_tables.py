@@ -11,7 +11,7 @@ import pytest
 from benchmarks.speed.page import write_page
 from benchmarks.speed.readme import block
 from benchmarks.speed.rows import read
-from benchmarks.speed.table import COST, SPEED, cost_cells, notes, speed_cells, title_of
+from benchmarks.speed.table import COST, SPEED, cost_cells, notes, speed_cells, title_of, with_interval
 
 
 @pytest.fixture
@@ -91,3 +91,10 @@ def test_of_a_processor_no_device_memory_is_told(rows: list[dict[str, Any]]) -> 
     assert cost_cells({**row, "device_bytes": 3 * 2**30})[at] == "3.2 GB"
     del row["device_bytes"]
     assert cost_cells({**row, "device_peak_bytes": 3 * 2**30})[at] == "3.2 GB", "rows of before"
+
+
+def test_an_interval_is_written_without_powers_of_ten() -> None:
+    assert with_interval({"mean": 416.0, "low": 283.0}) == "416 ± 133"
+    assert with_interval({"mean": 0.3141, "low": 0.3021}) == "0.314 ± 0.012"
+    assert with_interval({"mean": 12.0, "low": None}) == "12"
+    assert with_interval({"mean": None, "low": None}) == "–"
