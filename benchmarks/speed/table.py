@@ -148,7 +148,8 @@ def _int8(policy: Row) -> str:
     images = policy.get("calibrated_on")
     if images is None:
         return text
-    return f"{text}; scales of {images['from']}, {images['measured_on_too']} of which errors are measured on too"
+    known = f"{images['measured_on_too']} of which errors are measured on too"
+    return f"{text}; scales of {images['images']} images ({images['from']}), {known}"
 
 
 def products_of(rows: Sequence[Row], precision: str) -> str:
