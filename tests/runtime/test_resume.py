@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,10 @@ def test_ctrl_c_leaves_whole_rows_and_can_be_resumed(engine_path: Path, tmp_path
     for number in range(1, MANY):
         (images / f"{number}.png").hardlink_to(images / "0.png")
     command = [sys.executable, "-m", "qfae_runtime.cli", str(images), "--engine", str(engine_path), "--batch-size", "4"]
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    # A suite that a script runs in the background has Ctrl-C ignored, and so has whatever it starts.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    arguments = [*command, "--out", str(out)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     rows = out / "scores.jsonl"
     deadline = time.monotonic() + 240
     while not (rows.exists() and rows.stat().st_size > 2000) and time.monotonic() < deadline:
