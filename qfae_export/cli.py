@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +25,8 @@ from qfae_runtime.command_line import (
     unexpected,
     whole_number,
 )
-from qfae_runtime.contract import MIN_PAIRS, pairs
 from qfae_runtime.engines import CPU_BACKENDS
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
-from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_runtime.manifest import FORMATS, MAX_BATCH
 from qfae_train.config import presets
 from qfae_train.options import config_source, weight_options
@@ -281,8 +278,8 @@ def _show_images(exported: Exported, options: Options, console: Console) -> None
             soft_wrap=True,
         )
     for report in exported.reports.values():
-        if report.contract.name == "int8" and "auroc_change" not in report.contract.bounds:
-            console.print(_too_few_pairs(pairs(images.labels)), soft_wrap=True, markup=False)
+        if (untold := report.untold()) is not None:
+            console.print(untold, soft_wrap=True, markup=False)
     largest = exported.manifest.max_batch
     if options.max_batch is None and largest < DEFAULT_MAX_BATCH:
         console.print(
@@ -290,15 +287,6 @@ def _show_images(exported: Exported, options: Options, console: Console) -> None
             "for a larger one pass --parity-images DIR with more",
             soft_wrap=True,
         )
-
-
-def _too_few_pairs(got: int) -> str:
-    enough = 2 * math.ceil(math.sqrt(MIN_PAIRS))
-    return (
-        f"INT8's change of AUROC is not bounded: these images make {got:,} pairs of a normal and an anomalous one, "
-        f"expected {math.ceil(MIN_PAIRS):,} or more; pass --parity-images DIR with folders {GOOD} and {UNGOOD}, and "
-        f"--parity-count {enough} or more, half of them of each kind"
-    )
 
 
 def _show_report(report: ParityReport, console: Console) -> None:

@@ -8,6 +8,7 @@ Letters: N images, B images in a batch, S pixels per side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from qfae_export.images import ParityImages, spread
 from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale, measure_agreement
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.certificate import PYTORCH, CertificateEntry, Link
-from qfae_runtime.contract import CONTRACTS, Contract
+from qfae_runtime.contract import CONTRACTS, MIN_PAIRS, Contract, pairs
 from qfae_runtime.engines.base import UNWRITTEN, Engine, Poisonable, Scores
 from qfae_runtime.errors import EngineError
 from qfae_runtime.golden import MAX_IMAGES, Golden
+from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_train.autoencoder import AnomalyScorer
 
 _REFERENCE_BATCH = 8
@@ -102,6 +104,17 @@ class ParityReport:
             for row in self.rows
             for sentence in self._contract_of(row).failures(row.agreement, self.images.names)
         ]
+
+    def untold(self) -> str | None:
+        """Say what INT8 owes but these images cannot tell; None where they tell all."""
+        if self.contract.name != "int8" or "auroc_change" in self.contract.bounds:
+            return None
+        enough = 2 * math.ceil(math.sqrt(MIN_PAIRS))
+        return (
+            f"INT8's change of AUROC is not bounded: these images make {pairs(self.images.labels):,} pairs of a normal "
+            f"and an anomalous one, expected {math.ceil(MIN_PAIRS):,} or more; pass --parity-images DIR with folders "
+            f"{GOOD} and {UNGOOD}, and --parity-count {enough} or more, half of them of each kind"
+        )
 
     def _contract_of(self, row: Measured) -> Contract:
         if row.batch == max(self.batches):

@@ -62,6 +62,8 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
         fail(PROGRAM, error)
     out.print(report.table())
     out.print(f"measured on: {report.images.origin}", soft_wrap=True, markup=False)
+    if (untold := report.untold()) is not None:
+        out.print(untold, soft_wrap=True, markup=False)
     if not report:
         for failure in report.failures():
             err.print(f"{PROGRAM}: {failure}", soft_wrap=True, markup=False)
