@@ -11,7 +11,7 @@ from typing import Any
 
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
-from qfae_export.layers import Linear
+from qfae_export.int8 import products_in_int8
 from qfae_export.onnx_file import OPSETS, PIXELS_NAME, tensor_names
 from qfae_export.precision import Precision
 from qfae_runtime import __version__
@@ -91,8 +91,7 @@ def bytes_of(graph: InferenceGraph) -> int:
 
 def bytes_in_int8(graph: InferenceGraph, policy: Precision) -> int:
     """Return how many bytes an FP32 graph's weights will take in an INT8 policy: one byte a value of its products."""
-    products = (one for name, one in graph.named_modules() if isinstance(one, Linear) and policy.in_int8(name))
-    return bytes_of(graph) - sum(one.weight.nbytes * 3 // 4 for one in products)
+    return bytes_of(graph) - sum(one.weight.nbytes * 3 // 4 for one in products_in_int8(graph, policy).values())
 
 
 def _tensor(name: str, size: int) -> TensorSpec:

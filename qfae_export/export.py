@@ -30,9 +30,9 @@ from qfae_export.int8 import calibrated_on, int8_graph, refuse_policy
 from qfae_export.measurements import Engines, Measurements, measure_engines
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
-from qfae_export.output_folder import made_in, refuse_existing, refuse_full_disk
+from qfae_export.output_folder import made_in, possible_files, refuse_existing, refuse_full_disk
 from qfae_export.parity import ParityError, ParityReport, golden_of
-from qfae_export.plans import SUFFIXES, Planned, add_plan, rebuild, wanted
+from qfae_export.plans import Planned, add_plan, rebuild, wanted
 from qfae_export.precision import FP16, INT8, Precision
 from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
@@ -346,10 +346,9 @@ def _read(options: Options) -> _Source:
 
 def hand_over(exported: Exported, folder: Path) -> Exported:
     """Move the finished files to their final names, the manifest last: until then no engine there can be opened."""
-    name, listed = exported.manifest.name, exported.manifest.files
-    suffixes = (".onnx", INT8_SUFFIX, FP16_SUFFIX, *SUFFIXES.values(), ".golden.npz")
-    stale = [one for suffix in suffixes for one in (name + suffix, f"{name}{suffix}.data") if one not in listed]
-    put_in_place(exported.folder, folder, [file.name for file in exported.files], stale)
+    names = [file.name for file in exported.files]
+    stale = [name for name in possible_files(exported.manifest.name) if name not in names]
+    put_in_place(exported.folder, folder, names, stale)
     return replace(exported, folder=folder)
 
 

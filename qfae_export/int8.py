@@ -58,7 +58,7 @@ def int8_graph(graph: InferenceGraph, images: UInt8, policy: Precision = INT8) -
 
     """
     copied = graph.at(policy)
-    chosen = {name: one for name, one in copied.named_modules() if isinstance(one, Linear) and policy.in_int8(name)}
+    chosen = products_in_int8(copied, policy)
     with _watched(chosen) as seen:
         pytorch_scores(copied, images)
     for name, module in copied.named_modules():
@@ -69,6 +69,11 @@ def int8_graph(graph: InferenceGraph, images: UInt8, policy: Precision = INT8) -
     return copied
 
 
+def products_in_int8(graph: InferenceGraph, policy: Precision) -> dict[str, Linear]:
+    """Return the products of a graph that a policy computes in eight bits, by their place."""
+    return {name: one for name, one in graph.named_modules() if isinstance(one, Linear) and policy.in_int8(name)}
+
+
 def refuse_policy(graph: InferenceGraph, policy: Precision) -> None:
     """Refuse an INT8 policy that does not fit a graph; its selectors are those of --int8-keep.
 
@@ -77,7 +82,7 @@ def refuse_policy(graph: InferenceGraph, policy: Precision) -> None:
 
     """
     graph.refuse_unknown(policy, "--int8-keep")
-    if not any(policy.in_int8(name) for name in graph.units()):
+    if not products_in_int8(graph, policy):
         raise ExportError(
             f"--int8-keep: with {', '.join(policy.kept) or 'nothing'} in FP32, no product of this model is computed in "
             "eight bits; keep less, or leave out --int8"

@@ -37,6 +37,13 @@ def made_in(options: Options) -> Iterator[Path]:
             options.folder.rmdir()
 
 
+def possible_files(name: str) -> list[str]:
+    """Return every file name that an export of this name may write, the manifest last."""
+    suffixes = (".onnx", INT8_SUFFIX, FP16_SUFFIX)
+    onnx = [name + suffix + data for suffix in suffixes for data in ("", ".data")]
+    return [*onnx, *(name + suffix for suffix in (*SUFFIXES.values(), ".golden.npz", ".json"))]
+
+
 def refuse_existing(options: Options) -> None:
     """Refuse to write over an engine, unless that is asked for.
 
@@ -44,10 +51,7 @@ def refuse_existing(options: Options) -> None:
         OutputError: files of its name are there.
 
     """
-    onnx = [suffix + data for suffix in (".onnx", INT8_SUFFIX, FP16_SUFFIX) for data in ("", ".data")]
-    suffixes = (*onnx, *SUFFIXES.values(), ".golden.npz", ".json")
-    names = [options.engine_name + suffix for suffix in suffixes]
-    existing = [name for name in names if (options.folder / name).exists()]
+    existing = [name for name in possible_files(options.engine_name) if (options.folder / name).exists()]
     if existing and not options.overwrite:
         raise OutputError(
             f"{options.folder}: already holds {', '.join(existing)}; pass --overwrite to replace it, "

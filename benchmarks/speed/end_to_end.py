@@ -56,11 +56,11 @@ def end_to_end(
     """
     pictures = work / "pictures"
     shares, rates, stages = [], [], []
+    calls = -(-files // batch)
     for number in range(rounds):
         say(f"qfae-run with {candidate.name}, round {number + 1} of {rounds}{', with heat maps' if maps else ''}")
         worker = workers.of(candidate)
         workers.end_others(candidate.name)  # qfae-run needs the memory, for an engine of its own
-        calls = -(-files // batch)
         alone = worker.ask("time", batch=batch, seconds=0.0, calls=calls, settle=True, maps=maps)["seconds"]
         engine_rate = batch * len(alone) / sum(alone)
         record, seconds = _run(candidate, workers, pictures, work / "results", batch, maps)
@@ -81,7 +81,7 @@ def end_to_end(
         "images_per_second": asdict(Interval.over(rates)),
         "share_of_engine": asdict(Interval.over(shares)),
         "seconds": {name: sum(one.get(name, 0.0) for one in stages) / len(stages) for name in stages[0]},
-        "transfer_s": moved * (-(-files // batch)) if moved is not None else None,
+        "transfer_s": moved * calls if moved is not None else None,
     }
 
 

@@ -19,6 +19,7 @@ from benchmarks.speed.table import (
     SPEED,
     cost_cells,
     engine_rows_of,
+    kept,
     largest_of,
     named,
     notes,
@@ -144,9 +145,9 @@ def error_plot(engines: Sequence[Row], colours: dict[str, str]) -> dict[str, Any
             "colour": colours[name],
             "x": x.at(_error(row)),
             "y": y.at(_rate(row)),
-            "broken": _broken(row),
+            "broken": kept(row) == "broken",
             "title": f"{name}, batch {row['batch']}: {_rate(row):.3g} images/s, error {_error(row):.1e}"
-            f"{', contract broken' if _broken(row) else ''}",
+            f"{', contract broken' if kept(row) == 'broken' else ''}",
         }
         for name, row in best.items()
     ]
@@ -159,10 +160,6 @@ def _rate(row: Row | None) -> float:
 
 def _error(row: Row) -> float:
     return max(_LEAST_ERROR, float(row["error"]["score_iqr"]))
-
-
-def _broken(row: Row) -> bool:
-    return not (row.get("contract") or {"kept": True})["kept"]  # rows of before have none
 
 
 def _apart(marks: list[dict[str, Any]], least: float = 15.0) -> list[dict[str, Any]]:

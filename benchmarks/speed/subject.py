@@ -32,6 +32,7 @@ from qfae_runtime.golden import load_golden
 from qfae_runtime.hashing import sha256_of, sha256_of_engine
 from qfae_runtime.inputs import Inputs
 from qfae_runtime.layout import scan
+from qfae_runtime.manifest import Manifest, find_manifest
 from qfae_runtime.writers.whole import whole_file
 
 if TYPE_CHECKING:
@@ -243,10 +244,10 @@ def _write_engines(
     from qfae_export.onnx_file import write_onnx
     from qfae_export.precision import FP16, FP32
 
-    calibrating = calibration(None, checkpoint.config.preprocess_spec())
+    calibrating = calibration(None, checkpoint.config.preprocess_spec()) if "int8" in flavours else None
 
     def made(flavour: str) -> InferenceGraph:
-        if flavour == "int8":
+        if calibrating is not None and flavour == "int8":
             return int8_graph(graph, calibrating.pixels)
         return graph.cast(FP32 if flavour == "onnx" else FP16)  # FP16 rounds the weights, so it comes last
 
@@ -259,7 +260,7 @@ def _write_engines(
             files[flavour] = name
     provenance = provenance_of(checkpoint, title)
     manifest = manifest_of(NAME, checkpoint.config, "full", max_batch, written, None, (), provenance)
-    if "int8" in files:
+    if calibrating is not None:
         manifest.precision[files["int8"]]["calibrated_on"] = calibrated_on(calibrating, measured)[0]
     manifest.save(folder / f"{NAME}.json")
     return files
@@ -269,7 +270,7 @@ def _int8_of(path: Path) -> dict[str, Any]:
     """Return what rows say of an INT8 file whose manifest lies beside it."""
     from benchmarks.speed.work import int8_share
 
-    policy = check_engine_file(path).manifest.precision[path.name]
+    policy = Manifest.load(find_manifest(path)).precision[path.name]
     return {"share_of_flop": int8_share(path)} | {name: policy.get(name) for name in ("kept_fp32", "calibrated_on")}
 
 

@@ -32,11 +32,12 @@ def speed_cells(row: Row) -> list[str]:
         f"{row['share_of_gemm']:.0%}" if row["share_of_gemm"] else "–",
         "not finite" if "fault" in error else _small(error.get("score_iqr")),
         f"{error['spearman']:.4f}" if error.get("spearman") is not None else "–",
-        _kept(row),
+        kept(row),
     ]
 
 
-def _kept(row: Row) -> str:
+def kept(row: Row) -> str:
+    """Say whether the scores behind a row keep their contract: "kept" or "broken"."""
     contract = row.get("contract")  # rows of before have none
     return "–" if contract is None else "kept" if contract["kept"] else "broken"
 
@@ -125,9 +126,9 @@ def _short_commit(commit: str | None) -> str:
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return the sentences below the tables: files through qfae-run, broken contracts, what was not measured."""
     found = [whole_run(row) for row in rows if row["kind"] == "end_to_end"]
-    found += [products_of(rows, precision) for precision in best_gemm(rows)]
+    found += [_rates_of(rows, precision) for precision in best_gemm(rows)]
     for row in largest_of(rows):
-        if _kept(row) == "broken":
+        if kept(row) == "broken":
             titles = "; ".join(QUANTITIES[name].title for name in row["contract"]["broken"])
             found.append(f"contract {row['contract']['name']} broken by {named(row)}: {titles}")
     found += [_int8(row["int8"]) for row in rows if row["kind"] == "conditions" and row.get("int8")]
@@ -143,8 +144,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def _int8(policy: Row) -> str:
     """Say what an INT8 file computes in eight bits, and which images it knows."""
-    kept = f"{', '.join(policy['kept_fp32'])} in FP32 beside what always is, " if policy["kept_fp32"] else ""
-    text = f"INT8: {kept}{policy['share_of_flop']:.0%} of the arithmetic in eight bits"
+    others = f"{', '.join(policy['kept_fp32'])} in FP32 beside what always is, " if policy["kept_fp32"] else ""
+    text = f"INT8: {others}{policy['share_of_flop']:.0%} of the arithmetic in eight bits"
     images = policy.get("calibrated_on")
     if images is None:
         return text
@@ -152,7 +153,7 @@ def _int8(policy: Row) -> str:
     return f"{text}; scales of {images['images']} images ({images['from']}), {known}"
 
 
-def products_of(rows: Sequence[Row], precision: str) -> str:
+def _rates_of(rows: Sequence[Row], precision: str) -> str:
     """Say how fast every library computes the model's own matrix products in a precision, the fastest first."""
     mine = [row for row in rows if row["kind"] == "gemm" and row["precision"] == precision]
     rates = ", ".join(f"{row['title']} {row['gflops']:.0f}" for row in sorted(mine, key=lambda row: -row["gflops"]))
@@ -183,7 +184,7 @@ def _quality(row: Row) -> str:
         return ""
     far = row["error"].get("score_iqr")
     error = f"score error {_small(far)} of the IQR" if far is not None else "scores that cannot be compared"
-    return f", {error}, contract {_kept(row)}"
+    return f", {error}, contract {kept(row)}"
 
 
 def with_interval(interval: dict[str, float | None]) -> str:

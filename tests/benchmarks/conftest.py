@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.speed.rows import Row, read
 from tests.commands import run
 from tests.export.tiny import checkpoint_file
 
@@ -33,6 +34,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
     return folder / "bench"
+
+
+@pytest.fixture
+def rows(measured: Path) -> list[Row]:
+    """The rows of that measurement."""
+    return read(measured / "rows.jsonl")
+
+
+def of_kind(rows: list[Row], kind: str) -> list[Row]:
+    """Return the rows of one kind."""
+    return [row for row in rows if row["kind"] == kind]
 
 
 @pytest.fixture

@@ -27,14 +27,7 @@ from qfae_runtime.errors import UsageError
 from tests.commands import ROOT, run
 from tests.export.tiny import checkpoint_file
 
-
-@pytest.fixture
-def rows(measured: Path) -> list[dict[str, Any]]:
-    return read(measured / "rows.jsonl")
-
-
-def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["kind"] == kind]
+from .conftest import of_kind
 
 
 def test_a_row_says_what_was_measured(rows: list[dict[str, Any]]) -> None:

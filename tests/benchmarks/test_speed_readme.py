@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.speed.candidates import KNOWN
 from benchmarks.speed.readme import block
-from benchmarks.speed.rows import Row, missing_row, read
+from benchmarks.speed.rows import Row, missing_row
 from qfae_runtime.errors import QfaeError
-
-
-@pytest.fixture
-def rows(measured: Path) -> list[Row]:
-    return read(measured / "rows.jsonl")
 
 
 def shown(rows: list[Row]) -> list[list[str]]:

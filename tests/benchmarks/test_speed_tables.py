@@ -6,21 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks.speed.page import write_page
 from benchmarks.speed.readme import block
-from benchmarks.speed.rows import read
 from benchmarks.speed.table import COST, SPEED, cost_cells, notes, speed_cells, title_of, with_interval
 
-
-@pytest.fixture
-def rows(measured: Path) -> list[dict[str, Any]]:
-    return read(measured / "rows.jsonl")
-
-
-def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["kind"] == kind]
+from .conftest import of_kind
 
 
 def test_what_int8_is_and_cannot_tell_stands_below_the_table(rows: list[dict[str, Any]]) -> None:
