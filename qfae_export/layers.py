@@ -58,10 +58,13 @@ class Linear(Unit):
     """`x @ weight + bias`. The weight is stored as it is multiplied, [in, out]: nothing is transposed at run time.
 
     `input_range`, least and largest value of x, is set where the product is to be INT8 in a file (int8.py).
+    `adds_bias` leaves the bias to PyTorch's product, which saves a pass over memory there; engines fuse an addition of
+    its own, and it is what they are given.
     """
 
     weight: Tensor
     bias: Tensor | None
+    adds_bias = False
     input_range: tuple[float, float] | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -72,6 +75,8 @@ class Linear(Unit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from [..., in]."""
+        if self.adds_bias and self.bias is not None:
+            return self.given(F.linear(self.taken(x), self.weight.t(), self.bias))
         y = self.given(torch.matmul(self.taken(x), self.weight))
         return y if self.bias is None else self.given(y + self.bias)
 
@@ -183,7 +188,7 @@ class CausalAttend(Unit):
         q = self.taken(q).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, Q, K]
         k, v = (self.taken(part)[:, None] for part in (k, v))  # [B, 1, Q, K]
         if self.dtype == torch.float32:
-            unseen = torch.full((q.shape[2], q.shape[2]), -math.inf).triu(1)
+            unseen = torch.full((q.shape[2], q.shape[2]), -math.inf, device=q.device).triu(1)
             logits = torch.matmul(q, k.transpose(2, 3)) + unseen
             attended = torch.matmul(torch.softmax(logits, dim=-1), v)
         else:

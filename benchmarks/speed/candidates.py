@@ -52,6 +52,7 @@ CANDIDATES = (
     Candidate("torch", "PyTorch, trimmed", "fp32", "graph", "eager", _BOTH, *_TORCH),
     Candidate("torch-bf16", "PyTorch, trimmed", "bf16", "graph", "eager", _BOTH, *_TORCH),
     Candidate("torch-fp16", "PyTorch, trimmed", "fp16", "graph", "eager", (CUDA,), *_TORCH),
+    Candidate("torch-graph-fp16", "PyTorch, trimmed, CUDA graph", "fp16", "graph", "captured", (CUDA,), *_TORCH),
     Candidate("torch-compile", "torch.compile", "fp32", "graph", "compile", _BOTH, *_TORCH),
     Candidate("torch-compile-bf16", "torch.compile", "bf16", "graph", "compile", _BOTH, *_TORCH),
     Candidate("torch-compile-fp16", "torch.compile", "fp16", "graph", "compile", (CUDA,), *_TORCH),

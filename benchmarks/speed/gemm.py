@@ -83,7 +83,11 @@ def _torch(product: Product, precision: str, device: str) -> Run:
     from benchmarks.speed.torch_engine import DTYPES
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    left, right = (torch.from_numpy(one).to(device, DTYPES[precision]) for one in _operands(product))
+    if device == "cpu":
+        left, right = (torch.from_numpy(one).to(DTYPES[precision]) for one in _operands(product))
+    else:  # as large as batches are there, a processor takes long to draw them
+        left = torch.randn(product.rows, product.inner, device=device).to(DTYPES[precision])
+        right = (torch.randn(product.inner, product.columns, device=device) * product.inner**-0.5).to(left.dtype)
     out = torch.empty((product.rows, product.columns), dtype=left.dtype, device=device)
     if device == "cpu":
         return lambda: torch.matmul(left, right, out=out)

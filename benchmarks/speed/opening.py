@@ -138,21 +138,21 @@ def _engine(
         torch.set_num_threads(threads)
     if built is not None:
         return torch_engine.packaged(built, size, device), [built]
-    make = torch_engine.compiled if candidate.backend == "compile" else torch_engine.eager
-    return make(_graph(candidate, folder), size, device), _checkpoint_files(subject, folder)
+    ways = {"eager": torch_engine.eager, "captured": torch_engine.captured, "compile": torch_engine.compiled}
+    return ways[candidate.backend](_graph(candidate, folder), size, device), _checkpoint_files(subject, folder)
 
 
 def _graph(candidate: Candidate, folder: Path) -> Any:
     """Return the module that a candidate runs: the plain model, or the graph in its precision."""
     from benchmarks.speed.plain import PlainScorer
-    from benchmarks.speed.torch_engine import in_precision
+    from benchmarks.speed.torch_engine import for_torch
     from qfae_export.graph import InferenceGraph
     from qfae_train.checkpoint import build_scorer
 
     checkpoint, weights = opened(Subject.load(folder).asked, folder)
     if candidate.model == "plain":
         return PlainScorer(checkpoint, weights)
-    return in_precision(InferenceGraph(build_scorer(checkpoint, weights)), candidate.precision)
+    return for_torch(InferenceGraph(build_scorer(checkpoint, weights)), candidate.precision)
 
 
 def _checkpoint_files(subject: Subject, folder: Path) -> list[Path]:

@@ -181,7 +181,7 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
             cannot be exported.
 
     """
-    from benchmarks.speed.work import least_flop, products_of
+    from benchmarks.speed.work import least_flop, stored_products
     from qfae_export.graph import InferenceGraph
     from qfae_export.images import choose
     from qfae_export.parity import reference_scores
@@ -209,9 +209,9 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     np.savez(folder / IMAGES, images=chosen.pixels, labels=np.array(labels, np.int8), **reference._asdict())
     graph = InferenceGraph(scorer)
     del scorer
+    products, flop = tuple(stored_products(graph)), least_flop(checkpoint.config)
     files = _write_engines(graph, checkpoint, asked.title, chosen, folder, flavours, max_batch, say)
     files |= named
-    products, flop = tuple(products_of(folder / WRITTEN["onnx"])), least_flop(checkpoint.config)
     int8 = _int8_of(folder / files["int8"]) if "int8" in files else None
     many, real = len(chosen), chosen.real
     subject = Subject(asked, sources, max_batch, spec.image_size, many, real, flop, products, files, int8)
@@ -237,13 +237,15 @@ def _write_engines(
     max_batch: int,
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """Write the engine files of these flavours, FP32 in any case, and their manifest; return them by flavour."""
+    """Write the engine files of these flavours and their manifest; return them by flavour."""
     from qfae_export.describe import manifest_of, provenance_of
     from qfae_export.images import calibration
     from qfae_export.int8 import calibrated_on, int8_graph
     from qfae_export.onnx_file import write_onnx
     from qfae_export.precision import FP16, FP32
 
+    if not flavours:
+        return {}
     calibrating = calibration(None, checkpoint.config.preprocess_spec()) if "int8" in flavours else None
 
     def made(flavour: str) -> InferenceGraph:
@@ -253,7 +255,7 @@ def _write_engines(
 
     written, files = {}, {}
     for flavour, name in WRITTEN.items():
-        if flavour in flavours or flavour == "onnx":
+        if flavour in flavours:
             say(f"writing {name}")
             cast = made(flavour)
             written[name] = (write_onnx(cast, folder / name), cast.precision)

@@ -1,4 +1,4 @@
-"""PyTorch as an engine, eager, compiled, or as an AOTInductor package: timed and measured like all the others.
+"""PyTorch as an engine, eager, captured, compiled, or an AOTInductor package: timed and measured like all others.
 
 Letters: B images, S pixels per side.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qfae_export.graph import InferenceGraph
-from qfae_export.layers import Attend, CausalAttend, Unit
+from qfae_export.layers import Attend, CausalAttend, Linear, Unit
 from qfae_export.precision import FP16
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores, check_images
@@ -43,8 +43,8 @@ class TorchEngine:
         check_images(images, self.image_size, self.max_batch)
         assert self._module is not None
         with torch.inference_mode():
-            outputs = self._module(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
-            return Scores(*(_callers(output) for output in outputs))
+            outputs = self._module(_given(images, self.device))
+            return Scores(*_callers(tuple(outputs)))
 
     def close(self) -> None:
         """Free the model."""
@@ -59,19 +59,69 @@ class TorchEngine:
         self.close()
 
 
-def _callers(output: Tensor) -> NDArray[Any]:
-    """Return an output in memory of the caller's own, copied once.
+def _given(images: UInt8, device: str) -> Tensor:
+    """Return the images on the device. On the way to a GPU they are page-locked, which is several times faster."""
+    here = torch.from_numpy(np.ascontiguousarray(images))
+    return here if device == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
-    From a GPU it comes into fresh memory. On the processor it is where the model left it: a later run may write there.
+
+def _callers(outputs: tuple[Tensor, ...]) -> list[NDArray[Any]]:
+    """Return outputs in memory of the caller's own, copied once: a later run may write where the model left them.
+
+    From a GPU they come into fresh page-locked memory, which torch reuses once the caller has dropped them.
     """
-    here = output.cpu()
-    return (here.clone() if here is output else here).numpy()
+    pinned = outputs[0].device.type != "cpu"
+    here = [torch.empty(one.shape, dtype=one.dtype, pin_memory=pinned) for one in outputs]
+    for to, output in zip(here, outputs, strict=True):
+        to.copy_(output, non_blocking=True)
+    if pinned:
+        torch.cuda.current_stream(outputs[0].device).synchronize()
+    return [one.numpy() for one in here]
 
 
 def eager(module: nn.Module, image_size: int, device: str) -> TorchEngine:
     """Return a module as it is."""
     _settle(device)
     return TorchEngine(module.to(device), image_size, device)
+
+
+class _Captured:
+    """A module whose kernels are launched all at once: a CUDA graph for every batch size, captured at its first run.
+
+    Starting a thousand kernels one by one takes longer than a GPU needs for a single image. Outputs stay where the
+    graph writes them until the next run.
+    """
+
+    def __init__(self, module: Callable[[Tensor], Any]) -> None:
+        self._module = module
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]] = {}
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        if len(images) not in self._graphs:
+            self._graphs[len(images)] = self._capture(images)
+        graph, given, outputs = self._graphs[len(images)]
+        given.copy_(images)
+        graph.replay()
+        return outputs
+
+    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
+        given, graph, aside = images.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries make their handles and choose kernels, which no capture allows
+            for _ in range(2):
+                self._module(given)
+        torch.cuda.current_stream().wait_stream(aside)
+        # All sizes work in the same memory: only one of them runs at a time, and outputs are held.
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = tuple(self._module(given))
+        return graph, given, outputs
+
+
+def captured(module: nn.Module, image_size: int, device: str) -> TorchEngine:
+    """Return a module on a GPU as captured CUDA graphs of PyTorch's own kernels."""
+    _settle(device)
+    return TorchEngine(_Captured(module.to(device)), image_size, device)
 
 
 def compiled(module: nn.Module, image_size: int, device: str) -> TorchEngine:
@@ -111,19 +161,19 @@ def packaged(path: Path, image_size: int, device: str) -> TorchEngine:
     return TorchEngine(torch._inductor.aoti_load_package(str(path)), image_size, device)
 
 
-def in_precision(graph: InferenceGraph, precision: str) -> InferenceGraph:
-    """Give an FP32 graph the types of a precision for PyTorch's own kernels, in place; the tail stays FP32.
+def for_torch(graph: InferenceGraph, precision: str) -> InferenceGraph:
+    """Fit an FP32 graph to PyTorch's own kernels and give it the types of a precision, in place; the tail stays FP32.
 
-    What stays FP32 is what the FP16 policy says. Attention takes its operands as they are: PyTorch's kernels
-    accumulate in FP32 whatever their type.
+    What stays FP32 is what the FP16 policy says. A product adds its bias itself, and attention takes its operands as
+    they are: PyTorch's kernels accumulate in FP32 whatever their type.
     """
-    if precision == "fp32":
-        return graph
     for name, module in graph.named_modules():
-        if isinstance(module, Unit) and FP16.dtype(name) == torch.float16:
+        if precision != "fp32" and isinstance(module, Unit) and FP16.dtype(name) == torch.float16:
             module.set_dtype(DTYPES[precision])
         if isinstance(module, Attend | CausalAttend):
             module.widen = False
+        if isinstance(module, Linear):
+            module.adds_bias = True
     return graph
 
 

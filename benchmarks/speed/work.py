@@ -1,4 +1,4 @@
-"""How much arithmetic an image costs: the least that the method needs, and what an ONNX file really does.
+"""How much arithmetic an image costs: the least that the method needs, and what a graph or an ONNX file really does.
 
 One multiplication and one addition are two FLOP; only matrix products count, which are nearly all of it.
 
@@ -17,8 +17,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
+from torch import nn
 
 from benchmarks.speed.gemm import Product
+from qfae_export.graph import InferenceGraph
+from qfae_export.layers import Linear
 from qfae_train.autoencoder import perceptual_backbone
 from qfae_train.backbone import create
 from qfae_train.config import Backbone, Config
@@ -93,6 +96,27 @@ def _qformer(config: Config, contexts: Sequence[tuple[int, int]]) -> int:
         after = config.model.decoder.dim if last else dim  # the last product is one with the decoder's embedding
         total += 2 * queries * dim * hidden + 2 * queries * hidden * after
     return total
+
+
+def stored_products(graph: InferenceGraph) -> list[Product]:
+    """Return a graph's products with a stored weight for one image, equal ones together; it is run once for that."""
+    found = _Found()
+
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        (x,) = inputs
+        weight: Any = module.weight  # ours is stored [in, out], torch's [out, in]
+        columns = weight.shape[1 if isinstance(module, Linear) else 0]
+        found[math.prod(x.shape[:-1]), x.shape[-1], columns, True] += 1
+
+    products = [one for one in graph.modules() if isinstance(one, Linear | nn.Linear)]  # timm's, in blocks left as are
+    hooks = [one.register_forward_pre_hook(count) for one in products]
+    try:
+        with torch.no_grad():
+            graph(torch.zeros(1, graph.image_size, graph.image_size, 3, dtype=torch.uint8))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _together(found)
 
 
 _Found = Counter[tuple[int, int, int, bool]]

@@ -17,7 +17,7 @@ from benchmarks.speed.plain import PlainScorer
 from benchmarks.speed.rounds import Measured, Plan, measure
 from benchmarks.speed.rows import contract_kept, failed_rows, instructions, left_out_rows, limit_of
 from benchmarks.speed.statistics import Interval, Visit, latency, speed_up, throughput
-from benchmarks.speed.torch_engine import compiled, eager, in_precision, package, packaged
+from benchmarks.speed.torch_engine import compiled, eager, for_torch, package, packaged
 from benchmarks.speed.workers import WorkerError, Workers
 from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Unit
@@ -300,7 +300,7 @@ def test_a_graph_in_half_precision(precision: str) -> None:
     images = pictures(4)
     with eager(InferenceGraph(scorer), SIZE, "cpu") as engine:
         want = engine.run(images)
-    graph = in_precision(InferenceGraph(scorer), precision)
+    graph = for_torch(InferenceGraph(scorer), precision)
     types = {module.dtype for module in graph.modules() if isinstance(module, Unit)}
     assert types == {torch.bfloat16 if precision == "bf16" else torch.float16}
     with eager(graph, SIZE, "cpu") as engine:

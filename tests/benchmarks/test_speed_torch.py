@@ -12,25 +12,9 @@ import torch
 from benchmarks.speed import torch_engine
 
 
-class OnCard:
-    """Stands in for a tensor on a GPU: `cpu` gives another tensor."""
-
-    def __init__(self, arrived: torch.Tensor) -> None:
-        self.arrived = arrived
-
-    def cpu(self) -> torch.Tensor:
-        return self.arrived
-
-
-def test_what_comes_from_a_card_is_copied_once() -> None:
-    arrived = torch.arange(6.0)
-    output: Any = OnCard(arrived)
-    assert np.shares_memory(torch_engine._callers(output), arrived.numpy())
-
-
 def test_what_is_on_the_processor_is_copied() -> None:
     output = torch.arange(6.0)
-    callers = torch_engine._callers(output)
+    (callers,) = torch_engine._callers((output,))
     output.zero_()  # as the next run of a captured graph does
     np.testing.assert_array_equal(callers, np.arange(6))
 

@@ -1,0 +1,88 @@
+"""PyTorch's engines on a real card: FP32 as on the processor, captured and compiled graphs as eager ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.speed.plain import PlainScorer
+from benchmarks.speed.torch_engine import TorchEngine, captured, compiled, eager, for_torch, package, packaged
+from qfae_export.graph import InferenceGraph
+from qfae_runtime.engines.base import Scores
+from qfae_train.checkpoint import build_scorer, load
+from tests.export.tiny import SIZE, checkpoint_file, config_of, pictures, scorer_of, vit
+
+CARD = "cuda:0"
+RICH = config_of(encoders=[vit(), vit(48, 2)], qformer_blocks=3)
+"""Two encoders, queries that see each other, a cross-attention whose query is no constant."""
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; torch finds none on this machine"),
+]
+
+
+def graph(precision: str) -> InferenceGraph:
+    return for_torch(InferenceGraph(scorer_of(RICH)), precision)
+
+
+def on_processor() -> Scores:
+    with eager(InferenceGraph(scorer_of(RICH)), SIZE, "cpu") as engine:
+        return engine.run(pictures(8))
+
+
+def assert_close(got: Scores, want: Scores, tolerance: float) -> None:
+    for name, expected in want._asdict().items():
+        found = getattr(got, name)
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        if name == "reconstruction":
+            assert np.abs(found.astype(int) - expected).max() <= (1 if tolerance < 1e-3 else 16)
+        else:
+            assert np.abs(found - expected).max() <= tolerance * np.ptp(want.score), name
+
+
+@pytest.mark.parametrize("make", [eager, captured])
+def test_fp32_scores_as_the_processor_does(make: Callable[[nn.Module, int, str], TorchEngine]) -> None:
+    with make(graph("fp32"), SIZE, CARD) as engine:
+        assert_close(engine.run(pictures(8)), on_processor(), 1e-4)
+
+
+def test_the_plain_model_scores_as_the_trimmed_graph(tmp_path: Path) -> None:
+    checkpoint = load(checkpoint_file(tmp_path / "rich.pt", RICH))
+    with eager(InferenceGraph(build_scorer(checkpoint)), SIZE, "cpu") as engine:
+        want = engine.run(pictures(8))
+    with eager(PlainScorer(checkpoint), SIZE, CARD) as engine:
+        assert_close(engine.run(pictures(8)), want, 1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_captured_graphs_score_as_eager_kernels_at_every_size_in_any_order(precision: str) -> None:
+    images = pictures(8)
+    with eager(graph(precision), SIZE, CARD) as engine:
+        want = {size: engine.run(images[:size]) for size in range(1, 9)}
+    with captured(graph(precision), SIZE, CARD) as engine:
+        got = [(size, engine.run(images[:size])) for size in (3, 8, 1, 2, 7, 3, 4, 8, 5, 6, 1)]
+    for size, scores in got:  # held until now: what a later run wrote must not have reached them
+        assert_close(scores, want[size], 1e-6)
+    assert 0 < np.abs(want[8].score - on_processor().score).max() < 0.1 * on_processor().score.std()
+
+
+@pytest.mark.parametrize("way", ["compiled", "packaged"])
+def test_compiled_graphs_score_as_eager_ones(way: str, tmp_path: Path) -> None:
+    images = pictures(8)
+    with eager(graph("fp16"), SIZE, CARD) as engine:
+        want = engine.run(images)
+    if way == "compiled":
+        engine = compiled(graph("fp16"), SIZE, CARD)
+    else:
+        package(graph("fp16"), CARD, tmp_path / "tiny.pt2")
+        engine = packaged(tmp_path / "tiny.pt2", SIZE, CARD)
+    got, again = engine.run(images), engine.run(images[::-1])
+    assert_close(got, want, 0.02)
+    np.testing.assert_allclose(again.score[::-1], got.score, atol=1e-5)
