@@ -7,13 +7,12 @@ overflows in FP16, attention is neither uniform nor one-hot, and scores differ f
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries
-from qfae_train.backbone import create
+from qfae_train.backbone import blank
 from qfae_train.checkpoint import Checkpoint, without_files
 from qfae_train.config import Backbone, Config
 
@@ -64,14 +63,8 @@ def _scorer(config: Config, seed: int, backbones: list[nn.Module]) -> AnomalySco
 
 
 def _backbone(entry: Backbone, image_size: int, seed: str) -> nn.Module:
-    # Created without memory first: timm would fill every weight in its own, slower way.
-    with torch.device("meta"):
-        model: Any = create(entry, image_size)
-    if all(name in model.state_dict() for name, _ in model.named_buffers()):
-        model = model.to_empty(device="cpu")
-    else:  # tables that are computed, not loaded
-        with torch.random.fork_rng(devices=[]):
-            model = create(entry, image_size)
+    with torch.random.fork_rng(devices=[]):  # where it is not blank, timm has drawn weights
+        model = blank(entry, image_size)
     for name, tensor in model.state_dict().items():
         _fill(tensor, name, seed)
     backbone: nn.Module = model.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qfae_train.aggregate import Anomaly, anomaly, perceptual_loss
-from qfae_train.backbone import filled, own_image_size, read_frozen
+from qfae_train.backbone import Make, blank, create, filled, own_image_size, read_frozen
 from qfae_train.config import Backbone, Config
 from qfae_train.decoder import Decoder
 from qfae_train.encoder import Encoder
@@ -146,7 +146,8 @@ def build(config: Config) -> tuple[AnomalyScorer, list[dict[str, str]]]:
     records = []
     for entry, option in frozen_entries(config):
         state, record = read_frozen(entry, option)
-        models.append(frozen_model(config, len(models), state, record["source"]))
+        # What timm draws for these models comes before the trained parts' weights in the course of a seed.
+        models.append(frozen_model(config, len(models), state, record["source"], create))
         records.append(record)
     return assemble(config, models[:-1], models[-1]), records
 
@@ -157,7 +158,7 @@ def frozen_entries(config: Config) -> list[tuple[Backbone, str]]:
     return [*encoders, (perceptual_backbone(config), "--perceptual-weights FILE")]
 
 
-def frozen_model(config: Config, number: int, state: dict[str, Tensor], source: str) -> nn.Module:
+def frozen_model(config: Config, number: int, state: dict[str, Tensor], source: str, make: Make = blank) -> nn.Module:
     """Return the backbone of that number among `frozen_entries`, filled with the tensors of its file.
 
     Raises:
@@ -165,9 +166,9 @@ def frozen_model(config: Config, number: int, state: dict[str, Tensor], source: 
 
     """
     if number < len(config.model.encoders):
-        return filled(config.model.encoders[number], state, config.model.image_size, source)
+        return filled(config.model.encoders[number], state, config.model.image_size, source, make)
     entry = perceptual_backbone(config)
-    return filled(entry, state, own_image_size(entry, state, config.model.image_size), source)
+    return filled(entry, state, own_image_size(entry, state, config.model.image_size), source, make)
 
 
 def assemble(config: Config, encoders: list[nn.Module], perceptual: nn.Module) -> AnomalyScorer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,15 @@ def create(backbone: Backbone, image_size: int) -> nn.Module:
     args: dict[str, Any] = {"num_classes": 0, "patch_size": backbone.patch_size, **backbone.args}
     model: nn.Module = timm.create_model(backbone.timm, img_size=image_size, **args)
     return model
+
+
+def blank(backbone: Backbone, image_size: int) -> nn.Module:
+    """Return the model of `create` with memory in place of weights: fill it. timm draws them for many seconds."""
+    with torch.device("meta"):
+        model = create(backbone, image_size)
+    if all(name in model.state_dict() for name, _ in model.named_buffers()):
+        return model.to_empty(device="cpu")
+    return create(backbone, image_size)  # it has tables that are computed, not loaded
 
 
 def describe(backbone: Backbone, image_size: int) -> BackboneShape:
@@ -94,14 +103,20 @@ def read_frozen(backbone: Backbone, option: str) -> tuple[dict[str, Tensor], dic
     return state, {"timm": backbone.timm, "source": path.name if backbone.weights else "hub", "sha256": digest}
 
 
-def filled(backbone: Backbone, state: Mapping[str, Tensor], image_size: int, source: str) -> nn.Module:
+Make = Callable[[Backbone, int], nn.Module]
+"""`create` or `blank`."""
+
+
+def filled(
+    backbone: Backbone, state: Mapping[str, Tensor], image_size: int, source: str, make: Make = create
+) -> nn.Module:
     """Return the backbone for images of `image_size`, holding `state`, in eval mode and without gradients.
 
     Raises:
         WeightsError: the tensors do not fit.
 
     """
-    model = create(backbone, image_size)
+    model = make(backbone, image_size)
     fit(model, state, source)
     return model.eval().requires_grad_(False)
 

@@ -13,12 +13,14 @@ from qfae_train.bmad import held_against
 from qfae_train.checkpoint import build_scorer
 from qfae_train.config import Config
 from qfae_train.data import Split, load_split
+from qfae_train.float32 import whole_float32
 from qfae_train.official import open_checkpoint
 from qfae_train.weight_files import FROM_HUB, WeightFiles
 
 __all__ = ["Metrics", "evaluate", "evaluate_checkpoint"]
 
 
+@whole_float32()
 def evaluate(scorer: AnomalyScorer, split: Split, batch_size: int, *, bootstrap: Bootstrap | None = None) -> Metrics:
     """Score every image of the split, the incomplete last batch too; `scores` float32 (N,) keep the split's order.
 

@@ -30,6 +30,7 @@ from qfae_train.checkpoint import Checkpoint
 from qfae_train.config import Config, Train
 from qfae_train.data import DataError, Split, TrainingImages, load_split
 from qfae_train.evaluate import Metrics, evaluate
+from qfae_train.float32 import whole_float32
 from qfae_train.output import check_writable, last_beside, refuse_existing
 from qfae_train.perceptual import Features
 from qfae_train.progress import Reporter
@@ -144,6 +145,7 @@ class Run:
         return last_beside(self.out)
 
 
+@whole_float32()
 def fit(
     config: Config, data: Path, out: Path, *, resume: bool = False, overwrite: bool = False, device: str = "auto"
 ) -> Result:

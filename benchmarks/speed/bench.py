@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.speed.building import Builds
 from benchmarks.speed.candidates import CPU, GEMMS, Candidate, lacking
 from benchmarks.speed.end_to_end import end_to_end, write_pictures
-from benchmarks.speed.opening import PLANS, built_file
+from benchmarks.speed.opening import PLANS
 from benchmarks.speed.rounds import Measured, Plan, measure
 from benchmarks.speed.rows import (
     Judged,
@@ -45,6 +46,7 @@ class Options:
     out          folder for rows, page, logs and the model's files
     candidates   what to measure
     files        how many files qfae-run scores; 0: none
+    longest_build   seconds after which building a candidate is given up; None: never
     """
 
     asked: Asked
@@ -54,6 +56,7 @@ class Options:
     device: str = CPU
     threads: int | None = None
     files: int = 64
+    longest_build: float | None = None
 
     @property
     def model(self) -> Path:
@@ -82,20 +85,14 @@ def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda ro
     needed = {one.precision for one in present}
     needed |= {"fp32"} if "int8" in needed else set()  # a part of such a file's arithmetic
     gemms = [one for one in gemms if subject.products and one.precision in needed]
-    built = _built(options, present, missing, say)
-    present = [one for one in present if one.name in built]
     names = [one.name for one in options.candidates]
     first = conditions(start, subject, options.plan, options.device, options.threads, names, options.files)
-    workers = Workers(
-        options.model,
-        options.out / "logs",
-        options.device,
-        options.threads,
-        options.gemm_batch,
-        max(options.plan.batches),
-    )
+    logs, most = options.out / "logs", max(options.plan.batches)
+    workers = Workers(options.model, logs, options.device, options.threads, options.gemm_batch, most)
     try:
-        judged = _judged(options, present, subject, built, workers, missing, say)
+        with Builds(options.model, logs, options.device, options.threads, most, options.longest_build) as builds:
+            builds.start(present, say)
+            judged = _judged(options, present, subject, builds, workers, missing, say)
         present = [one for one in present if one.name in judged]
 
         def rows(measured: Measured) -> list[Row]:
@@ -147,29 +144,11 @@ def _no_file(candidate: Candidate, subject: Subject) -> str | None:
     return f"there is no {PLANS.get(candidate.model, candidate.model)} file of this engine"
 
 
-def _built(options: Options, candidates: Sequence[Candidate], missing: list[Row], say: Say) -> dict[str, float | None]:
-    """Build what has to be built, each in its own process; return the seconds, None where there is nothing to do."""
-    found: dict[str, float | None] = {}
-    for candidate in candidates:
-        if built_file(candidate, options.model, options.device) is None:
-            found[candidate.name] = None
-            continue
-        say(f"building {candidate.name}")
-        most = max(options.plan.batches)
-        try:
-            with Worker(options.model, options.out / "logs" / f"{candidate.name}.log", options.threads) as worker:
-                answer = worker.ask("build", candidate=candidate.name, device=options.device, max_batch=most)
-            found[candidate.name] = answer["seconds"]
-        except WorkerError as error:
-            missing.append(missing_row(candidate, str(error)))
-    return found
-
-
 def _judged(
     options: Options,
     candidates: Sequence[Candidate],
     subject: Subject,
-    built: dict[str, float | None],
+    builds: Builds,
     workers: Workers,
     missing: list[Row],
     say: Say,
@@ -179,11 +158,15 @@ def _judged(
     real = slice(subject.real)  # coloured copies say nothing about scores
     scale = Scale.of(reference.of(real), labels[real])
     found = {}
-    for candidate in candidates:
-        say(f"scoring with {candidate.name}")
+    for candidate in sorted(candidates, key=builds.running):  # what is still being built comes last
         out = options.out / "logs" / f"{candidate.name}.npz"
         try:
+            built = builds.seconds(candidate)
+            say(f"scoring with {candidate.name}")
             workers.of(candidate).ask("score", out=str(out))
+            if candidate.backend == "compile" and builds.running():  # its compiler can work beside the others, too
+                for batch in options.plan.batches:
+                    workers.of(candidate).ask("time", batch=batch, seconds=0, calls=1, settle=False)
             workers.note_memory(candidate)
         except WorkerError as error:
             missing.append(missing_row(candidate, str(error)))
@@ -194,7 +177,7 @@ def _judged(
         out.unlink()
         agreement = measure_agreement(reference, got, labels, scale)
         contract = contract_kept(candidate, agreement, labels)
-        found[candidate.name] = Judged(errors_of(agreement), contract, built[candidate.name])
+        found[candidate.name] = Judged(errors_of(agreement), contract, built)
     return found
 
 

@@ -58,6 +58,7 @@ Examples:
 @click.option("--rounds", metavar="N", help=f"Visits to every candidate at every size.  [default: {Plan.rounds}]")
 @click.option("--seconds", metavar="S", help=f"Least seconds of a visit.  [default: {Plan.seconds:g}]")
 @click.option("--longest", metavar="S", help=f"Leave out batches that would take longer.  [default: {Plan.longest:g}]")
+@click.option("--longest-build", metavar="S", help="Give up what takes longer to build.  [default: nothing]")
 @click.option("--files", metavar="N", help=f"Files to score through qfae-run; 0: none.  [default: {Options.files}]")
 @click.option("--out", metavar="DIR", default="bench", show_default=True, help="Rows, page, logs, the model's files.")
 @weight_options
@@ -131,9 +132,10 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
     plan = Plan(
         batches=_batches(given["batches"], faults) or Plan.batches,
         rounds=whole_number("--rounds", given["rounds"], 1000, faults) or Plan.rounds,
-        seconds=_seconds("--seconds", given["seconds"], faults, Plan.seconds),
-        longest=_seconds("--longest", given["longest"], faults, Plan.longest),
+        seconds=_seconds("--seconds", given["seconds"], faults) or Plan.seconds,
+        longest=_seconds("--longest", given["longest"], faults) or Plan.longest,
     )
+    longest_build = _seconds("--longest-build", given["longest_build"], faults)
     files = 0 if given["files"] == "0" else whole_number("--files", given["files"], 100_000, faults)
     threads = whole_number("--threads", given["threads"], 1024, faults)
     if faults:
@@ -148,7 +150,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         images=given["images"],
     )
     files = Options.files if files is None else files
-    return Options(asked, Path(given["out"]), candidates, plan, given["device"], threads, files)
+    return Options(asked, Path(given["out"]), candidates, plan, given["device"], threads, files, longest_build)
 
 
 def _candidates(text: str | None, device: str, faults: list[str]) -> tuple[Candidate, ...]:
@@ -176,9 +178,9 @@ def _batches(text: str | None, faults: list[str]) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-def _seconds(option: str, text: str | None, faults: list[str], default: float) -> float:
+def _seconds(option: str, text: str | None, faults: list[str]) -> float | None:
     if text is None:
-        return default
+        return None
     try:
         value = float(text)
     except ValueError:

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from benchmarks.speed.cli import main as bench
 
 PRESET, WEIGHTS = ("--preset", "brats"), ("--random-weights", "0")
+AGAINST = (
+    "torch-plain,torch-fp16,torch-graph-fp16,torch-compile-fp16,aotinductor-fp16,"
+    "onnxruntime,onnxruntime-fp16,onnxruntime-tensorrt,tensorrt,tensorrt-fp16"
+)
 ARGUMENTS = (
     *("--device", "cuda:0"),
-    *("--batches", "1,8,32,64", "--rounds", "3", "--seconds", "0.5", "--longest", "10"),
+    *("--batches", "1,8,32,64", "--rounds", "3", "--seconds", "0.5", "--longest", "10", "--longest-build", "240"),
     *("--files", "256", "--out", "build/bench-gpu"),
 )
 
@@ -21,12 +25,14 @@ ARGUMENTS = (
 def arguments(given: Sequence[str]) -> list[str]:
     """Return the arguments of qfae-bench: those that stand here, then what is given, which comes last and counts.
 
-    Where another model is named, the preset or the random weights that would contradict it are left out.
+    Where another model is named, the preset or the random weights that would contradict it are left out; so are the
+    candidates where it is tried on a processor, which cannot run them.
     """
     named = {word.partition("=")[0] for word in given}
     preset = () if named & {"--engine", "--ckpt", "--config"} else PRESET
     weights = () if named & {"--engine", "--ckpt"} else WEIGHTS
-    return [*preset, *weights, *ARGUMENTS, *given]
+    against = () if "--against" in named or {"cpu", "--device=cpu"} & set(given) else ("--against", AGAINST)
+    return [*preset, *weights, *against, *ARGUMENTS, *given]
 
 
 if __name__ == "__main__":

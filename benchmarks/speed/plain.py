@@ -43,8 +43,9 @@ class PlainPerceptual(nn.Module):
         self.models = nn.ModuleDict()
         for patch_size in patch_sizes:
             args = {**backbone.args, "patch_size": patch_size, "img_size": image_size, "num_classes": 0}
-            model: Any = timm.create_model(backbone.timm, **args)
-            model.load_state_dict(checkpoint_filter_fn(dict(state), model))
+            with torch.device("meta"):  # every tensor is loaded: drawing them first would take long
+                model: Any = timm.create_model(backbone.timm, **args)
+            model.load_state_dict(checkpoint_filter_fn(dict(state), model), assign=True)
             self.models[str(patch_size)] = model
         self.eval().requires_grad_(False)
 

@@ -34,8 +34,12 @@ class TorchEngine:
 
     backend, version = "torch", torch.__version__
 
-    def __init__(self, module: Callable[[Tensor], Any], image_size: int, device: str) -> None:
+    def __init__(
+        self, module: Callable[[Tensor], Any], image_size: int, device: str, *, allocates: bool = True
+    ) -> None:
+        """Take a module that is on the device; `allocates`: through PyTorch's allocator alone."""
         self.image_size, self.max_batch, self.device = image_size, MAX_BATCH, device
+        self._counted = allocates and device != "cpu"
         self._module: Callable[[Tensor], Any] | None = module
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
@@ -45,6 +49,10 @@ class TorchEngine:
         with torch.inference_mode():
             outputs = self._module(_given(images, self.device))
             return Scores(*_callers(tuple(outputs)))
+
+    def device_peak(self) -> int | None:
+        """Return the most bytes that PyTorch's allocator had of the GPU, all of this process; None: it cannot tell."""
+        return torch.cuda.max_memory_reserved(self.device) if self._counted else None
 
     def close(self) -> None:
         """Free the model."""
@@ -158,7 +166,8 @@ def package(module: InferenceGraph, device: str, path: Path) -> None:
 def packaged(path: Path, image_size: int, device: str) -> TorchEngine:
     """Return a package of `package` as an engine."""
     _settle(device)
-    return TorchEngine(torch._inductor.aoti_load_package(str(path)), image_size, device)
+    package = torch._inductor.aoti_load_package(str(path))
+    return TorchEngine(package, image_size, device, allocates=False)  # it takes memory for its weights by itself
 
 
 def for_torch(graph: InferenceGraph, precision: str) -> InferenceGraph:

@@ -5,7 +5,7 @@
     {"do": "open", "candidate": "...", "device": "...", "threads": 2, "batch": 8, "most": 64}
     {"do": "time", "batch": 8, "seconds": 2.0, "calls": 3, "settle": true}  -> {"seconds": [...], "first": 9.0}
     {"do": "score", "out": "file.npz"}                                      the images' outputs, as a file
-    {"do": "memory"}                                                        -> its peak in bytes
+    {"do": "memory"}                                                        -> {"host": ..., "device": ...}, in bytes
     {"do": "transfer", "batch": 8, "maps": true}                            -> seconds to a GPU and back, or null
 
 An answer has "error" where something failed. Whatever libraries print goes to stderr.
@@ -96,9 +96,11 @@ class Work:
         parts = []
         for at in range(0, len(images), size):
             start = time.perf_counter()
-            parts.append(engine.run(images[at : at + size]))
-            self.firsts.setdefault(len(parts[-1].score), time.perf_counter() - start)
-        np.savez(out, **Scores.joined(parts)._asdict())
+            # Batches of one size: for another one, compilers would work again.
+            parts.append(engine.run(images[np.arange(at, at + size) % len(images)]))
+            self.firsts.setdefault(size, time.perf_counter() - start)
+        scores = Scores.joined(parts)
+        np.savez(out, **{name: array[: len(images)] for name, array in scores._asdict().items()})
         return {}
 
     def transfer(self, batch: int, maps: bool) -> dict[str, Any]:
@@ -108,8 +110,10 @@ class Work:
         return {"seconds": transfer_seconds(self.opened.engine, batch, maps)}
 
     def memory(self) -> dict[str, Any]:
-        """Return the largest memory that this process had."""
-        return {"host": peak_bytes()}
+        """Return the largest memory that this process had; of the device's, None where the engine does not know."""
+        engine = self.opened.engine if self.opened is not None else None
+        device = getattr(engine, "device_peak", None)
+        return {"host": peak_bytes(), "device": device() if device is not None else None}
 
 
 def peak_bytes(status: Path = Path("/proc/self/status")) -> int:

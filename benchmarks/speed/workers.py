@@ -76,6 +76,10 @@ class Worker:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return f"its process ended with {how}; see {self.log.name}"
 
+    def kill(self) -> None:
+        """End the process at once, whatever it does; may be called from another thread."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the process."""
         if self._process.stdin is not None and not self._process.stdin.closed:
@@ -114,8 +118,9 @@ class Workers:
     """One open process a candidate, by name; `openings` holds every fresh start, and memory is in bytes.
 
     host_peaks    the largest that a candidate's process had
-    device_held   the most that a candidate had taken of the device's memory when a visit was over: what was in use then
-                  less what was before, summed over its visits, for others keep theirs meanwhile; None: not known
+    device_held   the most that PyTorch's allocator had of the device's memory; of others the most that a candidate had
+                  taken of it when a visit was over: what was in use then less what was before, summed over its visits,
+                  for others keep theirs meanwhile; None: not known
     """
 
     folder: Path
@@ -190,8 +195,11 @@ class Workers:
     def note_memory(self, candidate: Candidate) -> None:
         """Note what a candidate has taken, now that its visit is over."""
         name = candidate.name
-        host: int = self._open[name].ask("memory")["host"]
-        self.host_peaks[name] = max(host, self.host_peaks.get(name, 0))
+        peaks = self._open[name].ask("memory")
+        self.host_peaks[name] = max(peaks["host"], self.host_peaks.get(name, 0))
+        if peaks["device"] is not None:
+            self.device_held[name] = max(peaks["device"], self.device_held.get(name) or 0)
+            return
         before, now = self._used, device_used(self.device)
         if before is None or now is None:
             self.device_held.setdefault(name, None)
