@@ -15,7 +15,7 @@ import torch
 from onnx import NodeProto, TensorProto, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.work import least_flop, products_of, stored_types
+from benchmarks.speed.work import least_flop, products_of, stored_products, stored_types
 from qfae_export.graph import InferenceGraph
 from qfae_export.int8 import int8_graph
 from qfae_export.layers import Linear
@@ -109,6 +109,11 @@ def test_full_brats() -> None:
 def test_the_file_computes_the_least(file: File, batch: int) -> None:
     done = sum(product.flop for product in products_of(file.path, batch))
     assert batch * least_flop(file.config) <= done <= 1.02 * batch * least_flop(file.config)
+
+
+def test_what_the_graph_multiplies_by_weights_is_what_the_file_does(file: File) -> None:
+    """One is counted as PyTorch runs, the other from the shapes that onnx infers."""
+    assert stored_products(file.graph) == [one for one in products_of(file.path) if one.stored]
 
 
 def test_every_weight_is_multiplied_once(file: File) -> None:
