@@ -30,6 +30,7 @@ from qfae_runtime.errors import EngineError
 from qfae_runtime.golden import MAX_IMAGES, Golden
 from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_train.autoencoder import AnomalyScorer
+from qfae_train.float32 import whole_float32
 
 _REFERENCE_BATCH = 8
 _ODD_BATCH = 3
@@ -199,18 +200,26 @@ def batch_sizes(max_batch: int, own: Iterable[int] = ()) -> tuple[int, ...]:
     return tuple(sorted({1, odd, max_batch, *(size for size in own if size <= max_batch)}))
 
 
-def pytorch_scores(scorer: Callable[[torch.Tensor], Sequence[torch.Tensor]], images: UInt8) -> Scores:
-    """Return PyTorch's float32 outputs on uint8 (N, S, S, 3), of the training modules or of the inference graph."""
+@whole_float32()
+def pytorch_scores(
+    scorer: Callable[[torch.Tensor], Sequence[torch.Tensor]], images: UInt8, device: str = "cpu"
+) -> Scores:
+    """Return PyTorch's float32 outputs on uint8 (N, S, S, 3), of the training modules or of the inference graph.
+
+    `device` is where the module is.
+    """
     with torch.no_grad():
         parts = [
-            scorer(torch.from_numpy(images[start : start + _REFERENCE_BATCH]))
+            scorer(torch.from_numpy(images[start : start + _REFERENCE_BATCH]).to(device))
             for start in range(0, len(images), _REFERENCE_BATCH)
         ]
-    return Scores(*(torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True)))
+    return Scores(*(torch.cat(tensors).cpu().numpy() for tensors in zip(*parts, strict=True)))
 
 
-def reference_scores(scorer: AnomalyScorer, images: UInt8) -> Scores:
+def reference_scores(scorer: AnomalyScorer, images: UInt8, device: str = "cpu") -> Scores:
     """Return the training modules' outputs on uint8 (N, S, S, 3): what every engine is held against.
+
+    `device` is where they compute; the modules come back to the processor.
 
     Raises:
         ExportError: the outputs are not finite, so the checkpoint itself is at fault.
@@ -218,7 +227,10 @@ def reference_scores(scorer: AnomalyScorer, images: UInt8) -> Scores:
     """
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in scorer.state_dict().values()):
         raise ExportError("the reference must be float32; call scorer.float() before measuring")
-    scores = pytorch_scores(scorer, images)
+    try:
+        scores = pytorch_scores(scorer.to(device), images, device)
+    finally:
+        scorer.to("cpu")
     odd = int((~np.isfinite(scores.score)).sum() or (~np.isfinite(scores.anomaly_map)).sum())
     if odd:
         raise ExportError(

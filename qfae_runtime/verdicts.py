@@ -173,7 +173,8 @@ def _cards() -> list[str]:
     found = []
     for path in (*sorted(_NVIDIA.glob("gpus/*/information")), _NVIDIA / "version"):
         try:
-            found.append(path.read_text(encoding="utf-8", errors="replace").splitlines()[0].strip())
+            line = path.read_text(encoding="utf-8", errors="replace").splitlines()[0]  # "Model: \t\t NVIDIA H200"
+            found.append(" ".join(line.partition(":")[2].split()))
         except (OSError, IndexError):
             continue
     return found

@@ -129,7 +129,8 @@ def _prepared(options: Options, candidates: Sequence[Candidate], say: Say) -> Su
     flavours = sorted(models & WRITTEN.keys())
     with Worker(options.model, options.out / "logs" / "prepare.log", options.threads) as worker:
         asked = asdict(options.asked)
-        worker.ask("prepare", say, asked=asked, flavours=flavours, max_batch=max(options.plan.batches))
+        most, device = max(options.plan.batches), options.device
+        worker.ask("prepare", say, asked=asked, flavours=flavours, max_batch=most, device=device)
     return Subject.load(options.model)
 
 

@@ -82,6 +82,7 @@ def conditions(
         "model": subject.asked.title,
         "gflop_per_image": subject.flop / 1e9,
         "images_of_errors": subject.images,
+        "reference": subject.reference,
         "int8": subject.int8,
         "device": device,
         "threads": threads or machine["cores"],

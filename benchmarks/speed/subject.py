@@ -97,6 +97,7 @@ class Subject:
     files       engine files by what candidates call them
     int8        of the INT8 file, if there is one: `share_of_flop` in eight bits, `kept_fp32` and `calibrated_on` as in
                 its manifest
+    reference   what scores are held against: where PyTorch computed it, or "golden", an engine's stored images
     """
 
     asked: Asked
@@ -109,6 +110,7 @@ class Subject:
     products: tuple[Product, ...]
     files: dict[str, str]
     int8: dict[str, Any] | None = None
+    reference: str = "golden"
 
     def save(self, folder: Path) -> None:
         """Write subject.json, whole or not at all."""
@@ -171,8 +173,15 @@ def images_of(folder: Path) -> tuple[UInt8, tuple[bool | None, ...], Scores]:
         return stored["images"], labels, Scores(*(stored[name] for name in Scores._fields))
 
 
-def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int, say: Callable[[str], None]) -> Subject:
-    """Write the files of a model into `folder`, and score its images with PyTorch FP32; needs torch.
+def prepare(
+    asked: Asked,
+    folder: Path,
+    flavours: Sequence[str],
+    max_batch: int,
+    say: Callable[[str], None],
+    device: str = "cpu",
+) -> Subject:
+    """Write the files of a model into `folder`, and score its images with PyTorch FP32 on `device`; needs torch.
 
     What is there already of the very same model is kept; of another one, nothing is.
 
@@ -203,8 +212,8 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     spec = checkpoint.config.preprocess_spec()
     chosen = choose(Path(asked.images) if asked.images else None, spec, None, checkpoint.parity_images.numpy(), NAME)
     scorer = build_scorer(checkpoint, weights)
-    say(f"scoring {len(chosen)} images with PyTorch float32, the reference")
-    reference = reference_scores(scorer, chosen.pixels)
+    say(f"scoring {len(chosen)} images with PyTorch float32 on {device}, the reference")
+    reference = reference_scores(scorer, chosen.pixels, device)
     labels = [-1 if one is None else int(one) for one in chosen.labels]
     np.savez(folder / IMAGES, images=chosen.pixels, labels=np.array(labels, np.int8), **reference._asdict())
     graph = InferenceGraph(scorer)
@@ -214,7 +223,7 @@ def prepare(asked: Asked, folder: Path, flavours: Sequence[str], max_batch: int,
     files |= named
     int8 = _int8_of(folder / files["int8"]) if "int8" in files else None
     many, real = len(chosen), chosen.real
-    subject = Subject(asked, sources, max_batch, spec.image_size, many, real, flop, products, files, int8)
+    subject = Subject(asked, sources, max_batch, spec.image_size, many, real, flop, products, files, int8, device)
     subject.save(folder)
     return subject
 

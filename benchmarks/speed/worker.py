@@ -1,6 +1,6 @@
 """The process that runs one candidate: commands come in on stdin, one JSON object a line, answers go out on stdout.
 
-    {"do": "prepare", "asked": {...}, "flavours": [...], "max_batch": 64}   write the model's files
+    {"do": "prepare", "asked": {...}, "flavours": [...], "max_batch": 64, "device": "cpu"}   write the model's files
     {"do": "build", "candidate": "...", "device": "...", "max_batch": 64}   build what it runs
     {"do": "open", "candidate": "...", "device": "...", "threads": 2, "batch": 8, "most": 64}
     {"do": "time", "batch": 8, "seconds": 2.0, "calls": 3, "settle": true}  -> {"seconds": [...], "first": 9.0}
@@ -47,9 +47,9 @@ class Work:
         self.opened: Ready | None = None
         self.firsts: dict[int, float] = {}
 
-    def prepare(self, asked: dict[str, Any], flavours: list[str], max_batch: int) -> dict[str, Any]:
+    def prepare(self, asked: dict[str, Any], flavours: list[str], max_batch: int, device: str) -> dict[str, Any]:
         """Write the model's files, saying each step."""
-        prepare(Asked(**asked), self.folder, flavours, max_batch, lambda step: self.tell({"step": step}))
+        prepare(Asked(**asked), self.folder, flavours, max_batch, lambda step: self.tell({"step": step}), device)
         return {}
 
     def build(self, candidate: str, device: str, max_batch: int) -> dict[str, Any]:

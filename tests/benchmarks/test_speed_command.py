@@ -65,6 +65,7 @@ def test_conditions(rows: list[dict[str, Any]]) -> None:
     assert row["device"] == "cpu"
     assert row["batches"] == [1, 4]
     assert row["images_of_errors"] >= 32
+    assert row["reference"] == "cpu"
     assert {"torch", "onnxruntime", "openvino", "numpy"} <= row["versions"].keys()
     assert row["hardware"]["processor"]
     assert row["complete"]

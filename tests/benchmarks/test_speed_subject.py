@@ -29,7 +29,7 @@ def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(
     assert len(images) == len(labels) == len(reference.score)
     with Worker(measured / "model", measured / "logs/again.log", 1) as worker:
         steps: list[str] = []
-        same = {"asked": vars(Asked(ckpt="tiny.pt")), "flavours": ["onnx"], "max_batch": 4}
+        same = {"asked": vars(Asked(ckpt="tiny.pt")), "flavours": ["onnx"], "max_batch": 4, "device": "cpu"}
         worker.ask("prepare", steps.append, **same)
         assert steps == []
         with pytest.raises(WorkerError, match=r"CheckpointError: checkpoint 'other\.pt': no such file"):

@@ -281,5 +281,5 @@ def test_cards_are_a_part_of_the_memory_on_a_gpu(tmp_path: Path, monkeypatch: py
     contract = CONTRACTS["fp32"]
     there = verdicts.environment_of("a", "b", contract, Runner("onnxruntime", "1", "cuda:0", 4), 16)
     here = verdicts.environment_of("a", "b", contract, Runner("onnxruntime", "1", "cpu", 4), 16)
-    assert there["cards"] == ["Model: \t NVIDIA H100", "NVRM version: NVIDIA 580.1"]
+    assert there["cards"] == ["NVIDIA H100", "NVIDIA 580.1"]
     assert (there["threads"], here["threads"], here["cards"]) == (None, 4, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qfae_train.checkpoint import build_scorer, load
-from qfae_train.config import Config
+from qfae_train.config import Config, from_dict
 from qfae_train.data import load_split
 from qfae_train.fit import fit
 from qfae_train.float32 import whole_float32
@@ -30,7 +30,7 @@ def losses_of(config: Config, data: Path, out: Path, device: str) -> list[float]
     losses: list[float] = []
 
     def noting(self: Reporter, description: str, loss: Tensor) -> None:
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         advance(self, description, loss)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -41,12 +41,13 @@ def losses_of(config: Config, data: Path, out: Path, device: str) -> list[float]
 
 @pytest.mark.parametrize("augmented", [False, True])
 def test_training_is_that_of_the_processor(augmented: bool, weights: Path, data: Path, tmp_path: Path) -> None:
-    """Augmented images come from processes of a loader, by way of page-locked memory."""
-    options = {"epochs": 4, "workers": 2 if augmented else 0}
-    config = tiny.config(weights, augment={"enabled": augmented}, train=options)
+    """Augmented images come from processes of a loader, by way of page-locked memory; each device has its dropout."""
+    table = tiny.table(weights, augment={"enabled": augmented}, train={"epochs": 4, "workers": 2 if augmented else 0})
+    table["model"]["qformer"]["dropout"] = 0.0
+    config = from_dict(table)
     want = losses_of(config, data, tmp_path / "cpu.pt", "cpu")
     got = losses_of(config, data, tmp_path / "cuda.pt", "cuda")
-    assert got[0] == pytest.approx(want[0], rel=2e-5)
+    assert got[0] == pytest.approx(want[0], rel=1e-4)
     assert got == pytest.approx(want, rel=0.05)
     assert got[-1] < 0.6 * got[0]
     processor, card = (load(tmp_path / f"{name}.last.pt") for name in ("cpu", "cuda"))
