@@ -96,6 +96,7 @@ def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda ro
         present = [one for one in present if one.name in judged]
 
         def rows(measured: Measured) -> list[Row]:
+            first["rounds_done"] = 1 + max((visit.round for visit in measured.visits), default=-1)
             gemm = gemm_rows(gemms, measured, workers)
             engines = engine_rows(first, present, measured, workers, subject, judged, gemm)
             return [first, *engines, *gemm, *failed_rows(measured), *left_out_rows(measured), *missing]

@@ -99,6 +99,7 @@ def conditions(
         "calls_per_visit": plan.calls,
         "longest": plan.longest,
         "files": files,
+        "rounds_done": 0,
         "complete": False,
     }
 

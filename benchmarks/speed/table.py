@@ -110,9 +110,11 @@ def title_of(conditions: Row) -> str:
     # Rows of before have no commit, and of an installed package there is none.
     commit = _short_commit(conditions.get("commit"))
     cut = "" if conditions.get("complete", True) else ", incomplete: ended before its last round"
+    rounds, done = conditions["rounds"], conditions.get("rounds_done")
+    of_rounds = f"{rounds} rounds" if done in (None, rounds) else f"{done} of {rounds} rounds"
     return (
         f"{conditions['model']} ({conditions['gflop_per_image']:.3g} GFLOP an image) on {where}, {how}"
-        f"{conditions['rounds']} rounds, {conditions['date'][:10]}{commit}{cut}\n{versions}"
+        f"{of_rounds}, {conditions['date'][:10]}{commit}{cut}\n{versions}"
     )
 
 

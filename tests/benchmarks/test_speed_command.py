@@ -82,7 +82,8 @@ def test_conditions(rows: list[dict[str, Any]]) -> None:
 def test_ctrl_c_leaves_the_rounds_that_are_complete(
     rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    of_kind(rows, "conditions")[0]["complete"] = False
+    assert rows[0]["rounds_done"] == 2
+    rows[0] |= {"complete": False, "rounds_done": 1}
 
     def interrupted(options: Options, say: Any, keep: Any) -> Any:
         keep(rows)
@@ -94,6 +95,7 @@ def test_ctrl_c_leaves_the_rounds_that_are_complete(
     assert left.value.code == 130
     assert f"interrupted; the rounds before are in {tmp_path / 'rows.jsonl'}" in capsys.readouterr().err
     assert read(tmp_path / "rows.jsonl") == rows
+    assert "1 of 2 rounds" in title_of(rows[0])
     assert "incomplete: ended before its last round" in title_of(rows[0])
     assert "incomplete" in (tmp_path / "bench.html").read_text(encoding="utf-8")
 
