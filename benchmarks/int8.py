@@ -19,7 +19,7 @@ from qfae_runtime.agreement import QUANTITIES
 DOCUMENT = Path("docs/int8.md")
 SHOWN = (
     *("score_median", "score_iqr", "spearman", "auroc_change", "flips", "flips_beyond"),
-    *("map_share", "map_cosine_p1", "map_cosine_min", "reconstruction_p999"),
+    *("map_share", "map_pixel", "map_cosine_p1", "map_cosine_min", "reconstruction_p999"),
 )
 """Everything that the contract bounds."""
 

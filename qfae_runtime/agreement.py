@@ -44,6 +44,7 @@ QUANTITIES = {
     "map_rel": Quantity("map error, relative"),
     "map_p999": Quantity("map error, p99.9"),
     "map_share": Quantity("map error, p99.9 / p99.9 of maps"),
+    "map_pixel": Quantity("map error, largest pixel"),
     "map_cosine_p1": Quantity("map cosine, p1", larger_is_better=True),
     "map_cosine_min": Quantity("map cosine, least", larger_is_better=True),
     "reconstruction_levels": Quantity("reconstruction, grey levels"),
@@ -53,8 +54,10 @@ QUANTITIES = {
 
 Errors are absolute differences from the reference, in float64. Relative ones count where |reference| > REL_FLOOR. pN is
 the Nth percentile: of the images for scores and for the cosines of their maps, of all pixels for maps and
-reconstructions. IQR is the interquartile range of the reference's scores. A decision is score >= threshold; a flip
-lies beyond the score error if the reference's score is farther from the threshold than score_p999.
+reconstructions. The largest pixel's error is held against its own value, or against the maps' p99.9 where that is more:
+percentiles and cosines do not see a single bright pixel. IQR is the interquartile range of the reference's scores. A
+decision is score >= threshold; a flip lies beyond the score error if the reference is farther from the threshold
+than score_p999.
 """
 
 
@@ -183,6 +186,10 @@ def _maps(
     _single_values("map", want, have, error, values, worst)
     p999 = float(np.percentile(error, 99.9))
     values["map_p999"], values["map_share"] = p999, _ratio(p999, scale.map_p999)
+    against = np.maximum(np.abs(want), scale.map_p999)
+    shares = np.divide(error, against, out=np.where(error > 0, np.inf, 0.0), where=against > 0)
+    worst["map_pixel"] = _worst(shares, want, have)
+    values["map_pixel"] = worst["map_pixel"].error if np.isfinite(shares).all() else None
     cosines = np.array([_cosine(a.ravel(), b.ravel()) for a, b in zip(want, have, strict=True)])
     values["map_cosine_p1"] = float(np.percentile(cosines, 1))
     values["map_cosine_min"] = float(cosines.min())

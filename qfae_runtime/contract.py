@@ -86,7 +86,7 @@ _EVERY = {
     "map_share": 0.01,
     "map_cosine_p1": 0.9995,
 }
-_HALF = {**_EVERY, "reconstruction_p999": 2.0}
+_HALF = {**_EVERY, "map_pixel": 0.02, "reconstruction_p999": 2.0}
 
 CONTRACTS = {
     "fp32": Contract(
@@ -111,6 +111,7 @@ CONTRACTS = {
             "flips_share": 0.05,
             "flips_beyond": 0.0,
             "map_share": 0.05,
+            "map_pixel": 0.25,
             "map_cosine_p1": 0.75,
             "map_cosine_min": 0.5,
             "reconstruction_p999": 4.0,

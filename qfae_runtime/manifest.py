@@ -31,7 +31,7 @@ __all__ = [
     "sha256_of",
 ]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ROLES = ("engine", "weights", "golden")
 FORMATS = ("onnx", "plan", "rtx-plan")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

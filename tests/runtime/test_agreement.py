@@ -75,6 +75,7 @@ def test_every_quantity_against_another_computation() -> None:
         "map_rel": (map_error / want.anomaly_map)[want.anomaly_map > 1e-3].max(),
         "map_p999": np.percentile(map_error, 99.9),
         "map_share": np.percentile(map_error, 99.9) / np.percentile(want.anomaly_map, 99.9),
+        "map_pixel": (map_error / np.maximum(want.anomaly_map, np.percentile(want.anomaly_map, 99.9))).max(),
         "map_cosine_p1": np.percentile(cosines, 1),
         "map_cosine_min": min(cosines),
         "reconstruction_levels": levels.max(),

@@ -44,6 +44,7 @@ def test_what_the_contracts_promise() -> None:
         "spearman": 0.999,
         "flips_beyond": 0.0,
         "map_share": 0.01,
+        "map_pixel": 0.02,
         "map_cosine_p1": 0.9995,
         "reconstruction_p999": 2.0,
     }
@@ -131,6 +132,7 @@ def test_what_int8_promises() -> None:
         "flips_share": 0.05,
         "flips_beyond": 0.0,
         "map_share": 0.05,
+        "map_pixel": 0.25,
         "map_cosine_p1": 0.75,
         "map_cosine_min": 0.5,
         "reconstruction_p999": 4.0,
@@ -168,19 +170,20 @@ def blobs(count: int = 40, side: int = 16) -> Scores:
     return Scores(score, maps, np.zeros((count, side, side, 3), np.uint8))
 
 
+EVERY = {"map_share", "map_pixel", "map_cosine_p1", "map_cosine_min"}
+
+
 @pytest.mark.parametrize(
     ("fault", "broken"),
     [
-        (lambda maps: maps.transpose(0, 2, 1), {"map_share", "map_cosine_p1", "map_cosine_min"}),
-        (lambda maps: maps * 0, {"map_share", "map_cosine_p1", "map_cosine_min"}),
-        (lambda maps: maps * 2, {"map_share"}),
+        (lambda maps: maps.transpose(0, 2, 1), EVERY),
+        (lambda maps: maps * 0, EVERY),
+        (lambda maps: maps * 2, {"map_share", "map_pixel"}),
         (lambda maps: maps * 0.8, {"map_share"}),
-        (
-            lambda maps: np.concatenate([maps[:2], maps[2:3, ::-1], maps[3:]]),
-            {"map_share", "map_cosine_p1", "map_cosine_min"},
-        ),
+        (lambda maps: np.concatenate([maps[:2], maps[2:3, ::-1], maps[3:]]), EVERY),
+        (lambda maps: np.where(np.arange(maps.size).reshape(maps.shape) == 999, 0.5, maps), {"map_pixel"}),
     ],
-    ids=["transposed", "zero", "twice", "paler", "one upside down"],
+    ids=["transposed", "zero", "twice", "paler", "one upside down", "a bright pixel"],
 )
 def test_maps_that_int8_does_not_allow(
     fault: Callable[[NDArray[np.float32]], NDArray[np.float32]], broken: set[str]
@@ -190,6 +193,27 @@ def test_maps_that_int8_does_not_allow(
     values = measure_agreement(reference, got).values
     contract = CONTRACTS["int8"]
     assert {name for name in contract.bounds if not contract.allows(name, values[name])} == broken
+
+
+def test_a_single_bright_pixel_is_refused_and_named() -> None:
+    """Of 40 images' 10,240 pixels one: neither percentiles nor cosines see it."""
+    reference = blobs()
+    maps = reference.anomaly_map.copy()
+    row, column = np.unravel_index(int(maps[7].argmin()), maps[7].shape)
+    maps[7, row, column] = 0.03 * np.percentile(maps, 99.9)
+    agreement = measure_agreement(reference, reference._replace(anomaly_map=maps))
+    [sentence] = FP16.failures(agreement)
+    assert sentence.startswith("map error, largest pixel: 0.03 exceeds 0.02, worst at image 7, y ")
+    maps[7, row, column] = 0.015
+    assert FP16.failures(measure_agreement(reference, reference._replace(anomaly_map=maps))) == []
+
+
+def test_errors_of_maps_that_are_nowhere_bright_cannot_be_judged() -> None:
+    dark = blobs()._replace(anomaly_map=np.zeros((40, 16, 16), np.float32))
+    assert measure_agreement(dark, dark).values["map_pixel"] == 0
+    maps = dark.anomaly_map.copy()
+    maps[0, 0, 0] = 1e-3
+    assert measure_agreement(dark, dark._replace(anomaly_map=maps)).values["map_pixel"] is None
 
 
 def test_decisions_that_int8_does_not_allow() -> None:

@@ -70,9 +70,9 @@ def drop(*keys: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (put("schema_version", value=5), "schema_version is 5, this qfae reads 4; install a qfae that reads"),
-        (put("schema_version", value=3), "schema_version is 3, this qfae reads 4; export the engine again, or use"),
-        (put("schema_version", value="4"), "key 'schema_version': expected a whole number in 4..4, got '4'"),
+        (put("schema_version", value=6), "schema_version is 6, this qfae reads 5; install a qfae that reads"),
+        (put("schema_version", value=4), "schema_version is 4, this qfae reads 5; export the engine again, or use"),
+        (put("schema_version", value="5"), "key 'schema_version': expected a whole number in 5..5, got '5'"),
         (drop("schema_version"), "key 'schema_version' is missing"),
         (drop("files"), "key 'files' is missing"),
         (put("max_batch", value=0), "key 'max_batch': expected a whole number in 1..4096, got 0"),
