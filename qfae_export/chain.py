@@ -52,15 +52,20 @@ class Chain:
     rounded: Link | None = None
 
     @classmethod
-    def begin(cls, scorer: AnomalyScorer, graph: InferenceGraph, images: ParityImages) -> Chain:
+    def begin(
+        cls, scorer: AnomalyScorer, graph: InferenceGraph, images: ParityImages, threshold: float | None = None
+    ) -> Chain:
         """Score the images with the training modules, and a few with the inference graph if it is a whole one.
+
+        Decisions are taken at `threshold`, if one was calibrated.
 
         Raises:
             ExportError: PyTorch's own outputs are not finite.
 
         """
         reference = reference_scores(scorer, images.pixels)
-        chain = cls(images, reference, scale_of(images, reference), [], PYTORCH, reference, list(range(len(images))))
+        scale = scale_of(images, reference, threshold)
+        chain = cls(images, reference, scale, [], PYTORCH, reference, list(range(len(images))))
         if graph.part == "full":
             few = spread(len(images), _LINK_IMAGES)
             chain.of_graph, chain.few = pytorch_scores(graph, images.pixels[few]), tuple(few)

@@ -13,11 +13,12 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, choose
 from qfae_export.parity import ParityReport, certificate_of, measure
 from qfae_export.precision import FP16, Precision
+from qfae_runtime import calibration
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import Scores, card_of
-from qfae_runtime.errors import ManifestError, OutputError, cure_of_writing
+from qfae_runtime.errors import CalibrationError, ManifestError, OutputError, cure_of_writing
 from qfae_runtime.golden import golden_bytes, load_golden
 from qfae_runtime.manifest import Manifest, find_manifest
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
@@ -43,7 +44,8 @@ def verify(
 
     A kept contract makes it a certificate; a broken one takes the certificate back that was there.
 
-    `backend` None: the one that the file is exported for.
+    `backend` None: the one that the file is exported for. With a checkpoint, decisions are compared at the threshold of
+    the calibration beside the engine, if there is one for it.
 
     Raises:
         ExportError: the checkpoint is another than the engine's, or there is nothing to measure with.
@@ -122,12 +124,26 @@ def _anew(
     say(f"scoring {len(images)} images with PyTorch float32, the reference")
     scorer = build_scorer(checkpoint, weights)
     graph = InferenceGraph(scorer)
-    chain = Chain.begin(scorer, graph, images)
+    chain = Chain.begin(scorer, graph, images, _calibrated(opened, say))
     policy = Precision.described(opened.manifest.precision[opened.path.name])
     if policy.name == FP16.name:
         say("rounding the graph as FP16 rounds")
         chain.round(graph, policy)
     return chain
+
+
+def _calibrated(opened: OpenedEngine, say: Callable[[str], None]) -> float | None:
+    """Return the threshold that runs of this engine decide by; None if there is none."""
+    path = calibration.path_beside(opened.path)
+    if not path.exists():
+        return None
+    try:
+        threshold = calibration.load(path, opened, reading=None).threshold
+    except CalibrationError as error:  # it belongs to a run, and says nothing of the engine
+        say(f"decisions are not compared at a calibrated threshold: {error}")
+        return None
+    say(f"decisions are compared at {threshold:.7g}, the threshold of {path.name}")
+    return threshold
 
 
 def _laxer(entry: CertificateEntry, before: CertificateEntry) -> bool:

@@ -130,8 +130,10 @@ def path_beside(engine: Path) -> Path:
     return engine.with_name(engine.name + SUFFIX)
 
 
-def load(path: Path, opened: OpenedEngine, reading: dict[str, Any]) -> Calibration:
+def load(path: Path, opened: OpenedEngine, reading: dict[str, Any] | None) -> Calibration:
     """Read a calibration and hold it against the engine, and the options of reading, it is to be used with.
+
+    `reading` None: whatever they were.
 
     Raises:
         CalibrationError: it is missing, damaged, contradicts itself, or belongs to another engine.
@@ -159,7 +161,7 @@ def load(path: Path, opened: OpenedEngine, reading: dict[str, Any]) -> Calibrati
             f"{path}: made with {stored.backend}, whose scores are not those of {opened.engine.backend}; "
             f"pass --backend {stored.backend}, or {_CURE}"
         )
-    if stored.reading != reading:
+    if reading is not None and stored.reading != reading:
         raise CalibrationError(
             f"{path}: made with images that were read in another way: {_words(stored.reading)}, here "
             f"{_words(reading)}; pass the same options, or {_CURE}"

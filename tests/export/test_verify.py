@@ -19,6 +19,7 @@ from qfae_export.parity import measure
 from qfae_export.precision import FP16, Precision
 from qfae_export.rounded import RoundedEngine
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.cli import main as run_main
 from qfae_runtime.engines import Scores, open_engine
 from qfae_runtime.errors import EngineError
 from qfae_runtime.hashing import sha256_of
@@ -202,3 +203,33 @@ def test_stopped_by_the_user_the_manifest_is_as_it_was(
     ran = verify(capsys, "--engine", here / "tiny.onnx")
     assert (ran.code, ran.err.splitlines()[-1]) == (130, "qfae-export verify: interrupted; the manifest is as it was")
     assert (here / "tiny.json").read_bytes() == before
+
+
+def calibrated(here: Path, engine: str = "tiny.onnx") -> float:
+    normals = picture_folder(here / "normals", 30)
+    arguments = ["calibrate", str(normals), "--engine", str(here / engine), "--fpr", "0.1", "--quiet"]
+    with pytest.raises(SystemExit) as left:
+        run_main(arguments)
+    assert left.value.code == 0
+    threshold: float = json.loads((here / f"{engine}.calibration.json").read_text())["threshold"]
+    return threshold
+
+
+def test_decisions_are_compared_at_the_threshold_of_the_calibration(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QFAE_CACHE", str(here / "cache"))
+    threshold = calibrated(here)
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 0, ran.err
+    assert f"decisions are compared at {threshold:.7g}, the threshold of tiny.onnx.calibration.json" in ran.err
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert (entry.scale.threshold, entry.scale.threshold_from) == (threshold, "calibrated")
+    stored = json.loads((here / "tiny.onnx.calibration.json").read_text())
+    (here / "tiny.onnx.calibration.json").write_text(json.dumps({**stored, "engine_sha256": "0" * 64}))
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 0, ran.err
+    assert "not compared at a calibrated threshold" in ran.err
+    assert "made with another engine" in ran.err
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert entry.scale.threshold_from != "calibrated"
