@@ -21,7 +21,7 @@ help:
 	@echo "make demo-spread  measure the demo on three data seeds"
 	@echo "make reproduce DATA=DIR  the published tables with our column, on the BMAD data sets in DIR (days, on a GPU)"
 	@echo "make bench        the full BraTS model on this processor, as in the rows that are committed (an hour)"
-	@echo "make bench-gpu    the same on a CUDA device; ARGS=\"--device cpu --preset demo ...\" tries it without one"
+	@echo "make bench-gpu    what is fast on a CUDA device; ARGS=\"--device cpu --preset demo ...\" tries it without one"
 	@echo "make clean        remove build/"
 
 $(INSTALLED): pyproject.toml

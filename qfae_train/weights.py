@@ -157,6 +157,8 @@ def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
         shown = "; ".join(sorted(faults)[:_SHOWN])
         raise WeightsError(f"weights '{source}' do not fit the model: {shown} ({len(faults)} in all)")
     model.load_state_dict({name: given[name] for name in expected if name in given}, strict=False)
+    for name in expected.keys() - given.keys():  # nobody reads these; they may be memory as it came
+        expected[name].zero_()
 
 
 def tensors_sha256(state: Mapping[str, Tensor]) -> str:

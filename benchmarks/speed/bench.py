@@ -35,6 +35,7 @@ from qfae_runtime.engines.base import Scores
 Say = Callable[[str], None]
 Keep = Callable[[list[Row]], None]
 
+_COUNTED = ("eager", "captured", "compile")  # PyTorch counts the memory of these itself
 _FILE_ROUNDS = 3
 _GEMM_BATCH = 8  # on a CPU: larger batches make products no faster, and take long
 
@@ -87,6 +88,7 @@ def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda ro
     gemms = [one for one in gemms if subject.products and one.precision in needed]
     names = [one.name for one in options.candidates]
     first = conditions(start, subject, options.plan, options.device, options.threads, names, options.files)
+    first["longest_build"] = options.longest_build
     logs, most = options.out / "logs", max(options.plan.batches)
     workers = Workers(options.model, logs, options.device, options.threads, options.gemm_batch, most)
     try:
@@ -96,7 +98,7 @@ def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda ro
         present = [one for one in present if one.name in judged]
 
         def rows(measured: Measured) -> list[Row]:
-            first["rounds_done"] = 1 + max((visit.round for visit in measured.visits), default=-1)
+            first["rounds_done"] = measured.rounds
             gemm = gemm_rows(gemms, measured, workers)
             engines = engine_rows(first, present, measured, workers, subject, judged, gemm)
             return [first, *engines, *gemm, *failed_rows(measured), *left_out_rows(measured), *missing]
@@ -160,15 +162,14 @@ def _judged(
     real = slice(subject.real)  # coloured copies say nothing about scores
     scale = Scale.of(reference.of(real), labels[real])
     found = {}
-    for candidate in sorted(candidates, key=builds.running):  # what is still being built comes last
+    for candidate in sorted(candidates, key=lambda one: builds.running(one) or one.backend not in _COUNTED):
+        if candidate.backend not in _COUNTED:
+            builds.wait()  # what the card has in use would be counted as this candidate's
         out = options.out / "logs" / f"{candidate.name}.npz"
         try:
             built = builds.seconds(candidate)
             say(f"scoring with {candidate.name}")
             workers.of(candidate).ask("score", out=str(out))
-            if candidate.backend == "compile" and builds.running():  # its compiler can work beside the others, too
-                for batch in options.plan.batches:
-                    workers.of(candidate).ask("time", batch=batch, seconds=0, calls=1, settle=False)
             workers.note_memory(candidate)
         except WorkerError as error:
             missing.append(missing_row(candidate, str(error)))
@@ -177,10 +178,22 @@ def _judged(
         with np.load(out, allow_pickle=False) as stored:
             got = Scores(*(stored[name] for name in Scores._fields))
         out.unlink()
+        if candidate.backend == "compile" and builds.running():  # its compiler can work beside the others, too
+            _compile_sizes(candidate, options.plan.batches, workers)
         agreement = measure_agreement(reference, got, labels, scale)
         contract = contract_kept(candidate, agreement, labels)
         found[candidate.name] = Judged(errors_of(agreement), contract, built)
     return found
+
+
+def _compile_sizes(candidate: Candidate, batches: Sequence[int], workers: Workers) -> None:
+    """Run every batch size once; one that fails will fail in its round again, and be told there."""
+    try:
+        for batch in batches:
+            workers.of(candidate).ask("time", batch=batch, seconds=0, calls=1, settle=False)
+        workers.note_memory(candidate)
+    except WorkerError:
+        workers.end(candidate.name)
 
 
 def _end_to_end(

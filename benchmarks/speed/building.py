@@ -8,10 +8,10 @@ measured on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Timer
+from threading import Lock, Timer
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +33,8 @@ class Builds:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4))
     _found: dict[str, Future[float]] = field(default_factory=dict)
     _workers: list[Worker] = field(default_factory=list)
+    _closed: bool = False
+    _lock: Lock = field(default_factory=Lock)
 
     def start(self, candidates: Sequence[Candidate], say: Callable[[str], None]) -> None:
         """Build what must be built alone, and begin what can be built beside."""
@@ -66,8 +68,7 @@ class Builds:
         return found.result() if found is not None else None
 
     def _build(self, candidate: Candidate) -> float:
-        with Worker(self.folder, self.logs / f"{candidate.name}.log", self.threads) as worker:
-            self._workers.append(worker)
+        with self._worker(candidate) as worker:
             given_up = Timer(self.longest or 0, worker.kill)
             if self.longest is not None:
                 given_up.start()
@@ -82,10 +83,24 @@ class Builds:
         seconds: float = answer["seconds"]
         return seconds
 
+    def _worker(self, candidate: Candidate) -> Worker:
+        with self._lock:
+            if self._closed:
+                raise WorkerError("the run has ended")
+            worker = Worker(self.folder, self.logs / f"{candidate.name}.log", self.threads, own_group=True)
+            self._workers.append(worker)
+            return worker
+
+    def wait(self) -> None:
+        """Wait until nothing is being built any more, whatever came of it."""
+        wait(self._found.values())
+
     def close(self) -> None:
-        """End what is still being built."""
-        for worker in self._workers:
-            worker.kill()
+        """End what is still being built, compilers and all."""
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.kill()
         self._pool.shutdown()
 
     def __enter__(self) -> Self:

@@ -81,8 +81,9 @@ def _torch(product: Product, precision: str, device: str) -> Run:
     import torch
 
     from benchmarks.speed.torch_engine import DTYPES
+    from qfae_train.float32 import forbid_tf32
 
-    torch.backends.cuda.matmul.allow_tf32 = False
+    forbid_tf32()
     if device == "cpu":
         left, right = (torch.from_numpy(one).to(DTYPES[precision]) for one in _operands(product))
     else:  # as large as batches are there, a processor takes long to draw them

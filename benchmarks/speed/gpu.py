@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 from benchmarks.speed.cli import main as bench
 
@@ -31,8 +32,12 @@ def arguments(given: Sequence[str]) -> list[str]:
     named = {word.partition("=")[0] for word in given}
     preset = () if named & {"--engine", "--ckpt", "--config"} else PRESET
     weights = () if named & {"--engine", "--ckpt"} else WEIGHTS
-    against = () if "--against" in named or {"cpu", "--device=cpu"} & set(given) else ("--against", AGAINST)
+    against = () if "--against" in named or _on_processor(given) else ("--against", AGAINST)
     return [*preset, *weights, *against, *ARGUMENTS, *given]
+
+
+def _on_processor(given: Sequence[str]) -> bool:
+    return "--device=cpu" in given or ("--device", "cpu") in pairwise(given)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ class Measured:
         """Return the visits to a candidate at one batch size."""
         return [one for one in self.visits if (one.candidate, one.batch) == (candidate, batch)]
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds were begun."""
+        return 1 + max((visit.round for visit in self.visits), default=-1)
+
     def expected(self, candidate: str, batch: int) -> float | None:
         """Return the seconds that a batch should take, by the nearest smaller size; None where nothing is known."""
         known = [one for one in self.visits if one.candidate == candidate and one.batch <= batch]

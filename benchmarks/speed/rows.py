@@ -66,7 +66,7 @@ class Judged:
 def conditions(
     start: Start, subject: Subject, plan: Plan, device: str, threads: int | None, candidates: Sequence[str], files: int
 ) -> Row:
-    """Return what every other row was measured under."""
+    """Return what every other row was measured under; what is not known yet is filled in as it comes."""
     found = {}
     for name in _VERSIONS:
         try:
@@ -98,6 +98,7 @@ def conditions(
         "seconds_per_visit": plan.seconds,
         "calls_per_visit": plan.calls,
         "longest": plan.longest,
+        "longest_build": None,
         "files": files,
         "rounds_done": 0,
         "complete": False,

@@ -55,6 +55,7 @@ _MADE = (
     f"{NAME}.*.onnx*",
     f"{NAME}.*.plan",
     f"{NAME}.*.pt2",
+    f".{NAME}.*.part",
     f"{NAME}.*.seconds",
 )
 
@@ -125,13 +126,16 @@ class Subject:
         return cls(**{**stored, "asked": Asked(**stored["asked"]), "products": products})
 
     @classmethod
-    def kept(cls, folder: Path, asked: Asked, sources: dict[str, str], max_batch: int) -> Subject | None:
+    def kept(
+        cls, folder: Path, asked: Asked, sources: dict[str, str], max_batch: int, reference: str = "golden"
+    ) -> Subject | None:
         """Return what an earlier run left of the very same model, for batches as large; None if it left none."""
         try:
             found = cls.load(folder)
         except (OSError, ValueError, KeyError, TypeError):  # none, or one of another version
             return None
-        return found if (found.asked, found.sources) == (asked, sources) and found.max_batch >= max_batch else None
+        same = (found.asked, found.sources, found.reference) == (asked, sources, reference)
+        return found if same and found.max_batch >= max_batch else None
 
 
 def sources_of(asked: Asked) -> dict[str, str]:
@@ -197,9 +201,11 @@ def prepare(
     from qfae_train.checkpoint import build_scorer
 
     sources = sources_of(asked)
-    kept = Subject.kept(folder, asked, sources, max_batch)
-    if kept is not None and asked.engine is None and all(flavour in kept.files for flavour in flavours):
-        return kept
+    kept = Subject.kept(folder, asked, sources, max_batch, device)
+    if kept is not None and asked.engine is None:
+        if all(flavour in kept.files for flavour in flavours):
+            return kept
+        flavours = [*flavours, *kept.files]  # written once more, or subject.json would forget them
     folder.mkdir(parents=True, exist_ok=True)
     if asked.engine is not None and asked.ckpt is None:
         return _of_engine(asked, folder, sources, max_batch)

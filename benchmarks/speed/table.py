@@ -103,13 +103,15 @@ def _table(headings: Sequence[str], title: str) -> Table:
 def title_of(conditions: Row) -> str:
     """Return the conditions in a line or two."""
     machine = conditions["hardware"]
-    where = ", ".join(machine["cards"][:1]) if conditions["device"] != "cpu" else machine["processor"]
+    # Rows of before have the driver's whole line.
+    cards = [" ".join(card.removeprefix("Model:").split()) for card in machine["cards"][:1]]
+    where = ", ".join(cards) if conditions["device"] != "cpu" else machine["processor"]
     threads = conditions["threads"] or machine["cores"]
     how = f"{threads} thread{'s' if threads != 1 else ''}, " if conditions["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if name != "timm")
     # Rows of before have no commit, and of an installed package there is none.
     commit = _short_commit(conditions.get("commit"))
-    cut = "" if conditions.get("complete", True) else ", incomplete: ended before its last round"
+    cut = "" if conditions.get("complete", True) else ", incomplete: it was ended early"
     rounds, done = conditions["rounds"], conditions.get("rounds_done")
     of_rounds = f"{rounds} rounds" if done in (None, rounds) else f"{done} of {rounds} rounds"
     return (

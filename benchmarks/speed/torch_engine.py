@@ -22,6 +22,7 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores, check_images
 from qfae_runtime.manifest import MAX_BATCH
 from qfae_runtime.writers.whole import whole_file
+from qfae_train.float32 import forbid_tf32
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -136,8 +137,27 @@ def compiled(module: nn.Module, image_size: int, device: str) -> TorchEngine:
     """Return a module compiled by torch.compile, anew for every batch size, which its first run pays for."""
     _settle(device)
     torch._dynamo.config.recompile_limit = MAX_BATCH  # beyond it, torch falls back to eager without a word
-    mode = "default" if device == "cpu" else "reduce-overhead"  # on a GPU: captured CUDA graphs
-    return TorchEngine(torch.compile(module.to(device), dynamic=False, mode=mode), image_size, device)
+    if device == "cpu":
+        return TorchEngine(torch.compile(module, dynamic=False), image_size, device)
+    recording = torch.compile(module.to(device), dynamic=False, mode="reduce-overhead")
+    return TorchEngine(_recorded(recording), image_size, device)
+
+
+def _recorded(module: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Return a module compiled into CUDA graphs that has recorded the graph of a batch size when its first call ends.
+
+    The first call warms up and the second records, which takes as long as a whole batch: neither is what a call takes.
+    """
+    sizes = set()
+
+    def run(images: Tensor) -> Any:
+        if len(images) not in sizes:
+            sizes.add(len(images))
+            for _ in range(2):
+                module(images)
+        return module(images)
+
+    return run
 
 
 class _Tuple(nn.Module):
@@ -192,4 +212,4 @@ def _settle(device: str) -> None:
     Where a library splits such a product, its parts may then be added up in the short type: what users of PyTorch run.
     """
     if device != "cpu":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        forbid_tf32()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,9 +29,9 @@ class WorkerError(QfaeError):
 
 
 class Worker:
-    """One process of `worker.py`. What it prints goes to `log`."""
+    """One process of `worker.py`. What it prints goes to `log`; with `own_group`, `kill` ends all that it started."""
 
-    def __init__(self, folder: Path, log: Path, threads: int | None) -> None:
+    def __init__(self, folder: Path, log: Path, threads: int | None, *, own_group: bool = False) -> None:
         self.started = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
@@ -45,7 +46,9 @@ class Worker:
                 stderr=stderr,
                 text=True,
                 env=variables,
+                start_new_session=own_group,
             )
+        self._own_group = own_group
 
     def ask(self, do: str, say: Callable[[str], None] = lambda step: None, **arguments: Any) -> dict[str, Any]:
         """Send a command and return its answer; steps on the way are said.
@@ -78,7 +81,11 @@ class Worker:
 
     def kill(self) -> None:
         """End the process at once, whatever it does; may be called from another thread."""
-        self._process.kill()
+        if not self._own_group:
+            self._process.kill()
+        elif self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the process."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +30,8 @@ class Builder:
 
     made: list[Builder]
 
-    def __init__(self, folder: Path, log: Path, threads: int | None) -> None:
+    def __init__(self, folder: Path, log: Path, threads: int | None, *, own_group: bool) -> None:
+        assert own_group
         self.name = log.stem
         self.free, self.dead = threading.Event(), False
         Builder.made.append(self)
@@ -63,6 +66,15 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Builder]]:
         one.free.set()
 
 
+def started(candidate: Candidate) -> Builder:
+    """Return the process that builds a candidate, once it is there: builds beside are begun by threads."""
+    for _ in range(500):
+        if found := [one for one in Builder.made if one.name == candidate.name]:
+            return found[0]
+        time.sleep(0.01)
+    raise AssertionError("no build was begun")
+
+
 def builds(folder: Path, longest: float | None = None) -> Builds:
     return Builds(folder, folder / "logs", "cuda:0", None, 8, longest)
 
@@ -76,7 +88,7 @@ def test_packages_are_built_beside_and_plans_alone(builders: list[Builder], tmp_
         assert running.seconds(PLAN) == 7
         assert running.running()
         assert (running.running(AOT), running.running(PLAN), running.running(EAGER)) == (True, False, False)
-        builders[-1].free.set()
+        started(AOT).free.set()
         assert running.seconds(AOT) == 7
         assert not running.running()
 
@@ -92,7 +104,7 @@ def test_what_takes_too_long_is_given_up(builders: list[Builder], tmp_path: Path
 def test_an_end_for_another_reason_is_told_as_it_is(builders: list[Builder], tmp_path: Path) -> None:
     with builds(tmp_path, longest=50) as running:
         running.start([AOT], lambda step: None)
-        builders[0].kill()
+        started(AOT).kill()
         with pytest.raises(WorkerError, match="signal 9"):
             running.seconds(AOT)
 
@@ -102,8 +114,32 @@ def test_nothing_goes_on_when_the_run_ends(builders: list[Builder], tmp_path: Pa
     with running:
         running.start([AOT], lambda step: None)
         assert running.running()
-    assert builders[0].dead
+        process = started(AOT)
+    assert process.dead
     assert not running.running()
+    with pytest.raises(WorkerError, match="the run has ended"):
+        running._worker(AOT)  # as a build would that had not got so far
+
+
+def test_what_a_build_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler of its own, which would go on, and take the cores that others are measured on."""
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/pid.part\nmv {tmp_path}/pid.part {tmp_path}/pid\nwait\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with Worker(tmp_path, tmp_path / "worker.log", 1, own_group=True) as worker:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        child = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+        assert " S " in child.read_text()
+        worker.kill()
+    for _ in range(500):
+        if not child.exists() or " Z " in child.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it went on")
 
 
 def test_a_process_can_be_ended_from_another_thread(tmp_path: Path) -> None:
@@ -121,8 +157,8 @@ def test_a_process_can_be_ended_from_another_thread(tmp_path: Path) -> None:
 class Scored:
     """Stands in for all processes: each scores as the reference does; `asked` holds what was asked of whom."""
 
-    def __init__(self, reference: Scores, asked: list[str], builder: list[Builder]) -> None:
-        self.reference, self.asked, self.builder, self.name = reference, asked, builder, ""
+    def __init__(self, reference: Scores, asked: list[str], builder: list[Builder], *, fails: bool) -> None:
+        self.reference, self.asked, self.builder, self.name, self.fails = reference, asked, builder, "", fails
 
     def of(self, candidate: Candidate) -> Self:
         self.name = candidate.name
@@ -134,15 +170,22 @@ class Scored:
             np.savez(arguments["out"], **self.reference._asdict())
         if self.asked[-1] == "torch-compile-fp16 time 8":
             self.builder[-1].free.set()
+            if self.fails:
+                raise WorkerError("out of memory")
         return {}
 
     def note_memory(self, candidate: Candidate) -> None:
         pass
 
+    def end(self, name: str) -> None:
+        self.asked.append(f"{name} ended")
 
+
+@pytest.mark.parametrize("fails", [False, True])
 def test_what_is_being_built_is_opened_last_and_compilers_work_beside(
-    builders: list[Builder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool, builders: list[Builder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A batch size that fails there is left to its round: what was scored stays judged."""
     rng = np.random.default_rng(0)
     maps, images = rng.random((32, 4, 4), dtype=np.float32), np.zeros((32, 4, 4, 3), np.uint8)
     reference = Scores(maps.max(axis=(1, 2)), maps, images)
@@ -151,22 +194,26 @@ def test_what_is_being_built_is_opened_last_and_compilers_work_beside(
     (tmp_path / "logs").mkdir()
     subject = Subject(Asked(), {}, 8, 4, 32, 32, 1, (), {})
     asked: list[str] = []
-    workers: Any = Scored(reference, asked, builders)
+    workers: Any = Scored(reference, asked, builders, fails=fails)
     missing: list[dict[str, Any]] = []
     with builds(tmp_path) as running:
-        candidates = [AOT, EAGER, KNOWN["torch-compile-fp16"]]
+        candidates = [AOT, KNOWN["onnxruntime-fp16"], EAGER, KNOWN["torch-compile-fp16"]]
         running.start(candidates, lambda step: None)
+        assert started(AOT)
         judged = bench._judged(options, candidates, subject, running, workers, missing, lambda step: None)
     assert asked == [
         "torch-fp16 score",
         "torch-compile-fp16 score",
         "torch-compile-fp16 time 1",
         "torch-compile-fp16 time 8",
-        "aotinductor-fp16 score",
+        *(["torch-compile-fp16 ended"] if fails else []),
+        # Its memory is what has come into use on the card: a build beside would be counted with it.
+        *("aotinductor-fp16 score", "onnxruntime-fp16 score"),
     ]
     assert {name: one.build_s for name, one in judged.items()} == {
         "torch-fp16": None,
         "torch-compile-fp16": None,
+        "onnxruntime-fp16": None,
         "aotinductor-fp16": 7,
     }
     assert missing == []

@@ -148,6 +148,8 @@ def test_what_is_measured_can_be_kept_after_every_round() -> None:
 def test_what_failed_or_takes_too_long_is_listed_with_its_batch_size() -> None:
     script = Script({"torch": 0.1, "gemm-numpy": 1.0}, fails={("gemm-numpy", 4)})
     measured = run(script, Plan(batches=(1, 4), rounds=2, longest=10), "torch", "gemm-numpy")
+    assert measured.rounds == 2
+    assert (Measured().rounds, Measured([one for one in measured.visits if one.round == 0]).rounds) == (0, 1)
     [failed], [left_out] = failed_rows(measured), left_out_rows(measured)
     assert (failed["title"], failed["batch"], failed["reason"]) == ("numpy", 4, "failed in round 1: out of memory")
     assert (left_out["title"], left_out["batch"]) == ("PyTorch, trimmed", 4)

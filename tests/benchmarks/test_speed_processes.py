@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from benchmarks.speed.candidates import KNOWN
+from benchmarks.speed.opening import Ready
 from benchmarks.speed.worker import Work, peak_bytes
 from benchmarks.speed.workers import WorkerError, Workers, device_used
+from qfae_runtime.engines.base import Scores
 from tests.commands import ROOT, run
 
 
@@ -169,6 +174,49 @@ def test_a_candidate_holds_what_came_into_use_at_its_own_visits(measured: Path, 
         assert workers.device_held[first.name] == 600 * 2**20
     finally:
         workers.close()
+
+
+def test_what_the_allocator_counted_is_believed(tmp_path: Path, card: Path) -> None:
+    (card / "used").write_text("100\n" * 20, encoding="utf-8")
+    workers, peaks = Workers(tmp_path, tmp_path / "logs", "cuda:0", 1, 4, 4), iter([5, 9, 7])
+    eager = KNOWN["torch-fp16"]
+    process: Any = SimpleNamespace(ask=lambda do: {"host": 1, "device": next(peaks)}, close=lambda: None)
+    workers._open[eager.name] = process
+    held = []
+    for _ in range(3):
+        workers.note_memory(eager)
+        held.append(workers.device_held[eager.name])
+    assert held == [5, 9, 9]
+
+
+def test_a_process_tells_what_its_engine_knows_of_the_cards_memory(tmp_path: Path) -> None:
+    work = Work(tmp_path, lambda answer: None)
+    assert work.memory()["device"] is None
+    engine: Any = SimpleNamespace(device_peak=lambda: 7)
+    work.opened = Ready(lambda size, maps: 0.0, engine, 0)
+    assert work.memory()["device"] == 7
+    work.opened = Ready(lambda size, maps: 0.0, cast(Any, SimpleNamespace()), 0)
+    assert work.memory()["device"] is None
+
+
+def test_every_image_is_scored_once_in_batches_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 of them, as the full model has: the last batch is filled up, and what filled it is left out."""
+    images = np.arange(36, dtype=np.uint8)[:, None, None, None] * np.ones((2, 2, 3), np.uint8)
+    monkeypatch.setattr("benchmarks.speed.worker.images_of", lambda folder: (images, (), None))
+    sizes: list[int] = []
+
+    def run(batch: NDArray[np.uint8]) -> Scores:
+        sizes.append(len(batch))
+        return Scores(batch[:, 0, 0, 0].astype(np.float32), batch[..., 0].astype(np.float32), batch)
+
+    work = Work(tmp_path, lambda answer: None)
+    engine: Any = SimpleNamespace(run=run, max_batch=64)
+    work.opened = Ready(lambda size, maps: 0.0, engine, 0)
+    work.score(str(tmp_path / "scores.npz"))
+    assert sizes == [8] * 5
+    with np.load(tmp_path / "scores.npz") as stored:
+        np.testing.assert_array_equal(stored["score"], np.arange(36))
+        np.testing.assert_array_equal(stored["reconstruction"], images)
 
 
 FROM_A_COPY = """

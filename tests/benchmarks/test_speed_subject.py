@@ -70,6 +70,24 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path
     assert prepared()[0] == after
 
 
+def test_scores_of_another_device_are_not_kept(tmp_path: Path) -> None:
+    subject = Subject(Asked(ckpt="tiny.pt"), {}, 8, 32, 16, 16, 1, (), {}, reference="cpu")
+    subject.save(tmp_path)
+    assert Subject.kept(tmp_path, subject.asked, {}, 8, "cpu") == subject
+    assert Subject.kept(tmp_path, subject.asked, {}, 8, "cuda:0") is None
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_what_another_candidate_had_written_stays(tmp_path: Path) -> None:
+    asked, steps = Asked(ckpt=str(checkpoint_file(tmp_path / "tiny.pt"))), list[str]()
+    for flavours in ([], ["onnx"], ["fp16"], ["onnx"], []):
+        subject = prepare(asked, tmp_path / "model", flavours, 4, steps.append)
+    assert subject.files == {"onnx": "model.onnx", "fp16": "model.fp16.onnx"}
+    assert [step for step in steps if "writing" in step] == [
+        "writing model.onnx", "writing model.onnx", "writing model.fp16.onnx",
+    ]  # fmt: skip
+
+
 @pytest.mark.usefixtures("quick_export")
 def test_files_of_other_code_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, steps = Asked(ckpt=str(checkpoint_file(tmp_path / "tiny.pt"))), list[str]()

@@ -75,18 +75,20 @@ def test_killed_and_resumed_gives_the_rows_of_one_run(archive: Path, engine_path
         out = tmp_path / f"out-{folder}"
         arguments = [str(archive), "--engine", str(engine_path), "--out", str(out), "--batch-size", "8", "--quiet"]
         command = [sys.executable, "-m", "qfae_runtime.cli", *arguments, "--resume"]
+        before = 0
         while killed < KILLS and kill_somewhere(command, out, chance, number):
             killed, number = killed + 1, number + 1
             rows = (out / "scores.jsonl").read_bytes().splitlines() if (out / "scores.jsonl").exists() else []
             done = [json.loads(line)["source"] for line in rows[:-1]]
             assert len(set(done)) == len(done)
-            between_rows += 0 < len(done) < FILES - 1
+            between_rows += before < len(done) < FILES - 1  # this run had written some, and had some to write
+            before = len(done)
         number += 1
         resume_and_compare(command, out, tmp_path / "whole")
         if killed == KILLS:
             break
     assert killed == KILLS
-    assert between_rows >= KILLS // 2  # most were stopped in the midst of their rows
+    assert between_rows >= KILLS // 3
 
 
 # Half of the file written, under its temporary name; before it, all of the file before.

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qfae_train.backbone import create, filled, own_image_size, read_frozen
+from qfae_train.autoencoder import assemble, build, frozen_entries
+from qfae_train.backbone import blank, create, filled, own_image_size, read_frozen
 from qfae_train.config import Backbone
 from qfae_train.weights import WeightsError, hub_file, read_tensors, tensors_sha256
 
@@ -226,3 +227,24 @@ def test_made_for_the_image_size() -> None:
     model = create(Backbone("vit_tiny_patch16_224", 16, {"depth": 1}), 64)
     assert model.state_dict()["pos_embed"].shape == (1, 17, 192)
     assert not [name for name in model.state_dict() if name.startswith("head")]
+
+
+def test_what_no_file_brings_is_no_memory_as_it_came(weights: Path) -> None:
+    """The norm behind the last block may be missing, for nobody reads it."""
+    state = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("norm.")}
+    model: Any = filled(backbone(weights), state, tiny.SIZE, "a file", blank)
+    assert not model.norm.weight.any()
+    assert not model.norm.bias.any()
+    for name, tensor in state.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_a_seed_gives_the_weights_that_come_after_those_that_timm_draws(weights: Path) -> None:
+    config = tiny.config(weights)
+    torch.manual_seed(5)
+    scorer, _ = build(config)
+    torch.manual_seed(5)
+    *encoders, perceptual = (create(entry, tiny.SIZE) for entry, _ in frozen_entries(config))
+    expected = assemble(config, encoders, perceptual).autoencoder.trained_state()
+    got = scorer.autoencoder.trained_state()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
