@@ -94,10 +94,15 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
         notes=notes(rows),
         named=named,
         with_interval=with_interval,
-        box={"width": WIDTH, "height": HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
+        box={"width": _width(names), "height": HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
     )
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def _width(labels: Sequence[str]) -> float:
+    """Return how wide pictures are, so that the longest label beside the plot is whole; 7.2 is a wide letter's."""
+    return max(WIDTH, _RIGHT + 24 + 7.2 * max(map(len, labels), default=0))
 
 
 def latency_plot(engines: Sequence[Row], colours: dict[str, str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.speed.page import write_page
 from benchmarks.speed.readme import block
 from benchmarks.speed.table import COST, SPEED, cost_cells, notes, speed_cells, title_of, with_interval
@@ -88,3 +90,18 @@ def test_an_interval_is_written_without_powers_of_ten() -> None:
     assert with_interval({"mean": 0.3141, "low": 0.3021}) == "0.314 ± 0.012"
     assert with_interval({"mean": 12.0, "low": None}) == "12"
     assert with_interval({"mean": None, "low": None}) == "–"
+
+
+@pytest.mark.parametrize(
+    ("title", "width"), [("short", 880), ("a candidate whose title is long, with a CUDA graph", 1000)]
+)
+def test_the_longest_label_is_whole(rows: list[dict[str, Any]], tmp_path: Path, title: str, width: int) -> None:
+    """7 pixels a letter right of the plot, at 690."""
+    for row in rows:
+        if row.get("candidate") == "torch":
+            row["title"] = title
+    write_page(rows, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    [*widths] = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ', page))
+    assert len(widths) == 2
+    assert min(widths) >= width
