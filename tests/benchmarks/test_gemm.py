@@ -40,6 +40,7 @@ def test_on_a_gpu_too_and_the_card_is_waited_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "empty", lambda *shape, device, **how: empty(*shape, **how))
     monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(*shape))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    monkeypatch.setattr("qfae_train.float32.forbid_tf32", lambda: None)  # of this whole process
     run: Any = gemm.maker("torch", "fp16", "cuda:0", None)(PRODUCT)
     first = run()
     assert first.dtype == torch.float16

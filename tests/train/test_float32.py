@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,10 +72,22 @@ def seen(*_: Any, **__: Any) -> Any:
     raise _SeenError
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """TF32 on, which other tests may have left off."""
+    settings: Any = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [one.allow_tf32 for one in settings]
+    for one in settings:
+        one.allow_tf32 = True
+    yield
+    for one, was in zip(settings, before, strict=True):
+        one.allow_tf32 = was
+
+
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("what", ["training", "evaluation", "reference"])
 def test_where_scores_are_made(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_module, "_start", seen)
-    assert torch.backends.cudnn.allow_tf32, "else there is nothing to see"
     scorer = torch.nn.Linear(1, 1)
     monkeypatch.setattr(scorer, "forward", seen)
     split: Any = type("Split", (), {"__len__": lambda self: 1, "rgb": lambda self, part: torch.zeros(1, 1)})()
