@@ -174,7 +174,8 @@ def _cards() -> list[str]:
     for path in (*sorted(_NVIDIA.glob("gpus/*/information")), _NVIDIA / "version"):
         try:
             line = path.read_text(encoding="utf-8", errors="replace").splitlines()[0]  # "Model: \t\t NVIDIA H200"
-            found.append(" ".join(line.rpartition(":")[2].split()))
+            _, label, rest = line.partition(":")
+            found.append(" ".join((rest if label else line).split()))
         except (OSError, IndexError):
             continue
     return found

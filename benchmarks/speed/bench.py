@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,7 +48,6 @@ class Options:
     out          folder for rows, page, logs and the model's files
     candidates   what to measure
     files        how many files qfae-run scores; 0: none
-    longest_build   seconds after which building a candidate is given up; None: never
     """
 
     asked: Asked
@@ -57,7 +57,6 @@ class Options:
     device: str = CPU
     threads: int | None = None
     files: int = 64
-    longest_build: float | None = None
 
     @property
     def model(self) -> Path:
@@ -88,11 +87,11 @@ def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda ro
     gemms = [one for one in gemms if subject.products and one.precision in needed]
     names = [one.name for one in options.candidates]
     first = conditions(start, subject, options.plan, options.device, options.threads, names, options.files)
-    first["longest_build"] = options.longest_build
     logs, most = options.out / "logs", max(options.plan.batches)
     workers = Workers(options.model, logs, options.device, options.threads, options.gemm_batch, most)
     try:
-        with Builds(options.model, logs, options.device, options.threads, most, options.longest_build) as builds:
+        longest = options.plan.longest_build
+        with closing(Builds(options.model, logs, options.device, options.threads, most, longest)) as builds:
             builds.start(present, say)
             judged = _judged(options, present, subject, builds, workers, missing, say)
         present = [one for one in present if one.name in judged]

@@ -12,8 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock, Timer
-from types import TracebackType
-from typing import Self
 
 from benchmarks.speed.candidates import CPU, Candidate
 from benchmarks.speed.opening import built_file
@@ -102,11 +100,3 @@ class Builds:
             for worker in self._workers:
                 worker.kill()
         self._pool.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -134,8 +134,8 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         rounds=whole_number("--rounds", given["rounds"], 1000, faults) or Plan.rounds,
         seconds=_seconds("--seconds", given["seconds"], faults) or Plan.seconds,
         longest=_seconds("--longest", given["longest"], faults) or Plan.longest,
+        longest_build=_seconds("--longest-build", given["longest_build"], faults),
     )
-    longest_build = _seconds("--longest-build", given["longest_build"], faults)
     files = 0 if given["files"] == "0" else whole_number("--files", given["files"], 100_000, faults)
     threads = whole_number("--threads", given["threads"], 1024, faults)
     if faults:
@@ -150,7 +150,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> Options:
         images=given["images"],
     )
     files = Options.files if files is None else files
-    return Options(asked, Path(given["out"]), candidates, plan, given["device"], threads, files, longest_build)
+    return Options(asked, Path(given["out"]), candidates, plan, given["device"], threads, files)
 
 
 def _candidates(text: str | None, device: str, faults: list[str]) -> tuple[Candidate, ...]:

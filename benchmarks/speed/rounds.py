@@ -21,6 +21,7 @@ class Plan:
     rounds    how often every candidate is visited at every size
     seconds   how long a visit lasts at least, after `calls` calls
     longest   batches expected to take more seconds than this are left out
+    longest_build   seconds after which building a candidate is given up; None: never
     """
 
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -28,6 +29,7 @@ class Plan:
     seconds: float = 1.0
     calls: int = 3
     longest: float = 20.0
+    longest_build: float | None = None
 
 
 @dataclass

@@ -98,7 +98,7 @@ def conditions(
         "seconds_per_visit": plan.seconds,
         "calls_per_visit": plan.calls,
         "longest": plan.longest,
-        "longest_build": None,
+        "longest_build": plan.longest_build,
         "files": files,
         "rounds_done": 0,
         "complete": False,

@@ -98,6 +98,10 @@ def _qformer(config: Config, contexts: Sequence[tuple[int, int]]) -> int:
     return total
 
 
+_Found = Counter[tuple[int, int, int, bool]]
+"""How often a product of [rows, inner] and [inner, columns] is there, the right side a stored weight or not."""
+
+
 def stored_products(graph: InferenceGraph) -> list[Product]:
     """Return a graph's products with a stored weight for one image, equal ones together; it is run once for that."""
     found = _Found()
@@ -117,10 +121,6 @@ def stored_products(graph: InferenceGraph) -> list[Product]:
         for hook in hooks:
             hook.remove()
     return _together(found)
-
-
-_Found = Counter[tuple[int, int, int, bool]]
-"""How often a product of [rows, inner] and [inner, columns] is there, the right side a stored weight or not."""
 
 
 def products_of(path: Path, batch: int = 1) -> list[Product]:

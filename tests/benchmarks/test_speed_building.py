@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -81,7 +82,7 @@ def builds(folder: Path, longest: float | None = None) -> Builds:
 
 def test_packages_are_built_beside_and_plans_alone(builders: list[Builder], tmp_path: Path) -> None:
     said: list[str] = []
-    with builds(tmp_path) as running:
+    with closing(builds(tmp_path)) as running:
         running.start([AOT, EAGER, PLAN], said.append)
         assert said == ["building tensorrt-fp16", "building aotinductor-fp16, beside what follows"]
         assert running.seconds(EAGER) is None
@@ -94,7 +95,7 @@ def test_packages_are_built_beside_and_plans_alone(builders: list[Builder], tmp_
 
 
 def test_what_takes_too_long_is_given_up(builders: list[Builder], tmp_path: Path) -> None:
-    with builds(tmp_path, longest=0.05) as running:
+    with closing(builds(tmp_path, longest=0.05)) as running:
         running.start([AOT], lambda step: None)
         with pytest.raises(WorkerError, match=r"^building it would take more than 0.05 s$"):
             running.seconds(AOT)
@@ -102,7 +103,7 @@ def test_what_takes_too_long_is_given_up(builders: list[Builder], tmp_path: Path
 
 
 def test_an_end_for_another_reason_is_told_as_it_is(builders: list[Builder], tmp_path: Path) -> None:
-    with builds(tmp_path, longest=50) as running:
+    with closing(builds(tmp_path, longest=50)) as running:
         running.start([AOT], lambda step: None)
         started(AOT).kill()
         with pytest.raises(WorkerError, match="signal 9"):
@@ -111,7 +112,7 @@ def test_an_end_for_another_reason_is_told_as_it_is(builders: list[Builder], tmp
 
 def test_nothing_goes_on_when_the_run_ends(builders: list[Builder], tmp_path: Path) -> None:
     running = builds(tmp_path)
-    with running:
+    with closing(running):
         running.start([AOT], lambda step: None)
         assert running.running()
         process = started(AOT)
@@ -199,7 +200,7 @@ def test_what_is_being_built_is_opened_last_and_compilers_work_beside(
     asked: list[str] = []
     workers: Any = Scored(reference, asked, builders, fails=fails)
     missing: list[dict[str, Any]] = []
-    with builds(tmp_path) as running:
+    with closing(builds(tmp_path)) as running:
         candidates = [AOT, KNOWN["onnxruntime-fp16"], EAGER, KNOWN["torch-compile-fp16"]]
         running.start(candidates, lambda step: None)
         assert started(AOT)
@@ -230,7 +231,7 @@ def test_what_could_not_be_built_is_listed(
     missing: list[dict[str, Any]] = []
     options = Options(Asked(), tmp_path, (), device="cuda:0")
     subject = Subject(Asked(), {}, 8, 4, 2, 2, 1, (), {})
-    with builds(tmp_path, longest=0.05) as running:
+    with closing(builds(tmp_path, longest=0.05)) as running:
         running.start([AOT], lambda step: None)
         workers: Any = SimpleNamespace(end=lambda name: None)
         assert bench._judged(options, [AOT], subject, running, workers, missing, lambda step: None) == {}

@@ -264,7 +264,7 @@ def test_bench_gpu_measures_what_is_given_in_place_of_its_own(tmp_path: Path) ->
     assert gpu_options().asked == Asked(config="brats", random_weights=0)
     assert gpu_options().plan.batches == (1, 8, 32, 64)
     assert [one.name for one in gpu_options().candidates][:2] == ["torch-plain", "torch-fp16"]
-    assert gpu_options().longest_build == 240
+    assert gpu_options().plan.longest_build == 240
     assert [one.name for one in gpu_options("--against", "torch-fp16").candidates] == ["torch-plain", "torch-fp16"]
     for words in (("--device", "cpu"), ("--device=cpu",)):
         assert gpu_options(*words).candidates == CANDIDATES, "on a processor, what can run is measured"

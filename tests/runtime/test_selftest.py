@@ -283,3 +283,21 @@ def test_cards_are_a_part_of_the_memory_on_a_gpu(tmp_path: Path, monkeypatch: py
     here = verdicts.environment_of("a", "b", contract, Runner("onnxruntime", "1", "cpu", 4), 16)
     assert there["cards"] == ["NVIDIA H100", "NVIDIA 580.1"]
     assert (there["threads"], here["threads"], here["cards"]) == (None, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:11:59 UTC 2025",
+            "NVIDIA UNIX x86_64 Kernel Module 580.65.06 Sun Jul 27 07:11:59 UTC 2025",
+        ),
+        ("a line of another kind", "a line of another kind"),
+    ],
+)
+def test_a_record_keeps_all_of_the_drivers_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, kept: str
+) -> None:
+    monkeypatch.setattr(verdicts, "_NVIDIA", tmp_path)
+    (tmp_path / "version").write_text(f"{line}\nGCC\n")
+    assert verdicts.hardware()["cards"] == [kept]
