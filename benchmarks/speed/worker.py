@@ -8,11 +8,13 @@
     {"do": "memory"}                                                        -> {"host": ..., "device": ...}, in bytes
     {"do": "transfer", "batch": 8, "maps": true}                            -> seconds to a GPU and back, or null
 
-An answer has "error" where something failed. Whatever libraries print goes to stderr.
+An answer has "error" where something failed. Whatever libraries print goes to stderr, and where the process is when a
+signal ends it, such as a segmentation fault of a library.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -146,6 +148,7 @@ def main() -> None:
     """Serve on stdin and stdout; what libraries print on stdout joins stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    faulthandler.enable()
     serve(Path(sys.argv[1]), sys.stdin, answers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,20 @@ def test_a_process_that_dies_is_told_and_replaced(measured: Path) -> None:
         workers.end(candidate.name)
         assert len(workers.of(candidate).ask("time", batch=1, seconds=0.0, calls=2, settle=False)["seconds"]) == 2
         assert len(workers.openings[candidate.name]) == 2  # every fresh start is kept
+    finally:
+        workers.close()
+
+
+def test_the_log_says_where_a_process_was_when_a_library_crashed(measured: Path) -> None:
+    workers = Workers(measured / "model", measured / "logs", "cpu", 1, 4, 4)
+    try:
+        worker = workers.of(KNOWN["onnxruntime"])
+        worker._process.send_signal(signal.SIGSEGV)
+        with pytest.raises(WorkerError, match=r"its process ended with signal 11; see onnxruntime\.log"):
+            worker.ask("time", batch=1, seconds=0.0, calls=1, settle=False)
+        log = worker.log.read_text(encoding="utf-8")
+        assert "Fatal Python error: Segmentation fault" in log
+        assert 'worker.py", line' in log
     finally:
         workers.close()
 
