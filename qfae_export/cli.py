@@ -15,6 +15,7 @@ from rich.console import Console
 from qfae_export.errors import ExportError
 from qfae_export.options import DEFAULT_MAX_BATCH, MOST_PARITY_IMAGES, PARTS, REFERENCE, Options
 from qfae_export.verify_cli import verify_command
+from qfae_export.wide import print_wide
 from qfae_runtime import __version__
 from qfae_runtime.command_line import (
     CONTEXT,
@@ -221,7 +222,7 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     for (engine_name, backend), report in exported.others.items():
         _show_other(engine_name, backend, report, console)
     if exported.bisected is not None:
-        console.print(exported.bisected.table())
+        print_wide(console, exported.bisected.table())
     if exported.reports:
         _show_images(exported, options, console)
     elif options.random_weights is not None:
@@ -249,7 +250,7 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
 
 def _show_other(engine: str, backend: str, report: ParityReport, console: Console) -> None:
     console.print(f"{engine} in {backend}:")
-    console.print(report.table())
+    print_wide(console, report.table())
     if report:
         console.print(f"{backend}: keeps its contract ({report.contract.name}) and is certified", soft_wrap=True)
         return
@@ -290,9 +291,9 @@ def _show_images(exported: Exported, options: Options, console: Console) -> None
 
 
 def _show_report(report: ParityReport, console: Console) -> None:
-    console.print(report.table())
+    print_wide(console, report.table())
     if len(report.links) > 1:
-        console.print(report.chain())
+        print_wide(console, report.chain())
 
 
 def _places(text: str | None, faults: list[str]) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from qfae_export.options import MOST_PARITY_IMAGES, faults_of_count
+from qfae_export.wide import print_wide
 from qfae_runtime.command_line import CONTEXT, ended_in_order, fail, unexpected, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
@@ -60,7 +61,7 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
         raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:
         fail(PROGRAM, error)
-    out.print(report.table())
+    print_wide(out, report.table())
     out.print(f"measured on: {report.images.origin}", soft_wrap=True, markup=False)
     if (untold := report.untold()) is not None:
         out.print(untold, soft_wrap=True, markup=False)
