@@ -157,12 +157,12 @@ def _session_options(threads: int | None) -> Any:
 
 def _options_of(provider: str, image_size: int, max_batch: int) -> dict[str, str]:
     if provider == _CUDA:
-        # HEURISTIC and EXHAUSTIVE choose an algorithm anew in every process, by a time measured there.
-        return {"device_id": "0", "use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+        # HEURISTIC and EXHAUSTIVE choose an algorithm anew in every process, by a time measured there. The first GPU is
+        # taken anyway, and where it is named (device_id), 1.31 warns on stderr of a plugin that is not there.
+        return {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
     if provider == _TENSORRT:
         square = f"{image_size}x{image_size}x3"
         return {
-            "device_id": "0",
             "trt_fp16_enable": "0",
             "trt_int8_enable": "0",
             # Else it compiles the file again for each batch size that it has not seen.
