@@ -72,7 +72,7 @@ def _scores(
     scores: list[float] = []
     unreadable: list[str] = []
     files: set[str] = set()
-    pipeline = Pipeline(Scorer(opened.engine, opened.manifest, options.batch_size), maps=False, reading=options.reading)
+    pipeline = Pipeline(Scorer.of(opened, options.batch_size), maps=False, reading=options.reading)
     counts = Counts(total=len(found.images))
     jobs = (Job(path, found.source_of(path)) for path in found.images)
     with closing(pipeline.run(jobs)) as outcomes:
