@@ -17,13 +17,15 @@ _MOST_WAITING = 4  # times the batch size
 
 
 class Start(NamedTuple):
-    """The border between two groups of a run: `rows` and `groups` with images before it.
+    """The border between two groups of a run: the rows before it, the images among them, and the golden ones.
 
-    The scores of the first `trusted` rows were confirmed by a golden image after them.
+    The scores of the first `trusted` rows were confirmed by a golden image that rode with them or after them. Golden
+    images are counted that took a place of others.
     """
 
     rows: int = 0
-    groups: int = 0
+    images: int = 0
+    canaries: int = 0
     trusted: int = 0
 
 
@@ -41,17 +43,16 @@ class Grouping:
     def __init__(self, size: int, *, canaries: bool, start: Start = BEGIN) -> None:
         self.at = start
         self._size, self._canaries = size, canaries
-        self._every = -(-(IMAGES_PER_CANARY + 1) // size)
         self._pictures = self._images = 0
 
     @property
     def turn(self) -> int:
         """The number of the golden image that rides in this group, from 1; 0: none does.
 
-        Every so many groups; the first time is left out, so that the one of the last batch fits into the 1 % too.
+        With it and the one of the last batch, there are no more than 1 % of the images.
         """
-        turn, left = divmod(self.at.groups + 1, self._every)
-        return turn - 1 if self._canaries and not left else 0
+        turn = self.at.canaries + 1
+        return turn if self._canaries and self.at.images >= IMAGES_PER_CANARY * (turn + 1) else 0
 
     def is_full_for(self, image: bool) -> bool:
         """Say whether the group must be closed before a picture; one place is kept for a golden image."""
@@ -65,9 +66,9 @@ class Grouping:
 
     def close(self) -> Start:
         """Begin the next group and return where that is."""
-        rows, groups, trusted = self.at
-        end = rows + self._pictures
-        self.at = Start(end, groups + (self._images > 0), end if self.turn and self._images else trusted)
+        rows, images, canaries, trusted = self.at
+        end, rode = rows + self._pictures, bool(self.turn and self._images)
+        self.at = Start(end, images + self._images, canaries + rode, end if rode else trusted)
         self._pictures = self._images = 0
         return self.at
 

@@ -408,4 +408,15 @@ def _is_same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-__all__ = ["Counts", "Options", "Progress", "Summary", "check_batch_size", "execute", "find_inputs", "open_asked"]
+__all__ = [
+    "Counts",
+    "Options",
+    "Progress",
+    "Say",
+    "Summary",
+    "check_batch_size",
+    "execute",
+    "find_inputs",
+    "open_asked",
+    "other_batch_size",
+]

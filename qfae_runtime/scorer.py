@@ -89,8 +89,7 @@ class Scorer:
         self.batch_size = min(chosen_batch(batch_size, engine.batches), engine.max_batch)
         self.batches_run: Counter[int] = Counter()
         self.canaries_read = 0
-        self._batches = Start()  # of score_batch
-        self._since_canary = 0
+        self._batches = BEGIN  # what score_batch has done
 
     @classmethod
     def of(cls, opened: OpenedEngine, batch_size: int | None = None) -> Self:
@@ -156,17 +155,14 @@ class Scorer:
         """
         if not 1 <= len(images) <= self.batch_size:
             raise EngineError(f"score_batch: got {len(images)} images, expected 1..{self.batch_size}; score takes any")
-        self._since_canary += len(images)
-        due = self.canary is not None and self._since_canary > IMAGES_PER_CANARY
-        rows, groups, trusted = self._batches
+        rows, _, canaries, trusted = self._batches
+        due = self.canary is not None and rows >= IMAGES_PER_CANARY * (canaries + 1)
         end = rows + len(images)
         results: list[Scored] = []
-        turn = groups + 1 if due else 0
-        for call in self._of_group([(image, None) for image in images], turn, groups, end):
+        for call in self._of_group([(image, None) for image in images], canaries + 1 if due else 0, end):
             results += self._read(call, self._run(call, maps), maps, trusted)
-        if due:
-            self._since_canary = 0
-        self._batches = Start(end, groups + due, end if due else trusted)
+            trusted = call.end if call.numbers else trusted
+        self._batches = Start(end, end, canaries + due, trusted)
         return results
 
     def _calls(self, pictures: Iterable[tuple[UInt8 | None, Tag]], start: Start) -> Iterator[_Call[Tag]]:
@@ -177,14 +173,14 @@ class Scorer:
 
         def closed(*, last: bool = False) -> Iterator[_Call[Tag]]:
             nonlocal waiting, unread
-            groups, images = grouping.at.groups, _has_images(waiting)
+            images = _has_images(waiting)
             unread = unread or images
             turn = int(unread) if last else grouping.turn if images else 0
             if self.canary is None:
                 turn = 0
             unread = unread and not turn
             group, waiting, end = waiting, [], grouping.close().rows
-            yield from self._of_group(group, turn, groups, end)
+            yield from self._of_group(group, turn, end)
 
         for image, tag in pictures:
             if grouping.is_full_for(image is not None):
@@ -195,13 +191,11 @@ class Scorer:
         if waiting or unread:
             yield from closed(last=True)
 
-    def _of_group(
-        self, pictures: list[tuple[UInt8 | None, Tag]], turn: int, groups: int, end: int
-    ) -> Iterator[_Call[Tag]]:
+    def _of_group(self, pictures: list[tuple[UInt8 | None, Tag]], turn: int, end: int) -> Iterator[_Call[Tag]]:
         """Compose the calls for the pictures of one group, which ends at row `end` of the run.
 
         The golden image of a `turn` rides along, the highest-scoring first; 0: none, and any in what would be black.
-        Its place goes round with the groups, so that each place of a batch is seen.
+        Its place goes round with the turns, so that each place of a batch is seen.
         """
         images = sum(image is not None for image, _ in pictures)
         parts = portions(
@@ -222,9 +216,9 @@ class Scorer:
             if number == len(parts) - 1:
                 taken += rest
             row += len(taken)
-            first = turn - 1 if turn else groups
+            first = turn - 1 if turn else end
             numbers = self.canary.numbers(first, part.canaries) if self.canary is not None else []
-            place = (turn if turn > 1 else groups) % (part.images + 1)
+            place = (turn if turn > 1 else end) % (part.images + 1)
             yield _Call(taken, numbers, place, row)
 
     def _called(
