@@ -105,7 +105,8 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
     with open_asked(options) as opened:
         check_batch_size(options, opened)
         clock.lap("opening")
-        verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
+        force = options.selftest or _went_wrong(options)
+        verdict = self_test(opened, batch_size=options.batch_size, force=force)
         clock.lap("self_test")
         try:
             run = _Run(options, given, opened, verdict, found, clock)
@@ -391,6 +392,11 @@ def _as_begun(options: Options) -> Options:
     if backend not in BACKENDS or device not in DEVICES:
         return options
     return replace(options, backend=backend, device=device)
+
+
+def _went_wrong(options: Options) -> bool:
+    """Say whether the run to resume ended because its engine went wrong: a self-test from before that says nothing."""
+    return options.resume and ResultsFolder(options.out).read_run().get("untrusted_from_row") is not None
 
 
 def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:

@@ -19,7 +19,6 @@ from qfae_export.parity import (
     ParityError,
     ParityReport,
     accepted,
-    batch_sizes,
     golden_of,
     link,
     measure,
@@ -315,11 +314,6 @@ def test_images_that_hardly_differ_are_said_to(images: ParityImages, reference: 
         with pytest.raises(ParityError) as caught:
             accepted(report, "tiny.onnx", "onnxruntime")
         assert ("these images' scores hardly differ (interquartile range " in str(caught.value)) is told
-
-
-@pytest.mark.parametrize(("largest", "sizes"), [(1, (1,)), (2, (1, 2)), (3, (1, 3)), (4, (1, 3, 4)), (32, (1, 3, 32))])
-def test_batch_sizes(largest: int, sizes: tuple[int, ...]) -> None:
-    assert batch_sizes(largest) == sizes
 
 
 def test_golden_images_span_the_scores() -> None:

@@ -304,7 +304,12 @@ def plan_canary() -> Canary:
 def watched(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda images: (sizes.append(len(images)), submit(images))[1])
+
+    def submitting(images: UInt8) -> None:
+        sizes.append(len(images))
+        submit(images)
+
+    monkeypatch.setattr(engine, "submit", submitting)
     return sizes
 
 

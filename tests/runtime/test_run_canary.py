@@ -143,6 +143,8 @@ def test_an_engine_that_goes_wrong_ends_the_run(
     after = record_of(out)
     assert (after["status"], after["untrusted_from_row"]) == ("done", None)
     assert [part["status"] for part in after["parts"]] == ["failed", "done"]
+    # Both were tested: that the engine had passed before it went wrong says nothing.
+    assert [part["self_test"] for part in after["parts"]] == ["passed before", "passed"]
     assert after["canaries"] == sum(part["canaries"] for part in after["parts"])
 
 
