@@ -27,7 +27,7 @@ def engine_scores(engine: Path, folder: Path) -> Metrics:
     pixels, scores = PixelMetrics(), []
     with open_engine(engine) as opened:
         self_test(opened)
-        pipeline = Pipeline(Scorer(opened.engine, opened.manifest), truth=True)
+        pipeline = Pipeline(Scorer.of(opened), truth=True)
         for outcome in pipeline.run(jobs):
             if outcome.scored is None or outcome.scored.anomaly_map is None:
                 raise QfaeError(

@@ -16,6 +16,7 @@ from qfae_export.onnx_file import OPSETS, PIXELS_NAME, tensor_names
 from qfae_export.precision import Precision
 from qfae_runtime import __version__
 from qfae_runtime.engines.base import INPUT_NAME
+from qfae_runtime.engines.batches import sizes_up_to
 from qfae_runtime.manifest import CertificateEntry, FileEntry, Manifest, TensorSpec
 from qfae_runtime.preprocess import probe
 from qfae_train.checkpoint import Checkpoint, portable_config
@@ -46,7 +47,7 @@ def manifest_of(
     return Manifest(
         name=name,
         preprocess=spec,
-        max_batch=max_batch,
+        batch_sizes=sizes_up_to(max_batch),
         files=files,
         inputs=tuple(_tensor(one, spec.image_size) for one in inputs),
         outputs=tuple(_tensor(one, spec.image_size) for one in outputs),

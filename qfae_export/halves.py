@@ -17,6 +17,7 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.onnx_file import PIXELS_NAME, tensor_names
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import INPUT_NAME, Scores, check_images
+from qfae_runtime.engines.batches import run_split, sizes_up_to
 
 
 class CompletedHalf:
@@ -27,12 +28,16 @@ class CompletedHalf:
 
     def __init__(self, path: Path, part: str, other: InferenceGraph, image_size: int, max_batch: int) -> None:
         self.image_size, self.max_batch, self.version = image_size, max_batch, str(ort.__version__)
+        self.batches = sizes_up_to(max_batch)
         self._part, self._other = part, other
         self._session: Any = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
         """Score uint8 (B, S, S, 3); see Engine.run. The maps are always fetched."""
         check_images(images, self.image_size, self.max_batch)
+        return run_split(self.batches, images, self._run)
+
+    def _run(self, images: UInt8) -> Scores:
         given = torch.from_numpy(images)
         names = tensor_names(self._part)[1]
         if self._part == "reconstruction":

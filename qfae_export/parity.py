@@ -9,7 +9,7 @@ Letters: N images, B images in a batch, S pixels per side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,9 +33,8 @@ from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.float32 import whole_float32
 
 _REFERENCE_BATCH = 8
-_ODD_BATCH = 3
 
-# At batch 1 and the odd batch, a few of the images tell whether the batch size matters; at the largest batch all are
+# At the smaller batches, a few of the images tell whether the batch size matters; at the largest batch all are
 # measured. All images at every size would take three times as long and say nothing more.
 _SINGLES = 2
 
@@ -191,15 +190,6 @@ def link(
     return Link(source, target, len(reference.score), precision, values, not contract.failures(agreement))
 
 
-def batch_sizes(max_batch: int, own: Iterable[int] = ()) -> tuple[int, ...]:
-    """Return the batch sizes to measure: one image, an odd number, the largest, and the engine's own.
-
-    A plan has kernels of its own for each of its sizes, and one of them may be wrong.
-    """
-    odd = _ODD_BATCH if max_batch > _ODD_BATCH else 1
-    return tuple(sorted({1, odd, max_batch, *(size for size in own if size <= max_batch)}))
-
-
 @whole_float32()
 def pytorch_scores(
     scorer: Callable[[torch.Tensor], Sequence[torch.Tensor]], images: UInt8, device: str = "cpu"
@@ -248,7 +238,7 @@ def scale_of(images: ParityImages, reference: Scores, threshold: float | None = 
 def measure(
     engine: Engine, images: ParityImages, reference: Scores, contract: Contract, scale: Scale | None = None
 ) -> ParityReport:
-    """Run all images at the engine's largest batch, some at batch 1, an odd batch and every size it has kernels for.
+    """Run all images at the engine's largest batch, and some at every other size that its backend is called with.
 
     Where there are fewer images than the largest batch takes, it is filled with the same ones again.
 
@@ -257,7 +247,7 @@ def measure(
 
     """
     scale = scale or scale_of(images, reference)
-    *smaller, largest = batch_sizes(engine.max_batch, getattr(engine, "batches", ()))
+    *smaller, largest = engine.batches
     count = len(images)
     # Every further round begins one image later: no place of the batch has the same image as another one round away.
     every = [(number + number // count) % count for number in range(max(count, largest))]
@@ -266,7 +256,7 @@ def measure(
     labels = [images.labels[number] for number in every]
     rows = [Measured(largest, count, measure_agreement(reference.of(every), whole, labels, scale))]
     for size in smaller:
-        some = spread(count, _SINGLES if size == 1 else size)
+        some = [number % count for number in spread(max(count, size), _SINGLES if size == 1 else size)]
         got = run_in_batches(engine, images.pixels[some], size)
         agreement = measure_agreement(reference.of(some), got, (), scale)
         rows.append(Measured(size, len(some), _placed(agreement, some)))
@@ -277,6 +267,7 @@ def measure(
 
 def run_in_batches(engine: Engine, images: UInt8, size: int) -> Scores:
     """Return the engine's outputs on uint8 (N, S, S, 3), `size` images at a time; the last batch may be smaller."""
+    size = min(size, engine.max_batch)  # a plan's largest size may be more than it is given: it fills up
     return Scores.joined(engine.run(images[start : start + size]) for start in range(0, len(images), size))
 
 

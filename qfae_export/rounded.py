@@ -16,6 +16,7 @@ from qfae_export.parity import pytorch_scores
 from qfae_export.precision import Precision
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.engines.batches import run_split, sizes_up_to
 
 
 class RoundedEngine:
@@ -24,12 +25,12 @@ class RoundedEngine:
     backend, device, version = "pytorch", "cpu", torch.__version__
 
     def __init__(self, graph: InferenceGraph, precision: Precision, max_batch: int) -> None:
-        self.image_size, self.max_batch = graph.image_size, max_batch
+        self.image_size, self.max_batch, self.batches = graph.image_size, max_batch, sizes_up_to(max_batch)
         self._graph = graph.emulated(precision)
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
         """Score uint8 (B, S, S, 3); see Engine.run. The maps are always computed."""
-        return pytorch_scores(self._graph, images)
+        return run_split(self.batches, images, lambda part: pytorch_scores(self._graph, part))
 
     def close(self) -> None:
         """Free nothing: the graph goes with the engine."""

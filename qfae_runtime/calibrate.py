@@ -16,7 +16,7 @@ from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.errors import CalibrationError, OutputError, cure_of_writing
 from qfae_runtime.layout import UNGOOD, Scan, label_of
 from qfae_runtime.pipeline import Job, Pipeline
-from qfae_runtime.run import Counts, Options, Progress, check_batch_size, find_inputs, open_asked
+from qfae_runtime.run import Counts, Options, Progress, Say, check_batch_size, find_inputs, open_asked, other_batch_size
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
@@ -33,13 +33,18 @@ class Calibrated:
     unreadable: tuple[str, ...]
 
 
-def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None) -> Calibrated:
+def calibrate(
+    options: Options, fpr: float, progress: Progress = lambda _: None, say: Say = lambda _: None
+) -> Calibrated:
     """Find the threshold that at most a share `fpr` of normal images exceed, and write it.
 
     Of `options` count the images (all normal), the engine and how it is run, `calibration` (where it is written; None:
     beside the engine) and `overwrite`.
 
+    `say` is told in one line of a batch size that is not the one asked for.
+
     Raises:
+        CanaryError: the engine went wrong while it scored.
         CalibrationError: the images are too few for that rate, or not all of them are normal.
         OutputError: a calibration is there already, or cannot be written.
         QfaeError: an input or the engine cannot be used, see find_inputs, open_engine and self_test.
@@ -53,7 +58,10 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
     with open_asked(options) as opened:
         check_batch_size(options, opened)
         verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
-        scores, unreadable, files = _scores(opened, options, found, progress)
+        scorer = Scorer.of(opened, options.batch_size)
+        if (line := other_batch_size(options, scorer)) is not None:
+            say(line)
+        scores, unreadable, files = _scores(scorer, options, found, progress)
         if len(scores) < conformal.least_images(fpr):
             raise _too_few(len(scores), len(unreadable), fpr)
         calibration = _calibration(opened, options, scores, files, len(unreadable), fpr)
@@ -66,13 +74,13 @@ def calibrate(options: Options, fpr: float, progress: Progress = lambda _: None)
 
 
 def _scores(
-    opened: OpenedEngine, options: Options, found: Scan, progress: Callable[[Counts], None]
+    scorer: Scorer, options: Options, found: Scan, progress: Callable[[Counts], None]
 ) -> tuple[list[float], list[str], int]:
     """Return the scores of all normal images, a reason for each that could not be scored, and the files scored."""
     scores: list[float] = []
     unreadable: list[str] = []
     files: set[str] = set()
-    pipeline = Pipeline(Scorer(opened.engine, opened.manifest, options.batch_size), maps=False, reading=options.reading)
+    pipeline = Pipeline(scorer, maps=False, reading=options.reading)
     counts = Counts(total=len(found.images))
     jobs = (Job(path, found.source_of(path)) for path in found.images)
     with closing(pipeline.run(jobs)) as outcomes:

@@ -62,7 +62,7 @@ def calibrate_command(images: tuple[str, ...], quiet: bool, as_json: bool, **giv
     try:
         options, fpr = parse_options(images, given)
         with ended_in_order(), Reporter(sys.stderr, quiet=quiet) as reporter:
-            done = calibrate(options, fpr, reporter.update)
+            done = calibrate(options, fpr, reporter.update, lambda line: reporter.say(f"{PROGRAM}: {line}"))
     except KeyboardInterrupt:
         click.echo(f"{PROGRAM}: interrupted; nothing was written", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None

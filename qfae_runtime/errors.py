@@ -6,6 +6,7 @@
     ├── ManifestError    exit 1   a manifest is missing, damaged, or does not describe the files beside it
     ├── EngineError      exit 1   an engine cannot be opened or was handed what it does not take
     ├── SelfTestError    exit 1   an engine does not reproduce its golden outputs on this machine
+    ├── CanaryError      exit 1   a golden image that rode in a run did not give its outputs: the engine went wrong
     ├── CalibrationError exit 1   a threshold cannot be found, or does not belong to the engine
     ├── OutputError      exit 1   the output folder cannot be used as asked
     └── RunInterruptedError  exit 130  the user stopped the run; what was written is whole
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 SOME_INPUTS_FAILED = 3
 """Exit code of a command that did its work, but for some inputs that could not be scored."""
 LONGEST_REASON = 500
+_CURE_OF_CANARY = ", and repeat the self-test: this machine does not compute as it did"
 INTERRUPTED = 130
 """Exit code of a command that the user or the system stopped."""
 
@@ -63,6 +65,21 @@ class EngineError(QfaeError):
 
 class SelfTestError(QfaeError):
     """An engine does not reproduce its golden outputs on this machine."""
+
+
+class CanaryError(QfaeError):
+    """A golden image that rode in a batch did not give PyTorch's outputs; `reason` says how.
+
+    `first` is the number, from 1, of the first image (in a run: row) whose score is not to be trusted.
+    """
+
+    def __init__(self, reason: str, first: int, of: str = "image", where: str = "", cure: str = "") -> None:
+        self.reason = reason
+        self.first = first
+        super().__init__(
+            f"canary: a golden image in a batch no longer gives PyTorch's outputs ({reason}); do not trust the scores "
+            f"from {of} {first}{where} on{cure or _CURE_OF_CANARY}"
+        )
 
 
 class CalibrationError(QfaeError):

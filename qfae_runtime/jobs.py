@@ -41,9 +41,9 @@ class Jobs:
         saved = Place(self._maps, map_name(source), source) if self._maps is not None else None
         return Job(path, source, self._label(path), drawn, saved)
 
-    def from_number(self, first: int, again: int = 0) -> Iterator[Job]:
-        """Yield the jobs from number `first` on; before them the first `again` ones, of which nothing is drawn."""
-        for number in range(again):
+    def from_number(self, first: int, again: int) -> Iterator[Job]:
+        """Yield the jobs from number `again` on; of those before number `first`, nothing is drawn."""
+        for number in range(again, first):
             path = self._found.images[number]
             yield Job(path, self._sources[number], self._label(path))
         for number in range(first, len(self)):

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -31,11 +31,12 @@ __all__ = [
     "sha256_of",
 ]
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 ROLES = ("engine", "weights", "golden")
 FORMATS = ("onnx", "plan", "rtx-plan")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MAX_BATCH = 4096
+MOST_BATCH_SIZES = 32
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
@@ -69,14 +70,15 @@ class TensorSpec:
 class Manifest:
     """Everything `NAME.json` says. `certificate` is empty for an engine that nobody measured.
 
-    `files` maps plain file names (same folder) to their entries; a model may have several engines.
+    `batch_sizes` are the only sizes that its ONNX engines are run with, ascending from 1; a plan has those it was built
+    for. `files` maps plain file names (same folder) to their entries; a model may have several engines.
     `probe` is the exporter's preprocess.probe. `precision` says by engine file what is computed in which type; it and
     `provenance` are free-form JSON objects of finite numbers, strings and the like.
     """
 
     name: str
     preprocess: PreprocessSpec
-    max_batch: int
+    batch_sizes: tuple[int, ...]
     files: dict[str, FileEntry]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -91,13 +93,18 @@ class Manifest:
         """S, in pixels."""
         return self.preprocess.image_size
 
+    @property
+    def max_batch(self) -> int:
+        """Most images that one batch may hold."""
+        return self.batch_sizes[-1]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "image_size": self.image_size,
-            "max_batch": self.max_batch,
+            "batch_sizes": list(self.batch_sizes),
             "files": {name: dataclasses.asdict(entry) for name, entry in self.files.items()},
             "golden": self.golden,
             "inputs": [dataclasses.asdict(tensor) for tensor in self.inputs],
@@ -131,7 +138,7 @@ class Manifest:
             name=_plain_name(fields.text("name"), where),
             preprocess=spec,
             probe=prepared,
-            max_batch=fields.whole("max_batch", 1, MAX_BATCH),
+            batch_sizes=_read_batch_sizes(fields),
             files=files,
             inputs=_read_tensors(fields.array("inputs"), where, "inputs"),
             outputs=_read_tensors(fields.array("outputs"), where, "outputs"),
@@ -212,20 +219,30 @@ class Manifest:
         entry, weights = self.files.get(engine), self.files.get(engine + WEIGHTS_SUFFIX)
         return None if entry is None else joined(entry.sha256, weights.sha256 if weights is not None else None)
 
-    def certified(self, engine: str, backend: str, device: str, gpu: str | None = None) -> CertificateEntry | None:
+    def certified(
+        self,
+        engine: str,
+        backend: str,
+        device: str,
+        gpu: str | None = None,
+        batches: Collection[int] | None = None,
+    ) -> CertificateEntry | None:
         """Return the passed certificate for these very bytes on a backend, device and card, if there is one.
 
-        `gpu` None: on any card.
+        `gpu` None: on any card. `batches` are the sizes that the engine will be run with, each of which must have been
+        measured; None: those of this manifest, and for a plan, whose own are known once it is open, any.
         """
         entry = self.files.get(engine)
         if entry is None:
             return None
+        if batches is None:
+            batches = self.batch_sizes if entry.format == "onnx" else ()
         bound_to = (self.engine_sha256(engine), owed(entry.precision or "fp32", backend))
         for one in self.certificate:
             same = (one.engine, one.backend, one.device) == (engine, backend, device)
             same = same and gpu in (None, one.gpu)
             mine = (one.engine_sha256, one.contract.name) == bound_to
-            if same and mine and one.passed and max(one.batches) >= self.max_batch:
+            if same and mine and one.passed and set(batches) <= set(one.batches):
                 return one
         return None
 
@@ -287,6 +304,16 @@ def _check_schema_version(stored: dict[str, Any], where: str) -> None:
             f"{where}: schema_version is {version}, this qfae reads {SCHEMA_VERSION}; "
             f"install a qfae that reads schema_version {version} (pip install --upgrade qfae)"
         )
+
+
+def _read_batch_sizes(fields: Fields) -> tuple[int, ...]:
+    sizes = fields.array("batch_sizes")
+    whole = all(type(size) is int and 1 <= size <= MAX_BATCH for size in sizes)
+    if not whole or not 1 <= len(sizes) <= MOST_BATCH_SIZES or sizes[0] != 1 or sizes != sorted(set(sizes)):
+        raise fields.fault(
+            "batch_sizes", f"1 to {MOST_BATCH_SIZES} whole numbers in 1..{MAX_BATCH}, ascending, the first of them 1"
+        )
+    return tuple(sizes)
 
 
 def _plain_name(name: str, where: str) -> str:

@@ -19,6 +19,9 @@ class Part:
     ended      None while it runs; of a killed one, the last that is known of it
     seconds    by stage, as in run.json; of a killed one the total alone
     rows       the rows of scores.jsonl that it wrote
+    batches    how often it ran the engine in batches of each size; of a killed one nothing is known
+    canaries   the golden images that rode in them and were compared; of a killed one nothing is known
+    untrusted_from_row  where one of them was wrong: the first row, from 1, whose score is not to be trusted
     self_test  the verdict's status
     machine    where it is not the one of the first start: platform and hardware
     """
@@ -30,6 +33,9 @@ class Part:
     seconds: dict[str, float] = field(default_factory=dict)
     rows: int = 0
     machine: dict[str, Any] | None = None
+    batches: dict[str, int] = field(default_factory=dict)
+    canaries: int = 0
+    untrusted_from_row: int | None = None
 
 
 def earlier_parts(stored: dict[str, Any], rows: int, last_seen: float) -> tuple[Part, ...]:
@@ -64,13 +70,17 @@ def _ended(part: Part, last_seen: float) -> Part:
 
 
 def told(parts: Sequence[Part]) -> dict[str, Any]:
-    """Return what run.json says of them: how the last one stands, the first's start, the seconds of all, and each."""
+    """Return what run.json says of them: how the last one stands, the first's start, the sums of all, and each."""
     steps = dict.fromkeys(step for part in parts for step in part.seconds if step != TOTAL)
     seconds = {step: sum(part.seconds.get(step, 0.0) for part in parts) for step in (*steps, TOTAL)}
+    sizes = sorted({size for part in parts for size in part.batches}, key=int, reverse=True)
     return {
         "status": parts[-1].status,
+        "untrusted_from_row": parts[-1].untrusted_from_row,
         "started": parts[0].started,
         "seconds": {step: round(value, 6) for step, value in seconds.items()},
+        "batches": {size: sum(part.batches.get(size, 0) for part in parts) for size in sizes},
+        "canaries": sum(part.canaries for part in parts),
         "parts": [asdict(part) for part in parts],
     }
 

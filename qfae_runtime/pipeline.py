@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.batching import BEGIN, Start
 from qfae_runtime.calibration import Decider
 from qfae_runtime.errors import InputError
 from qfae_runtime.geometry import Geometry
@@ -35,7 +37,6 @@ from qfae_runtime.writers.maps import save_map
 from qfae_runtime.writers.places import Place
 from qfae_runtime.writers.records import OK, Row, error_row, scored_row
 
-_MOST_WAITING = 4  # times the batch size
 FRAMES_AT_ONCE = 16
 """So many frames of one file are decoded before they are scored, while as many more are being decoded."""
 
@@ -96,11 +97,14 @@ class Pipeline:
     workers: int = min(4, os.cpu_count() or 1)
     seconds: Seconds = field(default_factory=Seconds)
 
-    def run(self, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
+    def run(self, jobs: Iterable[Job], start: Start = BEGIN, skip: int = 0) -> Generator[Outcome, None, None]:
         """Yield one outcome per picture, in the order of the jobs, after its heat map and map have been written.
+
+        `start` is where in a run the jobs begin; their first `skip` pictures are passed over.
 
         Raises:
             EngineError: the backend failed.
+            CanaryError: the engine went wrong meanwhile.
             OSError: a heat map or map cannot be written.
             OutputError: a link would lead one out of the results folder.
 
@@ -112,7 +116,7 @@ class Pipeline:
             # Closed before the pool is shut down, which would wait for what they have under way.
             with (
                 closing(self._decoded(decoding, jobs, depth + self.workers)) as decoded,
-                closing(self._score(decoded)) as scored,
+                closing(self._score(decoded, start, skip)) as scored,
             ):
                 if self.maps:
                     yield from in_order(drawing, self._draw, scored, depth, at_once=True)
@@ -130,42 +134,22 @@ class Pipeline:
             else:
                 yield from in_pieces(pool, pictures_of(job, how), FRAMES_AT_ONCE)
 
-    def _score(self, decoded: Iterator[list[Picture]]) -> Generator[Outcome, None, None]:
-        groups = (
-            ([picture.prepared.image for picture in group if picture.prepared is not None], group)
-            for group in self._groups(decoded)
-        )
+    def _score(self, decoded: Iterator[list[Picture]], start: Start, skip: int) -> Generator[Outcome, None, None]:
+        pictures = islice((picture for group in decoded for picture in group), skip, None)
+        given = ((picture.prepared.image if picture.prepared is not None else None, picture) for picture in pictures)
+        engine = partial(self.seconds.measured, "engine")
         # closing(): batches under way are waited for, so that the engine can be used again.
-        with closing(self.scorer.score_batches(groups, self.maps, partial(self.seconds.measured, "engine"))) as scored:
-            for results, group in scored:
-                yield from self._outcomes(group, results)
+        with closing(self.scorer.score_pictures(given, self.maps, engine, start)) as scored:
+            for result, picture in scored:
+                yield self._outcome(picture, result)
 
-    def _groups(self, decoded: Iterator[list[Picture]]) -> Iterator[list[Picture]]:
-        # Errors wait with the pictures around them, so that rows keep the order of the files.
-        waiting: list[Picture] = []
-        good = 0
-        for pictures in decoded:
-            for picture in pictures:
-                waiting.append(picture)
-                good += picture.prepared is not None
-                # A row is not kept back for long behind damaged files, of which there may be any number.
-                if good in (self.scorer.batch_size, 0) or len(waiting) >= _MOST_WAITING * self.scorer.batch_size:
-                    yield waiting
-                    waiting, good = [], 0
-        if waiting:
-            yield waiting
-
-    def _outcomes(self, pictures: list[Picture], results: list[Scored]) -> Iterator[Outcome]:
-        remaining = iter(results)
-        for picture in pictures:
-            job = picture.job
-            if picture.prepared is None:
-                reason = picture.error or "cannot be read"
-                yield Outcome(error_row(job.source, picture.frame, reason, job.label, picture.applied), picture, None)
-                continue
-            scored = next(remaining)
-            row = scored_row(job.source, picture.frame, scored.score, self.decider, job.label, picture.applied)
-            yield Outcome(row, picture, scored if row.status == OK else None)
+    def _outcome(self, picture: Picture, scored: Scored | None) -> Outcome:
+        job = picture.job
+        if scored is None:
+            reason = picture.error or "cannot be read"
+            return Outcome(error_row(job.source, picture.frame, reason, job.label, picture.applied), picture, None)
+        row = scored_row(job.source, picture.frame, scored.score, self.decider, job.label, picture.applied)
+        return Outcome(row, picture, scored if row.status == OK else None)
 
     def _draw(self, outcome: Outcome) -> Outcome:
         row, picture, scored = outcome

@@ -19,6 +19,7 @@ from qfae_runtime.layout import Scan
 from qfae_runtime.options import Options
 from qfae_runtime.parts import DONE, TOTAL, Part, earlier_parts, now, told
 from qfae_runtime.pseudonyms import Pseudonyms
+from qfae_runtime.scorer import Scorer
 from qfae_runtime.verdicts import Verdict, hardware
 from qfae_runtime.workers import Seconds
 from qfae_runtime.writers.heatmap import ColourScale
@@ -171,10 +172,26 @@ class Ledger:
         """Return run.json at the beginning of this start."""
         return {**self.base, **told((*self.earlier, self.part))}
 
-    def ended(self, status: str, counts: dict[str, int], seconds: dict[str, float]) -> dict[str, Any]:
+    def ended(
+        self,
+        status: str,
+        counts: dict[str, int],
+        seconds: dict[str, float],
+        scorer: Scorer,
+        untrusted_from_row: int | None = None,
+    ) -> dict[str, Any]:
         """Return run.json at the end of this start; `counts` are those of run.json."""
         ended = now()
-        part = replace(self.part, status=status, ended=ended, seconds=seconds, rows=counts["rows"] - self.rows)
+        part = replace(
+            self.part,
+            status=status,
+            ended=ended,
+            seconds=seconds,
+            rows=counts["rows"] - self.rows,
+            batches={str(size): scorer.batches_run[size] for size in sorted(scorer.batches_run, reverse=True)},
+            canaries=scorer.canaries_read,
+            untrusted_from_row=untrusted_from_row,
+        )
         finished = {"finished": ended} if status == DONE else {}
         return {**self.base, **told((*self.earlier, part)), **finished, "counts": counts}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Any
 
 from qfae_runtime.calibration import Calibration, Decider, path_beside
 from qfae_runtime.calibration import load as load_calibration
+from qfae_runtime.canary import golden_of
 from qfae_runtime.engines import BACKENDS, DEVICES, OpenedEngine, open_engine
-from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
-from qfae_runtime.golden import golden_bytes, load_golden
+from qfae_runtime.errors import CanaryError, OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.inputs import Inputs
 from qfae_runtime.jobs import Jobs
 from qfae_runtime.labels import read_labels
@@ -23,6 +23,7 @@ from qfae_runtime.parts import DONE, FAILED, INTERRUPTED
 from qfae_runtime.pipeline import Outcome, Pipeline
 from qfae_runtime.pseudonyms import Pseudonyms
 from qfae_runtime.record import Clock, Ledger, Subject, changes, fingerprint_of, ledger_of
+from qfae_runtime.resuming import restart_of
 from qfae_runtime.scorer import Scorer
 from qfae_runtime.selftest import self_test
 from qfae_runtime.verdicts import Verdict
@@ -104,7 +105,8 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
     with open_asked(options) as opened:
         check_batch_size(options, opened)
         clock.lap("opening")
-        verdict = self_test(opened, batch_size=options.batch_size, force=options.selftest)
+        force = options.selftest or _went_wrong(options)
+        verdict = self_test(opened, batch_size=options.batch_size, force=force)
         clock.lap("self_test")
         try:
             run = _Run(options, given, opened, verdict, found, clock)
@@ -141,6 +143,14 @@ def check_batch_size(options: Options, opened: OpenedEngine) -> None:
         raise UsageError(f"--batch-size: got {options.batch_size}, this engine takes 1..{most}")
 
 
+def other_batch_size(options: Options, scorer: Scorer) -> str | None:
+    """Say in one line which batch size is used in place of the one asked for, where that was not measured."""
+    if options.batch_size in (None, scorer.batch_size):
+        return None
+    used = scorer.batch_size
+    return f"--batch-size {options.batch_size}: runs in batches of {used}, the largest size up to it that was measured"
+
+
 def find_inputs(images: Sequence[Path], listed: Sequence[Path] = (), out: Path | None = None) -> Scan:
     """List the images below the paths given; the output folder is not searched. Paths `listed` need not be there.
 
@@ -172,12 +182,10 @@ class _Run:
     ) -> None:
         self.options, self.opened, self.verdict, self.found, self.clock = options, opened, verdict, found, clock
         self.folder = ResultsFolder(options.out)
-        self.scorer = Scorer(opened.engine, opened.manifest, options.batch_size)
+        self.scorer = Scorer.of(opened, options.batch_size)
         self.names = Pseudonyms.from_file(options.deidentify) if options.deidentify else None
         self.sources = [self._named(found.source_of(path)) for path in found.images]
-        content = golden_bytes(opened)
-        golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size) if content else None
-        self.scale = ColourScale.of(golden)
+        self.scale = ColourScale.of(golden_of(opened))
         self.calibration = _calibration(options, opened)
         self.spent = Seconds()
         self.subject = Subject(
@@ -207,6 +215,8 @@ class _Run:
             return Summary(folder, counts, self.clock.total, folder.read_metrics(), self.verdict, nothing_left=True)
         if self.opened.choice is not None:
             say(self.opened.choice.sentence())
+        if (line := other_batch_size(self.options, self.scorer)) is not None:
+            say(line)
         try:
             folder.write_json(folder.run, ledger.record())
             if not counts.rows or not folder.inputs.is_file():
@@ -223,6 +233,15 @@ class _Run:
                 f"stopped: {counts.done} of {counts.total} files have whole rows in {folder.jsonl}; "
                 "go on with the same command and --resume"
             ) from None
+        except CanaryError as error:
+            self._stopped(ledger, FAILED, counts, error.first)
+            raise CanaryError(
+                error.reason,
+                error.first,
+                of="row",
+                where=f" of {folder.jsonl}",
+                cure="; the rows before it stand, and --resume takes back the others and scores them again",
+            ) from None
         except BaseException:
             self._stopped(ledger, FAILED, counts)
             raise
@@ -238,7 +257,7 @@ class _Run:
         if options.resume:
             if begun := folder.begun():
                 folder.refuse_another_run(changes(begun, fingerprint, inputs, folder.inputs))
-            before = folder.finished_sources(self.sources)
+            before = folder.finished_sources(self.sources, stored.get("untrusted_from_row"))
         done = before.files
         counts = Counts(total=len(self.jobs), resumed=done, done=done, rows=before.rows)
         if done:
@@ -260,7 +279,7 @@ class _Run:
         if metrics is not None:
             folder.write_json(folder.metrics, metrics)
         self.clock.lap("results")
-        record = ledger.ended(DONE, counts.to_dict(), self.clock.seconds(self.spent))
+        record = ledger.ended(DONE, counts.to_dict(), self.clock.seconds(self.spent), self.scorer)
         write_report(
             folder,
             record,
@@ -270,16 +289,17 @@ class _Run:
             self.scale,
         )
         self.clock.lap("results")
-        folder.write_json(folder.run, ledger.ended(DONE, counts.to_dict(), self.clock.seconds(self.spent)))
+        record = ledger.ended(DONE, counts.to_dict(), self.clock.seconds(self.spent), self.scorer)
+        folder.write_json(folder.run, record)
         return metrics
 
-    def _stopped(self, ledger: Ledger, status: str, counts: Counts) -> None:
+    def _stopped(self, ledger: Ledger, status: str, counts: Counts, untrusted_from_row: int | None = None) -> None:
         """Put into run.json how this start ended, if that can be written: what ended it is told in any case."""
         self.clock.lap(next((step for step in _STEPS if step not in self.clock.laps), _STEPS[-1]))
         with suppress(OSError):
-            self.folder.write_json(
-                self.folder.run, ledger.ended(status, counts.to_dict(), self.clock.seconds(self.spent))
-            )
+            seconds = self.clock.seconds(self.spent)
+            record = ledger.ended(status, counts.to_dict(), seconds, self.scorer, untrusted_from_row)
+            self.folder.write_json(self.folder.run, record)
 
     def _jobs(self) -> Jobs:
         shown = self.names.of if self.names is not None else repr
@@ -308,12 +328,17 @@ class _Run:
         return replace(row, error=self.names.scrub(row.error, outcome.picture.job.path, row.source))
 
     def _score(self, counts: Counts, truth: _Truth | None, progress: Progress) -> None:
-        """Score and write the files after the resumed ones, whose maps are made again if `truth` must count them.
+        """Score and write the files after the resumed ones, in the batches of an uninterrupted run.
 
-        All of those are, in the batches of an uninterrupted run: the last digits of a map depend on its batch.
+        Of the resumed ones, those are scored again that share a batch with others; and all if `truth` must count their
+        maps.
         """
         finished = counts.resumed
-        again = finished if truth is not None else 0
+        restart = restart_of(self._rows(), self.scorer.batch_size, canaries=self.scorer.canary is not None)
+        if truth is not None:
+            restart = restart.from_the_first()
+        elif finished == len(self.jobs):
+            return
         pipeline = Pipeline(
             self.scorer,
             maps=self.options.maps,
@@ -326,10 +351,12 @@ class _Run:
         rows = RowWriter(self.folder.jsonl)
         try:
             # closing(): an interruption ends the pipeline's threads before anything else is written.
-            with closing(pipeline.run(self.jobs.from_number(finished, again))) as outcomes:
-                files = 0
+            jobs = self.jobs.from_number(finished, restart.file)
+            with closing(pipeline.run(jobs, restart.start, restart.skip)) as outcomes:
+                files = restart.file
                 for outcome in outcomes:
-                    if files >= again:
+                    new = files >= finished
+                    if new:
                         with self.spent.measured("writing"):
                             rows.write(self._row(outcome))
                         counts.rows += 1
@@ -338,9 +365,14 @@ class _Run:
                     files += outcome.picture.last
                     if truth is not None:
                         truth.count(outcome)
-                    progress(counts)
+                    if new or truth is not None:
+                        progress(counts)
         finally:
             rows.close()
+
+    def _rows(self) -> Iterator[Row]:
+        """Yield the rows that are there already."""
+        return read_rows(self.folder.jsonl) if self.folder.jsonl.exists() else iter(())
 
     def _wants_pixels(self) -> bool:
         return self.options.maps and self.jobs.labelled()
@@ -362,6 +394,11 @@ def _as_begun(options: Options) -> Options:
     return replace(options, backend=backend, device=device)
 
 
+def _went_wrong(options: Options) -> bool:
+    """Say whether the run to resume ended because its engine went wrong: a self-test from before that says nothing."""
+    return options.resume and ResultsFolder(options.out).read_run().get("untrusted_from_row") is not None
+
+
 def _calibration(options: Options, opened: OpenedEngine) -> Calibration | None:
     """Return the calibration that was named, or else the one beside the engine, if there is one."""
     path = options.calibration or path_beside(opened.path)
@@ -377,4 +414,15 @@ def _is_same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-__all__ = ["Counts", "Options", "Progress", "Summary", "check_batch_size", "execute", "find_inputs", "open_asked"]
+__all__ = [
+    "Counts",
+    "Options",
+    "Progress",
+    "Say",
+    "Summary",
+    "check_batch_size",
+    "execute",
+    "find_inputs",
+    "open_asked",
+    "other_batch_size",
+]

@@ -23,13 +23,12 @@ from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Scale, measure_agr
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, Contract, owed
 from qfae_runtime.engines.base import Engine, Scores
+from qfae_runtime.engines.batches import chosen_batch
 from qfae_runtime.engines.files import EngineFile
 from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import SelfTestError
 from qfae_runtime.golden import Golden, load_golden, read_golden
-from qfae_runtime.manifest import Manifest
 from qfae_runtime.preprocess import probe
-from qfae_runtime.scorer import chosen_batch
 from qfae_runtime.verdicts import FAILED, PASSED, Runner, Verdict, environment_of, recall, remember
 
 _SHOWN_FAILURES = 6
@@ -78,7 +77,7 @@ def self_test(
     content = read_golden(opened.manifest, opened.directory, certified=opened.certificate is not None)
     if content is None:
         return Verdict("skipped", "the manifest names no golden file", 0, 0.0, False)
-    batch = _batch_of(batch_size, opened.manifest, opened.engine.max_batch)
+    batch = chosen_batch(batch_size, opened.engine.batches)
     golden_sha256 = hashlib.sha256(content).hexdigest()
     environment = environment_of(opened.sha256, golden_sha256, contract, Runner.of(opened), batch)
     if not force and (just_now := _just_now(opened, batch)) is not None:
@@ -120,13 +119,9 @@ def verdict_before(
     """
     content = read_golden(file.manifest, file.path.parent, certified=True)
     contract = contract_for(certificate)
-    batch = _batch_of(batch_size, file.manifest, file.manifest.max_batch)
+    batch = chosen_batch(batch_size, file.manifest.batch_sizes)
     golden_sha256 = hashlib.sha256(content or b"").hexdigest()
     return recall(environment_of(file.sha256, golden_sha256, contract, runner, batch))
-
-
-def _batch_of(batch_size: int | None, manifest: Manifest, max_batch: int) -> int:
-    return min(chosen_batch(batch_size, manifest.max_batch), max_batch)
 
 
 def contract_for(certificate: CertificateEntry | None, precision: str = "fp32") -> Contract:

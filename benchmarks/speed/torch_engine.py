@@ -40,6 +40,7 @@ class TorchEngine:
     ) -> None:
         """Take a module that is on the device; `allocates`: through PyTorch's allocator alone."""
         self.image_size, self.max_batch, self.device = image_size, MAX_BATCH, device
+        self.batches = tuple(range(1, MAX_BATCH + 1))  # PyTorch takes a batch as it comes
         self._counted = allocates and device != "cpu"
         self._module: Callable[[Tensor], Any] | None = module
 

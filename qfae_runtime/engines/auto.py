@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.engines.backends import lacking, load, runners_of, version_of
+from qfae_runtime.engines.batches import chosen_batch
 from qfae_runtime.engines.files import EngineFile
 from qfae_runtime.engines.opened import Candidate, Choice, OpenedEngine
 from qfae_runtime.errors import EngineError, SelfTestError
-from qfae_runtime.scorer import chosen_batch
 from qfae_runtime.selftest import self_test, verdict_before
 from qfae_runtime.verdicts import PASSED, Runner, Verdict
 
@@ -39,7 +39,7 @@ def choose(file: EngineFile, device: str, threads: int | None, batch_size: int |
     if not fit:
         return None
     best = max(fit, key=lambda one: one.images_per_second or 0.0)
-    batch = chosen_batch(batch_size, file.manifest.max_batch)
+    batch = chosen_batch(batch_size, file.manifest.batch_sizes)
     others = tuple(_slower(one, best) for one in candidates)
     verdict = tested.get((best.backend, best.device))
     return Choice(best.backend, best.device, _why(best, fit, batch), others, verdict)

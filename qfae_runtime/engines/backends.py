@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -159,7 +160,7 @@ def load(file: EngineFile, backend: str, device: str, threads: int | None) -> En
     """
     size, most = file.manifest.image_size, file.manifest.max_batch
     if file.format == "onnx":
-        return load_onnx(file.model, size, most, backend, device, threads)
+        return load_onnx(file.model, size, most, backend, device, threads, batches=file.manifest.batch_sizes)
     from qfae_runtime.engines.tensorrt import TensorRtEngine
 
     plan = file.model if isinstance(file.model, bytes) else Path(file.model).read_bytes()
@@ -173,8 +174,10 @@ def load_onnx(
     backend: str,
     device: str = "cpu",
     threads: int | None = None,
+    *,
+    batches: Sequence[int] | None = None,
 ) -> Engine:
-    """Load an ONNX file, or its bytes, that needs no manifest.
+    """Load an ONNX file, or its bytes, that needs no manifest; `batches` None: powers of two, and `max_batch`.
 
     Raises:
         EngineError: the backend is missing, or cannot load the file.
@@ -184,12 +187,12 @@ def load_onnx(
     if backend.startswith("openvino"):
         from qfae_runtime.engines.openvino import OpenVinoEngine
 
-        return OpenVinoEngine(model, image_size, max_batch, threads, backend=backend)
+        return OpenVinoEngine(model, image_size, max_batch, threads, backend=backend, batches=batches)
     if find_spec("onnxruntime") is None:
         raise EngineError("ONNX Runtime is not installed; install it with: pip install onnxruntime")
     from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(model, image_size, max_batch, threads, backend=backend, device=device)
+    return OnnxRuntimeEngine(model, image_size, max_batch, threads, backend=backend, device=device, batches=batches)
 
 
 def measuring(engine: Path, backend: str, device: str) -> str:

@@ -87,6 +87,14 @@ class Engine(Protocol):
         ...
 
     @property
+    def batches(self) -> tuple[int, ...]:
+        """The only batch sizes that the backend is called with, ascending.
+
+        `run` takes any number of images up to `max_batch`: engines.batches says how it is brought to these sizes.
+        """
+        ...
+
+    @property
     def backend(self) -> str:
         """What executes it and how, as certificates name it, e.g. "openvino-bf16"."""
         ...

@@ -27,7 +27,7 @@ from qfae_runtime.engines.base import (
     check_signature,
     one_line,
 )
-from qfae_runtime.engines.batches import cut_back, filled_up, next_size, sizes_up_to
+from qfae_runtime.engines.batches import cut_back, filled_up, fills_up, next_size, run_split, sizes_up_to
 from qfae_runtime.errors import EngineError
 
 # From 1.32 on, ONNX Runtime gives the machine an identity in ~/.cache/Microsoft and keeps usage events there as soon
@@ -57,8 +57,7 @@ class OnnxRuntimeEngine:
     """An ONNX file or its bytes, run by ONNX Runtime. Needs no manifest; keeps to Engine.
 
     `model` as bytes cannot refer to external data; `threads` bounds the compute threads (None: all cores). `batches`
-    are the sizes that a batch is filled up to, ascending, the last of them `max_batch`; None: on a GPU powers of two
-    up to it, on a CPU none, and a batch runs as it comes.
+    are the only sizes that ONNX Runtime is called with, from 1 to `max_batch`, ascending; None: powers of two, and it.
 
     Raises:
         EngineError: the provider is not installed or falls back to the CPU, ONNX Runtime cannot load the model, or its
@@ -79,7 +78,7 @@ class OnnxRuntimeEngine:
     ) -> None:
         self.backend, self.device, self.version = backend, device, VERSION
         self.image_size, self.max_batch = image_size, max_batch
-        self.batches = tuple(batches if batches is not None else () if device == "cpu" else sizes_up_to(max_batch))
+        self.batches = tuple(sizes_up_to(max_batch) if batches is None else batches)
         what = "the engine" if isinstance(model, bytes) else str(model)
         providers = _PROVIDERS[backend, device]
         if not has_provider(backend, device):
@@ -115,19 +114,24 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise EngineError("the engine is closed; open it again to score with it")
         check_images(images, self.image_size, self.max_batch)
-        batch = filled_up(images, next_size(self.batches, len(images))) if self.batches else images
+        if fills_up(self.device):
+            batch = filled_up(images, next_size(self.batches, len(images)))
+            return cut_back(self._run(batch, maps), len(images))
+        return run_split(self.batches, images, lambda part: self._run(part, maps))
+
+    def _run(self, batch: UInt8, maps: bool) -> Scores:
         names = list(OUTPUT_NAMES if maps else OUTPUT_NAMES[:1])
         try:
             outputs = self._session.run(names, {INPUT_NAME: np.ascontiguousarray(batch)})
         except Exception as error:
             raise EngineError(
-                f"ONNX Runtime {self.version} failed on a batch of {len(images)}: {one_line(error)}; "
+                f"ONNX Runtime {self.version} failed on a batch of {len(batch)}: {one_line(error)}; "
                 "try a smaller --batch-size"
             ) from None
         if not maps:
             size = self.image_size
             outputs += [np.empty((0, size, size), np.float32), np.empty((0, size, size, 3), np.uint8)]
-        return cut_back(Scores(*outputs), len(images))
+        return Scores(*outputs)
 
     def close(self) -> None:
         """Free the session."""

@@ -8,7 +8,7 @@ from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.engines.auto import choose
 from qfae_runtime.engines.backends import BACKENDS, DEVICES, load, measuring, reference_of, runner
-from qfae_runtime.engines.base import card_of
+from qfae_runtime.engines.base import Engine, card_of
 from qfae_runtime.engines.files import EngineFile, check_engine_file
 from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import EngineError, UsageError
@@ -50,15 +50,11 @@ def open_engine(
     if certificate is None and not allow_uncertified:
         raise EngineError(_uncertified(file, chosen, device))
     engine = load(file, chosen, device, threads)
-    card = card_of(engine)
-    if certificate is not None and card is not None:
-        elsewhere, certificate = certificate, file.manifest.certified(file.path.name, chosen, device, card)
+    if certificate is not None:
+        fault, certificate = _fitting(file, engine, certificate)
         if certificate is None and not allow_uncertified:
             engine.close()
-            raise EngineError(
-                f"{file.path}: certified on {elsewhere.gpu}, but this card is {card}, which computes with other "
-                f"kernels; measure it here: {measuring(file.path, chosen, device)}"
-            )
+            raise EngineError(fault)
     return OpenedEngine(engine, file.manifest, file.path, file.sha256, certificate, choice, threads)
 
 
@@ -92,12 +88,32 @@ def _uncertified(file: EngineFile, backend: str, device: str) -> str:
     if (failed := manifest.broken(path.name, backend, device)) is not None:
         broken = _broken(failed)
         return f"{path}: its comparison with PyTorch failed on {backend}, {device}{broken}; name another backend"
-    largest = max(max(one.batches) for one in same)
-    if largest < manifest.max_batch:
-        return (
-            f"{path}: certified for batches of up to {largest}, but {manifest_name} allows {manifest.max_batch}; {cure}"
-        )
+    if (some := manifest.certified(path.name, backend, device, batches=())) is not None:
+        return _not_measured(file, some, manifest.batch_sizes)
     return f"{path}: the certificate in {manifest_name} was issued for other bytes than this file's; {cure}"
+
+
+def _fitting(file: EngineFile, engine: Engine, certificate: CertificateEntry) -> tuple[str, CertificateEntry | None]:
+    """Return the certificate for this card and these batch sizes, now that both are known; or a fault and None."""
+    card, name = card_of(engine), file.path.name
+    backend, device = certificate.backend, certificate.device
+    if (fitting := file.manifest.certified(name, backend, device, card, engine.batches)) is not None:
+        return "", fitting
+    if (here := file.manifest.certified(name, backend, device, card, ())) is not None:
+        return _not_measured(file, here, engine.batches), None
+    return (
+        f"{file.path}: certified on {certificate.gpu}, but this card is {card}, which computes with other "
+        f"kernels; measure it here: {measuring(file.path, backend, device)}"
+    ), None
+
+
+def _not_measured(file: EngineFile, certificate: CertificateEntry, batches: tuple[int, ...]) -> str:
+    missing = ", ".join(str(size) for size in batches if size not in certificate.batches)
+    measured = ", ".join(str(size) for size in certificate.batches)
+    return (
+        f"{file.path}: runs in batches of {missing} too, but it was measured in batches of {measured} only; "
+        f"measure all: {measuring(file.path, certificate.backend, certificate.device)}"
+    )
 
 
 def _broken(entry: CertificateEntry) -> str:

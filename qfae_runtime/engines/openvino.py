@@ -10,7 +10,7 @@ each would hold a copy of the weights.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, check_images, check_signature, one_line
+from qfae_runtime.engines.batches import run_split, sizes_up_to
 from qfae_runtime.errors import EngineError
 
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
@@ -92,7 +93,8 @@ class OpenVinoEngine:
     """An ONNX file or its bytes, run by OpenVINO on the CPU. Needs no manifest; keeps to Engine.
 
     `model` as bytes must not refer to external data: OpenVINO would look for it in the working directory. `backend` is
-    one of PRECISIONS; `threads` bounds the compute threads (None: all cores).
+    one of PRECISIONS; `threads` bounds the compute threads (None: all cores). `batches` are the only sizes that
+    OpenVINO is called with, from 1 to `max_batch`, ascending; None: powers of two, and it.
 
     Raises:
         EngineError: OpenVINO is not installed or cannot load the model, the processor has no BF16, the model computes
@@ -110,10 +112,12 @@ class OpenVinoEngine:
         threads: int | None = None,
         *,
         backend: str = "openvino",
+        batches: Sequence[int] | None = None,
     ) -> None:
         library = import_library()
         self.backend, self.version = backend, version()
         self.image_size, self.max_batch = image_size, max_batch
+        self.batches = tuple(sizes_up_to(max_batch) if batches is None else batches)
         what = "the engine" if isinstance(model, bytes) else str(model)
         if backend == "openvino-bf16" and not has_bf16():
             raise EngineError(
@@ -147,6 +151,9 @@ class OpenVinoEngine:
         if self._request is None:
             raise EngineError("the engine is closed; open it again to score with it")
         check_images(images, self.image_size, self.max_batch)
+        return run_split(self.batches, images, lambda part: self._run(part, maps))
+
+    def _run(self, images: UInt8, maps: bool) -> Scores:
         try:
             # Not copied on the way in: it is read only until this returns.
             self._request.infer({INPUT_NAME: np.ascontiguousarray(images)}, share_inputs=True, share_outputs=True)

@@ -133,8 +133,10 @@ class ResultsFolder:
                 times.append(path.stat().st_mtime)
         return max(times)
 
-    def finished_sources(self, sources: Sequence[str]) -> Finished:
+    def finished_sources(self, sources: Sequence[str], untrusted_from_row: object = None) -> Finished:
         """Return how far an interrupted run of these files came; an unfinished last row is dropped.
+
+        So are the rows from number `untrusted_from_row` on, counted from 1, if that is a number.
 
         So are the rows of its last file where they are numbered by frames: nothing tells whether they are all of them,
         unless the run came to its end.
@@ -146,6 +148,8 @@ class ResultsFolder:
         if not self.jsonl.exists():
             return Finished()
         drop_torn_line(self.jsonl)
+        if isinstance(untrusted_from_row, int) and untrusted_from_row > 0:
+            keep_rows(self.jsonl, untrusted_from_row - 1)
         done, rows, rows_before_last = 0, 0, 0
         last: Row | None = None
         for row in read_rows(self.jsonl):

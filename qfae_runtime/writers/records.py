@@ -23,6 +23,7 @@ from qfae_runtime.writers.whole import whole_file
 
 OK = "ok"
 ERROR = "error"
+_NOT_FINITE = "the engine returned a score that is not finite"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def scored_row(
 ) -> Row:
     """Make the row of a scored picture; a score that is not finite makes it an error row."""
     if not math.isfinite(score):
-        reason = f"the engine returned a score that is not finite ({score}); report the image and the engine"
+        reason = f"{_NOT_FINITE} ({score}); report the image and the engine"
         return error_row(source, frame, reason, label, applied)
     exact = float(format(float(score), ".9g"))
     if decider is None:
@@ -73,6 +74,11 @@ def scored_row(
 def error_row(source: str, frame: int | None, reason: str, label: str | None, applied: str | None = None) -> Row:
     """Make the row of a picture that could not be scored."""
     return Row(source, frame, None, None, None, None, ERROR, reason, label, applied)
+
+
+def has_image(row: Row) -> bool:
+    """Say whether the engine ran a row's picture: all but those that could not be read or prepared."""
+    return row.status == OK or (row.error or "").startswith(_NOT_FINITE)
 
 
 class RowWriter:

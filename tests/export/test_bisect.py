@@ -123,7 +123,7 @@ def test_writes_the_engine_it_found_and_measures_it_at_every_batch_size(tmp_path
     found = case.bisect()
     assert found.files == (case.path,)
     assert found.report
-    assert found.report.batches == (1, 3, 6)
+    assert found.report.batches == (1, 2, 4, 6)
     with open_engine(case.path) as engine:
         again = measure(engine, case.failed.images, case.reference, CONTRACTS["fp16"])
     assert again.worst.values == found.after.values
@@ -196,7 +196,7 @@ class _Broken:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.image_size, self.max_batch, self.version = engine.image_size, engine.max_batch, engine.version
-        self.backend, self.device = engine.backend, engine.device
+        self.backend, self.device, self.batches = engine.backend, engine.device, engine.batches
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
         scores = self._engine.run(images, maps)

@@ -129,7 +129,7 @@ class Runs:
 
     def __init__(self, onnx: Path, image_size: int, max_batch: int, spoilt: float) -> None:
         self._engine = OnnxRuntimeEngine(onnx, image_size, max_batch, threads=1)
-        self.image_size, self.max_batch = image_size, max_batch
+        self.image_size, self.max_batch, self.batches = image_size, max_batch, self._engine.batches
         self._spoilt = np.float32(spoilt)
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:

@@ -44,6 +44,7 @@ class Torch:
     """PyTorch as an engine. Keeps to Engine."""
 
     max_batch, backend, device, version = BATCH, "torch", "cpu", torch.__version__
+    batches = (1, 3, BATCH)
 
     def __init__(self, answer: Answer, image_size: int) -> None:
         self.image_size = image_size

@@ -31,7 +31,7 @@ class Slowed:
     """The toy engine under another backend's name, slower by so many seconds an image; its scores may be shifted."""
 
     def __init__(self, engine: Engine, backend: str, seconds: float, shift: float) -> None:
-        self.image_size, self.max_batch = engine.image_size, engine.max_batch
+        self.image_size, self.max_batch, self.batches = engine.image_size, engine.max_batch, engine.batches
         self.device, self.version, self.backend = "cpu", "1.0", backend
         self._engine, self._seconds, self._shift = engine, seconds, shift
 

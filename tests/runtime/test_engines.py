@@ -146,12 +146,35 @@ def test_failed_or_foreign_certificates_do_not_count(engine_path: Path) -> None:
         open_engine(engine_path)
 
 
-def test_a_certificate_of_smaller_batches_does_not_count(engine_path: Path) -> None:
+@pytest.mark.parametrize(("measured", "missing"), [([1, 7], "2, 4, 8, 16, 32"), ([1, 2, 4, 8, 32, 64], "16")])
+def test_a_certificate_that_lacks_a_size_of_batch_does_not_count(
+    engine_path: Path, measured: list[int], missing: str
+) -> None:
     stored = json.loads(engine_path.with_suffix(".json").read_text())
-    stored["certificate"][0]["batches"] = [1, 7]
+    stored["certificate"][0]["batches"] = measured
     engine_path.with_suffix(".json").write_text(json.dumps(stored))
-    with pytest.raises(EngineError, match=r"certified for batches of up to 7, but tiny\.json allows 32"):
+    with pytest.raises(EngineError) as caught:
         open_engine(engine_path)
+    assert str(caught.value) == (
+        f"{engine_path}: runs in batches of {missing} too, but it was measured in batches of "
+        f"{', '.join(map(str, measured))} only; measure all: "
+        f"qfae-export verify --engine {engine_path} --ckpt NAME.pt --backend onnxruntime --record"
+    )
+    with open_engine(engine_path, allow_uncertified=True) as opened:
+        assert opened.certificate is None
+
+
+def test_an_engine_runs_the_sizes_that_its_manifest_lists(engine_path: Path) -> None:
+    stored = json.loads(engine_path.with_suffix(".json").read_text())
+    stored["certificate"][0]["batches"] = [1, 3, 32]
+    edit_manifest(engine_path, batch_sizes=[1, 3, 32], certificate=stored["certificate"])
+    with open_engine(engine_path) as opened:
+        assert (opened.engine.batches, opened.engine.max_batch) == ((1, 3, 32), 32)
+        scorer = Scorer(opened.engine, opened.manifest, 8)
+        images = [Prepared(image, Geometry.whole(SIZE, SIZE, SIZE)) for image in golden_images(8)]
+        assert len(list(scorer.score(images))) == 8
+    assert scorer.batch_size == 3  # the largest that is not above 8
+    assert dict(scorer.batches_run) == {3: 2, 1: 2}
 
 
 def test_unknown_backend_and_device_are_told_together(engine_path: Path) -> None:

@@ -23,6 +23,8 @@ LINK: dict[str, Any] = {
     "passed": False,
 }
 
+SIZES_EXPECTED = "expected 1 to 32 whole numbers in 1..4096, ascending, the first of them 1"
+
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -70,13 +72,23 @@ def drop(*keys: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (put("schema_version", value=6), "schema_version is 6, this qfae reads 5; install a qfae that reads"),
-        (put("schema_version", value=4), "schema_version is 4, this qfae reads 5; export the engine again, or use"),
-        (put("schema_version", value="5"), "key 'schema_version': expected a whole number in 5..5, got '5'"),
+        (put("schema_version", value=7), "schema_version is 7, this qfae reads 6; install a qfae that reads"),
+        (put("schema_version", value=5), "schema_version is 5, this qfae reads 6; export the engine again, or use"),
+        (put("schema_version", value="6"), "key 'schema_version': expected a whole number in 6..6, got '6'"),
         (drop("schema_version"), "key 'schema_version' is missing"),
         (drop("files"), "key 'files' is missing"),
-        (put("max_batch", value=0), "key 'max_batch': expected a whole number in 1..4096, got 0"),
-        (put("max_batch", value=True), "key 'max_batch': expected a whole number"),
+        (put("batch_sizes", value=[]), f"key 'batch_sizes': {SIZES_EXPECTED}, got []"),
+        (put("batch_sizes", value=32), "key 'batch_sizes': expected a list, got 32"),
+        (put("batch_sizes", value=[0, 1]), f"key 'batch_sizes': {SIZES_EXPECTED}, got [0, 1]"),
+        (put("batch_sizes", value=[True, 2]), f"key 'batch_sizes': {SIZES_EXPECTED}, got [True, 2]"),
+        (put("batch_sizes", value=[1, 2.0]), f"key 'batch_sizes': {SIZES_EXPECTED}, got [1, 2.0]"),
+        (put("batch_sizes", value=[2, 4]), f"key 'batch_sizes': {SIZES_EXPECTED}, got [2, 4]"),
+        (put("batch_sizes", value=[1, 4, 2]), f"key 'batch_sizes': {SIZES_EXPECTED}, got [1, 4, 2]"),
+        (put("batch_sizes", value=[1, 2, 2]), f"key 'batch_sizes': {SIZES_EXPECTED}, got [1, 2, 2]"),
+        (put("batch_sizes", value=[1, 4097]), f"key 'batch_sizes': {SIZES_EXPECTED}, got [1, 4097]"),
+        (put("batch_sizes", value=list(range(1, 34))), f"key 'batch_sizes': {SIZES_EXPECTED}"),
+        (put("batch_sizes", value=["1"]), f"key 'batch_sizes': {SIZES_EXPECTED}, got ['1']"),
+        (put("max_batch", value=32), "unknown key 'max_batch'; known here are"),
         (put("image_size", value=33), "key 'image_size': expected 32, as in 'preprocess.spec', got 33"),
         (put("colour", value="red"), "unknown key 'colour'; known here are"),
         (put("preprocess", "sha256", value="0" * 64), "key 'preprocess.sha256': expected"),

@@ -120,8 +120,16 @@ def test_on_a_gpu_batches_are_filled_up_to_sizes_that_were_measured(ort: FakeOnn
     assert ort.batches == [1, 2, 4, 4, 6, 6]
     for count, scores in enumerate(got, start=1):
         np.testing.assert_allclose(scores, got[-1][:count], rtol=0, atol=1e-6)
+
+
+def test_on_a_cpu_batches_are_split_into_sizes_that_were_measured(ort: FakeOnnxRuntime) -> None:
+    images = golden_images(6)
     with OnnxRuntimeEngine(model_bytes(), SIZE, 6) as engine:
-        assert engine.batches == ()
+        assert engine.batches == (1, 2, 4, 6)
+        got = [engine.run(images[:count]).score for count in (1, 2, 3, 4, 5, 6)]
+    assert ort.batches == [1, 2, 2, 1, 4, 4, 1, 6]
+    for count, scores in enumerate(got, start=1):
+        np.testing.assert_allclose(scores, got[-1][:count], rtol=0, atol=1e-6)
 
 
 def test_a_certificate_is_for_one_device(ort: FakeOnnxRuntime, tmp_path: Path) -> None:

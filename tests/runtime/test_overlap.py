@@ -32,7 +32,7 @@ class Plain:
     """The same engine, one batch at a time."""
 
     def __init__(self, engine: TensorRtEngine) -> None:
-        self.image_size, self.max_batch = engine.image_size, engine.max_batch
+        self.image_size, self.max_batch, self.batches = engine.image_size, engine.max_batch, engine.batches
         self.backend, self.device, self.version = engine.backend, engine.device, engine.version
         self.run, self.close, self._engine = engine.run, engine.close, engine
 
@@ -107,37 +107,37 @@ def test_no_more_batches_are_under_way_than_there_are_slots(trt: FakeTensorRt, m
     images = batch_of(8 * 5)
     taken = 0
 
-    def batches() -> Iterator[tuple[list[UInt8], int]]:
+    def pictures() -> Iterator[tuple[UInt8, int]]:
         nonlocal taken
-        for number in range(5):
+        for number, image in enumerate(images):
             taken += 1
-            yield list(images[8 * number : 8 * number + 8]), number
+            yield image, number
 
     with open_engine(trt) as engine:
         came = []
-        for results, number in Scorer(engine, manifest, 8).score_batches(batches()):
+        for scored, number in Scorer(engine, manifest, 8).score_pictures(pictures()):
             came.append(number)
-            assert taken == min(number + SLOTS, 5)
-            for scored, image in zip(results, images[8 * number :], strict=False):
-                assert scored.score == expected_scores(image[None]).score[0]
-    assert came == list(range(5))
+            assert taken == min((number // 8 + SLOTS) * 8 + 1, 40)  # one more tells that a batch is not the last
+            assert scored is not None
+            assert scored.score == expected_scores(images[number][None]).score[0]
+    assert came == list(range(40))
 
 
 def test_many_damaged_files_do_not_keep_results_back(trt: FakeTensorRt, manifest: Manifest) -> None:
     """A few of them leave a batch under way; of many, the results before them are fetched."""
     taken = 0
 
-    def batches() -> Iterator[tuple[list[UInt8], int]]:
+    def pictures() -> Iterator[tuple[UInt8 | None, int]]:
         nonlocal taken
         for number in range(100):
             taken += 1
-            yield list(batch_of(2)) if number in (2, 4) else [], number
+            yield batch_of(1)[0] if number in (2, 4) else None, number
 
     with open_engine(trt) as engine:
-        ahead = [taken - number for _, number in Scorer(engine, manifest, BATCH).score_batches(batches())]
+        ahead = [taken - number for _, number in Scorer(engine, manifest, BATCH).score_pictures(pictures())]
     assert len(ahead) == 100
-    assert ahead[:3] == [1, 1, 3]  # nothing under way; then batch 2 until batch 4 is
-    assert max(ahead) <= 1 + SLOTS + 16
+    assert ahead[:3] == [1, 1, 4 * BATCH + SLOTS + 16]  # nothing under way; then a batch, and errors behind it
+    assert max(ahead) == ahead[2]
     assert ahead[-1] == 1
 
 
@@ -178,17 +178,19 @@ def test_a_run_that_ends_early_leaves_an_engine_to_be_used(
 
 
 def test_the_scorer_alone_overlaps_too(trt: FakeTensorRt, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = batch_of(7)
+    images = batch_of(5)
     with open_engine(trt) as engine:
         events = watched(engine, monkeypatch)
         prepared = (Prepared(image, Geometry.whole(SIZE, SIZE, SIZE)) for image in images)
-        scored = list(Scorer(engine, manifest, 3).score(prepared))
-    assert events == ["submit 3", "submit 3", "collect", "submit 1", "collect", "collect"]
+        scorer = Scorer(engine, manifest, 3)
+        scored = list(scorer.score(prepared))
+    assert engine.batches == (1, 2, 4, 8)
+    assert (scorer.batch_size, dict(scorer.batches_run)) == (2, {2: 2, 1: 1})  # 3 is no size of the plan
+    assert events == ["submit 2", "submit 2", "collect", "submit 1", "collect", "collect"]
     np.testing.assert_array_equal([one.score for one in scored], expected_scores(images).score)
 
 
-def test_an_engine_without_slots_is_used_as_it_was(manifest: Manifest) -> None:
-    """Each batch is run as soon as it is there, before the next is asked for."""
+def test_an_engine_without_slots_runs_a_batch_when_the_next_image_is_there(manifest: Manifest) -> None:
     events: list[str] = []
 
     class Watched(OnnxRuntimeEngine):
@@ -196,13 +198,14 @@ def test_an_engine_without_slots_is_used_as_it_was(manifest: Manifest) -> None:
             events.append(f"run {len(images)}")
             return super().run(images, maps)
 
-    def batches() -> Iterator[tuple[list[UInt8], int]]:
-        for number in range(3):
+    def pictures() -> Iterator[tuple[UInt8, int]]:
+        for number, image in enumerate(batch_of(4)):
             events.append(f"asked for {number}")
-            yield list(batch_of(2, seed=number)), number
+            yield image, number
 
     with Watched(model_bytes(SIZE), SIZE, 8) as engine:
         assert not isinstance(engine, Overlapping)
-        for _, number in Scorer(engine, manifest, 2).score_batches(batches()):
+        for _, number in Scorer(engine, manifest, 2).score_pictures(pictures()):
             events.append(f"got {number}")
-    assert events == [what for n in range(3) for what in (f"asked for {n}", "run 2", f"got {n}")]
+    first = ["asked for 0", "asked for 1", "asked for 2", "run 2", "got 0", "got 1"]
+    assert events == [*first, "asked for 3", "run 2", "got 2", "got 3"]

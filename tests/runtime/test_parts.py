@@ -48,6 +48,9 @@ def test_a_run_in_one_start_has_one_part(dataset: Path, engine_path: Path, tmp_p
         "seconds": record["seconds"],
         "rows": 12,
         "machine": None,
+        "batches": {"8": 1, "4": 1, "1": 1},
+        "canaries": 1,
+        "untrusted_from_row": None,
     }
 
 

