@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from qfae_runtime.errors import QfaeError, UsageError
+from qfae_runtime.streams import lasting_streams
 
 CONTEXT: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 """Settings of a click command whose unknown options arrive as arguments, so that every fault can be told at once."""
@@ -42,10 +43,11 @@ def dispatch(
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a picture is said of its file
     given = list(sys.argv[1:] if arguments is None else arguments)
     other = others.get(given[0]) if given else None
-    if other is None:
-        command.main(given, prog_name=program)
-    else:
-        other.main(given[1:], prog_name=f"{program} {given[0]}")
+    with lasting_streams(program):
+        if other is None:
+            command.main(given, prog_name=program)
+        else:
+            other.main(given[1:], prog_name=f"{program} {given[0]}")
 
 
 @contextmanager
