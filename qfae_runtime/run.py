@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from qfae_runtime.workers import Seconds
 from qfae_runtime.writers.folder import Finished, ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
-from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, write_csv
+from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, removed, write_csv
 from qfae_runtime.writers.report import write_report
 
 
@@ -111,6 +112,8 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
             with closing(run):
                 return run.go(progress, say)
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise removed(options.out) from None
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
                 "the rows written so far are whole, go on with --resume"
