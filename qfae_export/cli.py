@@ -19,7 +19,6 @@ from qfae_runtime import __version__
 from qfae_runtime.command_line import (
     CONTEXT,
     dispatch,
-    ended_in_order,
     fail,
     size_text,
     unexpected,
@@ -27,6 +26,7 @@ from qfae_runtime.command_line import (
 )
 from qfae_runtime.engines import CPU_BACKENDS
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
+from qfae_runtime.interruption import ended_in_order
 from qfae_runtime.manifest import FORMATS, MAX_BATCH
 from qfae_train.config import presets
 from qfae_train.options import config_source, weight_options
@@ -141,7 +141,7 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         options = parse_options(rest, given)
-        with ended_in_order(), _steps(err) as say:
+        with ended_in_order(PROGRAM), _steps(err) as say:
             exported = _export(options, say)
     except KeyboardInterrupt:
         err.print(f"{PROGRAM}: interrupted; nothing was written")

@@ -6,9 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from qfae_runtime.errors import OutputError
+from qfae_runtime.interruption import last_words
 
 _ASIDE = ".before"
 
@@ -23,8 +25,10 @@ def temporary_inside(folder: Path, name: str) -> Iterator[Path]:
 
     """
     made = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name}-"))
+    remove = partial(shutil.rmtree, made, ignore_errors=True)
     try:
-        yield made
+        with last_words(remove):
+            yield made
     except Exception as error:
         # A backend that finds no file says so in words of its own, and would accuse the export.
         if made.is_dir():
@@ -34,7 +38,7 @@ def temporary_inside(folder: Path, name: str) -> Iterator[Path]:
             "leave it alone until the export has ended, and run the command again"
         ) from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        remove()
 
 
 def put_in_place(made: Path, folder: Path, names: Sequence[str], stale: Sequence[str] = ()) -> None:

@@ -9,9 +9,10 @@ import click
 from rich.console import Console
 
 from qfae_export.options import MOST_PARITY_IMAGES, faults_of_count
-from qfae_runtime.command_line import CONTEXT, ended_in_order, fail, unexpected, whole_number
+from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
+from qfae_runtime.interruption import ended_in_order
 from qfae_train.config import presets
 from qfae_train.options import config_source, needing_extra, weight_options
 from qfae_train.weight_files import parse_weight_files
@@ -50,7 +51,7 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
     """
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
-        with ended_in_order(), needing_extra("verifying"):
+        with ended_in_order(PROGRAM), needing_extra("verifying"):
             arguments = parse_options(rest, given)
             from qfae_export.verify import verify
 

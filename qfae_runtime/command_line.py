@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -48,26 +44,6 @@ def dispatch(
             command.main(given, prog_name=program)
         else:
             other.main(given[1:], prog_name=f"{program} {given[0]}")
-
-
-@contextmanager
-def ended_in_order() -> Iterator[None]:
-    """Within, a request to end (SIGTERM, of a batch system or a shutdown) does what Ctrl-C does: KeyboardInterrupt.
-
-    Otherwise a process ends at once and leaves its temporary files, gigabytes perhaps.
-    """
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread alone
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def unknown_option(command: click.Command, text: str, otherwise: str = "") -> str:

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qfae_runtime.engines import BACKENDS, DEVICES, OpenedEngine, open_engine
 from qfae_runtime.errors import OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.golden import golden_bytes, load_golden
 from qfae_runtime.inputs import Inputs
+from qfae_runtime.interruption import last_words
 from qfae_runtime.jobs import Jobs
 from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, scan
@@ -217,15 +219,13 @@ class _Run:
             del inputs  # megabytes, where there are many
             truth = _Truth() if self._wants_pixels() else None
             self.clock.lap("preparing")
-            self._score(counts, truth, progress)
+            with last_words(partial(self._stopped_by_force, ledger, counts)):
+                self._score(counts, truth, progress)
             self.clock.lap("scoring")
             metrics = self._results(ledger, counts, truth)
         except KeyboardInterrupt:
             self._stopped(ledger, INTERRUPTED, counts)
-            raise RunInterruptedError(
-                f"stopped: {counts.done} of {counts.total} files have whole rows in {folder.jsonl}; "
-                "go on with the same command and --resume"
-            ) from None
+            raise RunInterruptedError(f"stopped: {self._how_far(counts)}") from None
         except BaseException:
             self._stopped(ledger, FAILED, counts)
             raise
@@ -283,6 +283,16 @@ class _Run:
             self.folder.write_json(
                 self.folder.run, ledger.ended(status, counts.to_dict(), self.clock.seconds(self.spent))
             )
+
+    def _stopped_by_force(self, ledger: Ledger, counts: Counts) -> str:
+        self._stopped(ledger, INTERRUPTED, counts)
+        return self._how_far(counts)
+
+    def _how_far(self, counts: Counts) -> str:
+        return (
+            f"{counts.done} of {counts.total} files have whole rows in {self.folder.jsonl}; "
+            "go on with the same command and --resume"
+        )
 
     def _jobs(self) -> Jobs:
         shown = self.names.of if self.names is not None else repr
