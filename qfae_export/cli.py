@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from qfae_export.errors import ExportError
 from qfae_export.options import DEFAULT_MAX_BATCH, MOST_PARITY_IMAGES, PARTS, REFERENCE, Options
@@ -209,10 +210,10 @@ def _export(options: Options, say: Callable[[str], None]) -> Exported:
 def _steps(console: Console) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows the step at work: a spinner on a terminal, one line a step elsewhere."""
     if not console.is_terminal:
-        yield lambda step: console.print(f"{PROGRAM}: {step}", soft_wrap=True)
+        yield lambda step: console.print(f"{PROGRAM}: {step}", soft_wrap=True, markup=False)
         return
     with console.status("starting") as status:
-        yield lambda step: status.update(f"{step} ...")
+        yield lambda step: status.update(Text(f"{step} ..."))  # as a text of its own: names may hold brackets
 
 
 def _show(exported: Exported, options: Options, console: Console) -> None:

@@ -55,7 +55,7 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
             arguments = parse_options(rest, given)
             from qfae_export.verify import verify
 
-            report = verify(**arguments, say=lambda step: err.print(f"{PROGRAM}: {step}", soft_wrap=True))
+            report = verify(**arguments, say=lambda step: err.print(f"{PROGRAM}: {step}", soft_wrap=True, markup=False))
     except KeyboardInterrupt:
         err.print(f"{PROGRAM}: interrupted; the manifest is as it was")
         raise click.exceptions.Exit(INTERRUPTED) from None

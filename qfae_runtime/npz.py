@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.format import dtype_to_descr
 
 from qfae_runtime.engines.base import one_line
 
@@ -120,7 +119,7 @@ def _check_shapes(found: Mapping[str, _Header], kinds: Mapping[str, Kind], most:
     for name, kind in kinds.items():
         got, n = found[name], "n" if name == first else str(count)
         expected = f"{kind.dtype} ({', '.join([n, *map(str, kind.shape)])}{'' if kind.shape else ','})"
-        if got.descr != dtype_to_descr(kind.dtype) or got.shape[1:] != kind.shape or not got.shape:
+        if got.descr != kind.dtype.str or got.shape[1:] != kind.shape or not got.shape:
             raise NpzError(f"array {name!r}: expected {expected}, got {got}")
         if name == first and not 1 <= count <= most:
             raise NpzError(f"expected 1..{most} {first}, got {count}")
