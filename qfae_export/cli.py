@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from qfae_export.errors import ExportError
 from qfae_export.options import DEFAULT_MAX_BATCH, MOST_PARITY_IMAGES, PARTS, REFERENCE, Options
@@ -20,7 +21,6 @@ from qfae_runtime import __version__
 from qfae_runtime.command_line import (
     CONTEXT,
     dispatch,
-    ended_in_order,
     fail,
     size_text,
     unexpected,
@@ -28,6 +28,7 @@ from qfae_runtime.command_line import (
 )
 from qfae_runtime.engines import CPU_BACKENDS
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
+from qfae_runtime.interruption import ended_in_order
 from qfae_runtime.manifest import FORMATS, MAX_BATCH
 from qfae_train.config import presets
 from qfae_train.options import config_source, weight_options
@@ -142,7 +143,7 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         options = parse_options(rest, given)
-        with ended_in_order(), _steps(err) as say:
+        with ended_in_order(PROGRAM), _steps(err) as say:
             exported = _export(options, say)
     except KeyboardInterrupt:
         err.print(f"{PROGRAM}: interrupted; nothing was written")
@@ -210,10 +211,10 @@ def _export(options: Options, say: Callable[[str], None]) -> Exported:
 def _steps(console: Console) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows the step at work: a spinner on a terminal, one line a step elsewhere."""
     if not console.is_terminal:
-        yield lambda step: console.print(f"{PROGRAM}: {step}", soft_wrap=True)
+        yield lambda step: console.print(f"{PROGRAM}: {step}", soft_wrap=True, markup=False)
         return
     with console.status("starting") as status:
-        yield lambda step: status.update(f"{step} ...")
+        yield lambda step: status.update(Text(f"{step} ..."))  # as a text of its own: names may hold brackets
 
 
 def _show(exported: Exported, options: Options, console: Console) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qfae_export.handover import temporary_inside
 from qfae_export.options import FP16_SUFFIX, INT8_SUFFIX, Options
 from qfae_export.plans import SUFFIXES
 from qfae_runtime.command_line import size_text
@@ -19,22 +19,23 @@ def made_in(options: Options) -> Iterator[Path]:
     """Yield a folder inside --out, so that moving a file to its final name is one step that cannot run out of space.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or was removed in the meantime: whatever that led to is no fault of its own.
 
     """
     new = not options.folder.exists()
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=options.folder, prefix=f".{options.engine_name}-") as made:
-            yield Path(made)
+        with temporary_inside(options.folder, options.engine_name) as made:
+            yield made
     except OSError as error:
         raise OutputError(
             f"{options.folder}: cannot be written ({error.strerror or error}); "
             f"nothing was exported: {cure_of_writing(error, 'another --out')}"
         ) from error
     finally:
-        if new and options.folder.is_dir() and not any(options.folder.iterdir()):
-            options.folder.rmdir()
+        with suppress(OSError):
+            if new and not any(options.folder.iterdir()):
+                options.folder.rmdir()
 
 
 def possible_files(name: str) -> list[str]:

@@ -6,7 +6,6 @@ GPU, where there is no checkpoint (`rebuild`).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from qfae_export.builders import available, current_gpu
 from qfae_export.errors import ExportError
-from qfae_export.handover import put_in_place
+from qfae_export.handover import put_in_place, temporary_inside
 from qfae_export.images import choose
 from qfae_export.options import FP16_SUFFIX, Options
 from qfae_export.parity import ParityReport, accepted, certificate_of, link, measure, run_in_batches, scale_of
@@ -145,15 +144,15 @@ def rebuild(options: Options, say: Say) -> Planned:
     if "random_weights" not in manifest.provenance:
         measured = _against_fp32(options, manifest, onnx, say)
     try:
-        with tempfile.TemporaryDirectory(dir=onnx.parent, prefix=f".{name}-") as made:
+        with temporary_inside(onnx.parent, name) as made:
             for part in (onnx.name, f"{onnx.name}.data"):
                 if part in manifest.files:
-                    (Path(made) / part).symlink_to((onnx.parent / part).absolute())
-            planned = add_plan(manifest, Path(made) / onnx.name, kind, say, measured)
+                    (made / part).symlink_to((onnx.parent / part).absolute())
+            planned = add_plan(manifest, made / onnx.name, kind, say, measured)
             if manifest_path.read_bytes() != before:
                 raise ExportError(f"{manifest_path}: was changed while the plan was built; run the command again")
-            planned.manifest.save(Path(made) / manifest_path.name)
-            put_in_place(Path(made), onnx.parent, [name, manifest_path.name])
+            planned.manifest.save(made / manifest_path.name)
+            put_in_place(made, onnx.parent, [name, manifest_path.name])
     except OSError as error:
         cure = cure_of_writing(error, "another copy of the files")
         raise OutputError(f"{onnx.parent}: cannot be written ({error.strerror or error}); {cure}") from error

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from qfae_export.options import MOST_PARITY_IMAGES, faults_of_count
 from qfae_export.wide import print_wide
-from qfae_runtime.command_line import CONTEXT, ended_in_order, fail, unexpected, whole_number
+from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
 from qfae_runtime.engines import BACKENDS, DEVICES
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
+from qfae_runtime.interruption import ended_in_order
 from qfae_train.config import presets
 from qfae_train.options import config_source, needing_extra, weight_options
 from qfae_train.weight_files import parse_weight_files
@@ -51,11 +52,11 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
     """
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
-        with ended_in_order(), needing_extra("verifying"):
+        with ended_in_order(PROGRAM), needing_extra("verifying"):
             arguments = parse_options(rest, given)
             from qfae_export.verify import verify
 
-            report = verify(**arguments, say=lambda step: err.print(f"{PROGRAM}: {step}", soft_wrap=True))
+            report = verify(**arguments, say=lambda step: err.print(f"{PROGRAM}: {step}", soft_wrap=True, markup=False))
     except KeyboardInterrupt:
         err.print(f"{PROGRAM}: interrupted; the manifest is as it was")
         raise click.exceptions.Exit(INTERRUPTED) from None
@@ -63,8 +64,8 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
         fail(PROGRAM, error)
     print_wide(out, report.table())
     out.print(f"measured on: {report.images.origin}", soft_wrap=True, markup=False)
-    if (untold := report.untold()) is not None:
-        out.print(untold, soft_wrap=True, markup=False)
+    for sentence in report.untold():
+        out.print(sentence, soft_wrap=True, markup=False)
     if not report:
         for failure in report.failures():
             err.print(f"{PROGRAM}: {failure}", soft_wrap=True, markup=False)

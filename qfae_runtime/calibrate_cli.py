@@ -22,8 +22,9 @@ from qfae_runtime.cli_options import (
     rate,
     reading_options,
 )
-from qfae_runtime.command_line import CONTEXT, ended_in_order, fail
+from qfae_runtime.command_line import CONTEXT, fail
 from qfae_runtime.errors import INTERRUPTED, SOME_INPUTS_FAILED, QfaeError, UsageError
+from qfae_runtime.interruption import ended_in_order
 from qfae_runtime.progress import Reporter
 from qfae_runtime.run import Options
 
@@ -61,7 +62,7 @@ def calibrate_command(images: tuple[str, ...], quiet: bool, as_json: bool, **giv
     """
     try:
         options, fpr = parse_options(images, given)
-        with ended_in_order(), Reporter(sys.stderr, quiet=quiet) as reporter:
+        with ended_in_order(PROGRAM), Reporter(sys.stderr, quiet=quiet) as reporter:
             done = calibrate(options, fpr, reporter.update, lambda line: reporter.say(f"{PROGRAM}: {line}"))
     except KeyboardInterrupt:
         click.echo(f"{PROGRAM}: interrupted; nothing was written", err=True)

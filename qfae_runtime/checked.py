@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from qfae_runtime.errors import ManifestError
 
 _CURE = "export the engine again"
+_LONGEST_TEXT = 4096
+_PLAIN_TEXT = "characters that can be printed (no escapes, line ends or turns of direction)"
+# Control, format (turns of direction, widths of zero), surrogate; ends of lines and paragraphs.
+_CONTROLS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def parse_json(text: str | bytes, where: str, cure: str = _CURE) -> Any:
@@ -23,6 +28,20 @@ def parse_json(text: str | bytes, where: str, cure: str = _CURE) -> Any:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: not valid JSON: {error}; {cure}") from None
+
+
+def has_controls(text: str) -> bool:
+    """Say whether a text holds what a terminal or a browser obeys: escapes, line ends, turns of direction."""
+    return any(unicodedata.category(one) in _CONTROLS for one in text)
+
+
+def escaped(value: Any) -> Any:
+    """Return a JSON value in whose texts and keys such characters are written out."""
+    if isinstance(value, str):
+        return "".join(ascii(one)[1:-1] if has_controls(one) else one for one in value)
+    if isinstance(value, dict):
+        return {escaped(key): escaped(inner) for key, inner in value.items()}
+    return [escaped(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _refuse(constant: str) -> Any:
@@ -56,10 +75,12 @@ class Fields:
         self._values: Mapping[str, Any] = value
 
     def text(self, key: str) -> str:
-        """Take a non-empty string."""
+        """Take a non-empty string without characters that a terminal or a browser would obey."""
         value = self._take(key)
         if not isinstance(value, str) or not value:
             raise self._fault(self._path(key), value, "a non-empty string")
+        if len(value) > _LONGEST_TEXT or has_controls(value):
+            raise self._fault(self._path(key), value, f"{_PLAIN_TEXT} of up to {_LONGEST_TEXT}")
         return value
 
     def optional_text(self, key: str) -> str | None:
@@ -110,6 +131,13 @@ class Fields:
         value = self._take(key)
         if not isinstance(value, dict):
             raise self._fault(self._path(key), value, "an object")
+        return value
+
+    def free_form(self, key: str) -> dict[str, Any]:
+        """Take an object of any values whose texts and keys are such strings as `text` takes; of any length."""
+        value = self.mapping(key)
+        if value != escaped(value):
+            raise self._fault(self._path(key), value, f"an object whose texts are {_PLAIN_TEXT}")
         return value
 
     def inner(self, key: str) -> Fields:

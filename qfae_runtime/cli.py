@@ -19,8 +19,9 @@ from qfae_runtime.cli_options import (
     parse_reading_options,
     reading_options,
 )
-from qfae_runtime.command_line import CONTEXT, dispatch, ended_in_order, fail
+from qfae_runtime.command_line import CONTEXT, dispatch, fail
 from qfae_runtime.errors import SOME_INPUTS_FAILED, QfaeError, RunInterruptedError, UsageError
+from qfae_runtime.interruption import ended_in_order
 from qfae_runtime.progress import Reporter
 from qfae_runtime.run import Options, Summary, execute
 
@@ -78,7 +79,7 @@ def run_command(images: tuple[str, ...], quiet: bool, as_json: bool, **given: An
     """
     try:
         options = parse_options(images, given)
-        with ended_in_order(), Reporter(sys.stderr, quiet=quiet) as reporter:
+        with ended_in_order(PROGRAM), Reporter(sys.stderr, quiet=quiet) as reporter:
             summary = execute(options, reporter.update, lambda line: reporter.say(f"{PROGRAM}: {line}"))
     except QfaeError as error:
         fail(PROGRAM, error)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
 
 from qfae_runtime.errors import QfaeError, UsageError
+from qfae_runtime.streams import lasting_streams
 
 CONTEXT: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 """Settings of a click command whose unknown options arrive as arguments, so that every fault can be told at once."""
@@ -42,30 +39,11 @@ def dispatch(
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a picture is said of its file
     given = list(sys.argv[1:] if arguments is None else arguments)
     other = others.get(given[0]) if given else None
-    if other is None:
-        command.main(given, prog_name=program)
-    else:
-        other.main(given[1:], prog_name=f"{program} {given[0]}")
-
-
-@contextmanager
-def ended_in_order() -> Iterator[None]:
-    """Within, a request to end (SIGTERM, of a batch system or a shutdown) does what Ctrl-C does: KeyboardInterrupt.
-
-    Otherwise a process ends at once and leaves its temporary files, gigabytes perhaps.
-    """
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread alone
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with lasting_streams(program):
+        if other is None:
+            command.main(given, prog_name=program)
+        else:
+            other.main(given[1:], prog_name=f"{program} {given[0]}")
 
 
 def unknown_option(command: click.Command, text: str, otherwise: str = "") -> str:

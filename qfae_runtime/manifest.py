@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qfae_runtime.certificate import CertificateEntry, read_certificate
-from qfae_runtime.checked import Fields, parse_json
+from qfae_runtime.checked import Fields, escaped, parse_json
 from qfae_runtime.contract import owed
 from qfae_runtime.errors import ManifestError
 from qfae_runtime.hashing import WEIGHTS_SUFFIX, joined, sha256_of
@@ -143,9 +143,9 @@ class Manifest:
             inputs=_read_tensors(fields.array("inputs"), where, "inputs"),
             outputs=_read_tensors(fields.array("outputs"), where, "outputs"),
             golden=fields.optional_text("golden"),
-            precision=fields.mapping("precision"),
+            precision=fields.free_form("precision"),
             certificate=read_certificate(fields, where),
-            provenance=fields.mapping("provenance"),
+            provenance=fields.free_form("provenance"),
         )
         size = fields.whole("image_size", 1, MAX_IMAGE_SIZE)
         if size != manifest.image_size:
@@ -163,7 +163,8 @@ class Manifest:
 
         """
         try:
-            text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+            # Names of files and folders, say: anything may be in them.
+            text = json.dumps(escaped(self.to_dict()), indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise ManifestError(f"{path.name}: cannot be written as JSON: {error}") from None
         Manifest.from_dict(parse_json(text, path.name), path.name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from qfae_runtime.canary import golden_of
 from qfae_runtime.engines import BACKENDS, DEVICES, OpenedEngine, open_engine
 from qfae_runtime.errors import CanaryError, OutputError, QfaeError, RunInterruptedError, UsageError
 from qfae_runtime.inputs import Inputs
+from qfae_runtime.interruption import last_words
 from qfae_runtime.jobs import Jobs
 from qfae_runtime.labels import read_labels
 from qfae_runtime.layout import Scan, scan
@@ -31,7 +34,7 @@ from qfae_runtime.workers import Seconds
 from qfae_runtime.writers.folder import Finished, ResultsFolder
 from qfae_runtime.writers.heatmap import ColourScale
 from qfae_runtime.writers.metrics import UnusableMasks, compute_metrics
-from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, write_csv
+from qfae_runtime.writers.records import OK, Row, RowWriter, read_rows, removed, write_csv
 from qfae_runtime.writers.report import write_report
 
 
@@ -113,6 +116,8 @@ def execute(options: Options, progress: Progress = lambda _: None, say: Say = la
             with closing(run):
                 return run.go(progress, say)
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise removed(options.out) from None
             raise OutputError(
                 f"{options.out}: cannot be written ({error.strerror or error}); "
                 "the rows written so far are whole, go on with --resume"
@@ -224,15 +229,13 @@ class _Run:
             del inputs  # megabytes, where there are many
             truth = _Truth() if self._wants_pixels() else None
             self.clock.lap("preparing")
-            self._score(counts, truth, progress)
+            with last_words(partial(self._stopped_by_force, ledger, counts)):
+                self._score(counts, truth, progress)
             self.clock.lap("scoring")
             metrics = self._results(ledger, counts, truth)
         except KeyboardInterrupt:
             self._stopped(ledger, INTERRUPTED, counts)
-            raise RunInterruptedError(
-                f"stopped: {counts.done} of {counts.total} files have whole rows in {folder.jsonl}; "
-                "go on with the same command and --resume"
-            ) from None
+            raise RunInterruptedError(f"stopped: {self._how_far(counts)}") from None
         except CanaryError as error:
             self._stopped(ledger, FAILED, counts, error.first)
             raise CanaryError(
@@ -300,6 +303,16 @@ class _Run:
             seconds = self.clock.seconds(self.spent)
             record = ledger.ended(status, counts.to_dict(), seconds, self.scorer, untrusted_from_row)
             self.folder.write_json(self.folder.run, record)
+
+    def _stopped_by_force(self, ledger: Ledger, counts: Counts) -> str:
+        self._stopped(ledger, INTERRUPTED, counts)
+        return self._how_far(counts)
+
+    def _how_far(self, counts: Counts) -> str:
+        return (
+            f"{counts.done} of {counts.total} files have whole rows in {self.folder.jsonl}; "
+            "go on with the same command and --resume"
+        )
 
     def _jobs(self) -> Jobs:
         shown = self.names.of if self.names is not None else repr

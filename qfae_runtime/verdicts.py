@@ -1,8 +1,8 @@
 """Verdicts of the self-test, remembered in a cache folder: for which bytes, where, and how fast the engine was.
 
 A verdict counts for the environment it was found in, to the letter: the engine's real bytes, the golden images, the
-bounds, the backend and its version, threads and batch size, processor, card and system. A changed engine, or a new
-version, is always tested again.
+bounds, the backend, threads and batch size, card and system, and whatever else decides which kernels compute
+(`kernels.py`). A changed engine, or a new version, is always tested again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from qfae_runtime import kernels
 from qfae_runtime.contract import Contract
 from qfae_runtime.engines.opened import OpenedEngine
 
@@ -70,10 +71,15 @@ def environment_of(
         "version": runner.version,
         "device": runner.device,
         # Sums are split among threads, and their last digits depend on it; on a GPU no thread computes anything.
-        "threads": (runner.threads or _cores()) if on_cpu else None,
+        # None is a number of its own: how many threads it is, each backend decides.
+        "threads": runner.threads if on_cpu else None,
+        "cores": _cores() if on_cpu else None,
         "batch_size": batch_size,
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        "cpu_kinds": kernels.cpu(),
+        "variables": kernels.variables(runner.backend, runner.device),
+        "libraries": kernels.libraries(runner.device),
         "cards": None if on_cpu else _cards(),
     }
 

@@ -25,7 +25,7 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line)
+        self.console.print(line, markup=False)  # file names may hold brackets
 
     def track(self, items: Iterable[int], title: str) -> Iterable[int]:
         """Pass items through under a bar, or silently where there is no terminal."""

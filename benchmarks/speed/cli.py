@@ -17,8 +17,9 @@ from benchmarks.speed.rows import Row, save
 from benchmarks.speed.subject import Asked
 from benchmarks.speed.table import notes, tables
 from qfae_runtime import __version__
-from qfae_runtime.command_line import CONTEXT, dispatch, ended_in_order, fail, unexpected, whole_number
+from qfae_runtime.command_line import CONTEXT, dispatch, fail, unexpected, whole_number
 from qfae_runtime.errors import INTERRUPTED, OutputError, QfaeError, UsageError
+from qfae_runtime.interruption import ended_in_order
 from qfae_runtime.manifest import MAX_BATCH
 from qfae_train.config import presets
 from qfae_train.options import config_source, needing_extra, parse_seeds, weight_options
@@ -68,7 +69,7 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     written: list[Path] = []
     try:
-        with ended_in_order(), needing_extra("a benchmark"):
+        with ended_in_order(PROGRAM), needing_extra("a benchmark"):
             options = parse_options(rest, given)
 
             def say(step: str) -> None:

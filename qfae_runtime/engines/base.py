@@ -200,16 +200,38 @@ def check_images(images: UInt8, image_size: int, max_batch: int) -> None:
         )
 
 
-def check_signature(found: Mapping[str, tuple[str, tuple[int | None, ...]]], image_size: int, what: str) -> None:
+Found = Mapping[str, tuple[str, tuple[int | None, ...]]]
+"""Numpy type and shape of inputs or outputs by name, None for what is settled when the model runs."""
+
+
+def check_signature(inputs: Found, outputs: Found, image_size: int, what: str) -> None:
     """Refuse a model whose inputs and outputs are not those of a QFAE engine; `what` names it.
 
-    `found` holds numpy type and shape by name, None for what is settled when the model runs: the batch always must be.
+    The batch must be settled when the model runs. One input too many, even one with a value of its own, is an engine
+    that computes something else if somebody sets it.
 
     Raises:
         EngineError: what was expected and what was got.
 
     """
-    for tensor in tensors_of(image_size):
+    first, *others = tensors_of(image_size)
+    for kind, found, expected in (("input", inputs, [first]), ("output", outputs, others)):
+        _check_tensors(found, expected, what)
+        names = [tensor.name for tensor in expected]
+        if more := sorted(set(found) - set(names)):
+            raise EngineError(one_too_many(what, kind, more[0], names))
+
+
+def one_too_many(what: str, kind: str, name: str, expected: Iterable[str]) -> str:
+    """Say that a model has an input or output that no engine has."""
+    return (
+        f"{what}: {kind} {name!r} is one too many, expected {', '.join(expected)} alone; this is no engine that "
+        "qfae-export wrote"
+    )
+
+
+def _check_tensors(found: Found, expected_tensors: Iterable[Tensor], what: str) -> None:
+    for tensor in expected_tensors:
         got = found.get(tensor.name)
         if got is not None and _fits(tensor, *got):
             continue

@@ -1,4 +1,4 @@
-"""Which other files an ONNX file refers to, read from its bytes without the package onnx.
+"""Which other files an ONNX file refers to, and what goes in and out, read from its bytes without the package onnx.
 
 A backend opens those files itself. Only files whose hash the manifest holds may be among them: OpenVINO, given an
 engine's bytes, would take weights from the working directory.
@@ -7,8 +7,10 @@ engine's bytes, would take weights from the working directory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from qfae_runtime.errors import EngineError
+from qfae_runtime.hashing import WEIGHTS_SUFFIX
 
 # Field numbers of onnx.proto: where a message of one kind holds messages that may hold tensors.
 _INSIDE = {
@@ -21,6 +23,7 @@ _INSIDE = {
     "tensor": {13: "entry"},
     "entry": {},
 }
+_GRAPH, _INPUT, _OUTPUT, _NAME = 7, 11, 12, 1  # of a model, of a graph twice, of what goes in or out
 _KEY, _VALUE = 1, 2  # of an entry of TensorProto.external_data
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
@@ -38,6 +41,48 @@ def external_files(model: bytes, what: str) -> set[str]:
         return set(_locations(memoryview(model), "model", 0))
     except (ValueError, IndexError):
         raise EngineError(f"{what}: no ONNX file, or cut short; export it again with qfae-export") from None
+
+
+def inputs_and_outputs(model: bytes, what: str) -> tuple[list[str], list[str]]:
+    """Return the names of a graph's inputs, those with a value of their own among them, and of its outputs.
+
+    Backends show them differently: OpenVINO does not name an input that has a value.
+
+    Raises:
+        EngineError: the bytes are no protobuf message, cut short perhaps.
+
+    """
+    found: dict[int, list[str]] = {_INPUT: [], _OUTPUT: []}
+    try:
+        for graph in (content for field, content in _fields(memoryview(model)) if field == _GRAPH):
+            for field, content in _fields(graph):
+                if field in found:
+                    name = dict(_fields(content)).get(_NAME, memoryview(b""))
+                    found[field].append(bytes(name).decode("utf-8", errors="replace"))
+    except (ValueError, IndexError):
+        raise EngineError(f"{what}: no ONNX file, or cut short; export it again with qfae-export") from None
+    return found[_INPUT], found[_OUTPUT]
+
+
+def refuse_scattered(engine: Path, what: str, *, linked_alike: bool) -> None:
+    """Refuse an engine whose weights are a link to a folder where a backend does not read them.
+
+    ONNX Runtime and OpenVINO follow links no further than their folder. `linked_alike`: weights may also lie where
+    the engine file itself is linked to, as in caches that keep all files under their hashes in one folder.
+
+    Raises:
+        EngineError: where they are, and what to do.
+
+    """
+    weights = engine.with_name(engine.name + WEIGHTS_SUFFIX)
+    if not weights.exists():
+        return
+    lies = weights.resolve().parent
+    if lies != engine.parent.resolve() and not (linked_alike and lies == engine.resolve().parent):
+        raise EngineError(
+            f"{engine}: its weights {weights.name} are a link to {lies}, and {what} reads them from the engine's own "
+            f"folder alone; copy both as files into one folder (cp -L)"
+        )
 
 
 def _locations(message: memoryview, kind: str, depth: int) -> Iterator[str]:

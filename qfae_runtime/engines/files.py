@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from qfae_runtime.engines.base import OUTPUT_NAMES
-from qfae_runtime.engines.external import external_files
+from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, one_too_many
+from qfae_runtime.engines.external import external_files, inputs_and_outputs, refuse_scattered
 from qfae_runtime.errors import EngineError, ManifestError
 from qfae_runtime.hashing import WEIGHTS_SUFFIX, joined
 from qfae_runtime.manifest import FileEntry, Manifest, check_digest, find_manifest
@@ -85,6 +85,11 @@ def _verified_model(manifest: Manifest, path: Path, entry: FileEntry, manifest_n
     weights = path.name + WEIGHTS_SUFFIX
     listed = weights in manifest.files
     if (entry.format or "onnx") == "onnx":
+        for kind, names, expected in zip(
+            ("input", "output"), inputs_and_outputs(model, str(path)), ((INPUT_NAME,), OUTPUT_NAMES), strict=True
+        ):
+            if more := [name for name in names if name not in expected] or names[len(expected) :]:
+                raise EngineError(one_too_many(str(path), kind, more[0], expected))
         foreign = sorted(external_files(model, str(path)) - ({weights} if listed else set()))
         if foreign:
             raise EngineError(
@@ -94,5 +99,6 @@ def _verified_model(manifest: Manifest, path: Path, entry: FileEntry, manifest_n
     if not listed:
         return model, digest
     # External data is read by the backend itself, from the folder of the engine.
+    refuse_scattered(path, "every backend", linked_alike=True)
     manifest.verify_files(path.parent, [weights])
     return path, joined(digest, manifest.files[weights].sha256)

@@ -107,7 +107,9 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"{what}: {providers[0]} did not start, ONNX Runtime {VERSION} fell back to {got}; {_cure(device)}"
             )
-        check_signature(_signature(self._session), image_size, what)
+        session = self._session
+        inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
+        check_signature(_signature(inputs), _signature(session.get_outputs()), image_size, what)
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
         """Score uint8 (B, S, S, 3); see Engine.run."""
@@ -201,12 +203,12 @@ def _cure(device: str) -> str:
     return "check that nvidia-smi shows a GPU, and that CUDA, cuDNN and TensorRT fit this build of ONNX Runtime"
 
 
-def _signature(session: Any) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+def _signature(nodes: list[Any]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
     """Return numpy type and shape by name; symbolic dimensions are settled when the engine runs."""
     return {
         node.name: (
             _NUMPY_TYPES.get(node.type, node.type),
             tuple(None if isinstance(size, str) else size for size in node.shape),
         )
-        for node in (*session.get_inputs(), *session.get_outputs())
+        for node in nodes
     }

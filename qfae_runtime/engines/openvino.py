@@ -22,6 +22,7 @@ import numpy as np
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, check_images, check_signature, one_line
 from qfae_runtime.engines.batches import run_split, sizes_up_to
+from qfae_runtime.engines.external import refuse_scattered
 from qfae_runtime.errors import EngineError
 
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
@@ -124,13 +125,15 @@ class OpenVinoEngine:
                 f"{what}: this processor does not compute in BF16 (none of {', '.join(_BF16_FLAGS)}); "
                 "leave out the backend, or name openvino"
             )
+        if not isinstance(model, bytes):
+            refuse_scattered(Path(model), "OpenVINO", linked_alike=False)
         try:
             core = library.Core()
             read = core.read_model(model if isinstance(model, bytes) else str(model))
             # Integer products are right in a file that says so, and nowhere else.
             integers = _INTEGERS if any("Quantize" in one.get_type_name() for one in read.get_ops()) else set()
             compiled = core.compile_model(read, "CPU", _settings(PRECISIONS[backend], threads))
-            signature = _signature([*compiled.inputs, *compiled.outputs])
+            inputs, outputs = _signature(compiled.inputs), _signature(compiled.outputs)
             computed = _computed_in(compiled)
             self._request: Any = compiled.create_infer_request()
         except Exception as error:  # its bindings raise RuntimeError and others
@@ -144,7 +147,7 @@ class OpenVinoEngine:
                 f"{what}: OpenVINO {self.version} computes products in {', '.join(sorted(wrong))}, expected "
                 f"{PRECISIONS[backend]}; name another backend"
             )
-        check_signature(signature, image_size, what)
+        check_signature(inputs, outputs, image_size, what)
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
         """Score uint8 (B, S, S, 3); see Engine.run."""

@@ -18,7 +18,7 @@ from qfae_runtime.errors import OutputError
 from qfae_runtime.results import ROWS_NAME, RUN_NAME, read_record
 from qfae_runtime.writers.heatmap import is_ours
 from qfae_runtime.writers.maps import is_map, listed_names
-from qfae_runtime.writers.records import Row, drop_torn_line, keep_rows, read_rows
+from qfae_runtime.writers.records import Row, drop_torn_line, keep_rows, read_rows, removed
 from qfae_runtime.writers.whole import part_of, whole_file
 
 _FILES = ("scores.csv", ROWS_NAME, "report.html", RUN_NAME, "inputs.jsonl", "metrics.json")
@@ -235,9 +235,11 @@ def make_parent(path: Path, inside: Path) -> None:
     """Create the folders above a file that is to be written, none of which may lead out of the folder `inside`.
 
     Raises:
-        OutputError: the file, or a folder between it and `inside`, is a symbolic link.
+        OutputError: the file, or a folder between it and `inside`, is a symbolic link; or `inside` is gone.
 
     """
+    if not inside.is_dir():  # made again, it would hold a few pictures and no rows
+        raise removed(inside)
     for one in (path, *path.parents):
         if one == inside:
             break

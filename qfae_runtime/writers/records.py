@@ -85,6 +85,7 @@ class RowWriter:
     """Appends rows to scores.jsonl, one unbuffered write each: an interrupted run holds whole rows only."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("ab", buffering=0)
         self._end = self._file.seek(0, io.SEEK_END)
 
@@ -93,8 +94,11 @@ class RowWriter:
 
         Raises:
             OSError: it cannot be written; the rows before it are as they were.
+            OutputError: the file is not there any more: what is written would go with it.
 
         """
+        if not self._path.exists():
+            raise removed(self._path)
         line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode("ascii")
         left = memoryview(line)
         try:
@@ -109,6 +113,14 @@ class RowWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def removed(path: Path) -> OutputError:
+    """Return the error of a results file or folder that somebody took away during a run."""
+    return OutputError(
+        f"{path}: was removed, moved or replaced while the run was writing there; leave it alone until the run has "
+        "ended, and start the run again (with --resume, if the rows are put back)"
+    )
 
 
 def read_rows(path: Path) -> Iterator[Row]:

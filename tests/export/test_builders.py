@@ -43,7 +43,22 @@ def test_a_library_that_does_not_load(error: Exception, said: str, monkeypatch: 
         ("10.16.1.11", "fp32", "12.0", None),
         ("10.16.1.11", "fp16", "9.0", None),
         ("11.4.1.9", "fp16", "12.0", None),
-        ("10.13.3+cuda13.0", "fp32", "9.0", None),
+        ("10.10.0.31", "fp32", "9.0", None),
+        ("10.11.0.33", "fp32", "9.0", "NVIDIA/TensorRT#4853"),
+        ("10.13.3.9", "fp16", "9.0", "four identical images in one batch"),
+        ("10.13.3+cuda13.0", "fp32", "9.0", "(NVIDIA/TensorRT#4813, NVIDIA/TensorRT#4853); install version 10.15"),
+        ("10.14.1.48", "fp32", "8.6", "NVIDIA/TensorRT#4813"),
+        ("10.15.1", "fp32", "8.6", None),
+        ("11.0.0.114", "fp16", "8.9", None),
+        (
+            "11.1.0.106",
+            "fp32",
+            "12.0",
+            "in FP32 too (NVIDIA/TensorRT#4813, NVIDIA/TensorRT#4853); install version 11.2",
+        ),
+        ("11.2.1.2", "fp32", "12.0", None),
+        ("10.16.0.72", "fp16", "8.9", "on compute capability 8.9: FP16 attention was reported to give two identical"),
+        ("10.16.0.72", "fp32", "8.9", None),
     ],
 )
 def test_known_bad_versions(version: str, precision: str, capability: str, said: str | None) -> None:

@@ -256,9 +256,9 @@ def test_libraries_that_cannot_do_it(install: Any, file: Path) -> None:
         "a.fp16.onnx: TensorRT 8.6.1 has no strongly typed networks; install a later one: "
         "pip install tensorrt --upgrade"
     )
-    install("10.13.3.9", IAttention=None)
+    install("10.10.0.31", IAttention=None)
     assert refusal(file) == (
-        "a.fp16.onnx: TensorRT 10.13.3.9 has no attention operation, which TensorRT has from 10.14 on; "
+        "a.fp16.onnx: TensorRT 10.10.0.31 has no attention operation, which TensorRT has from 10.14 on; "
         "install a later one: pip install tensorrt --upgrade"
     )
 

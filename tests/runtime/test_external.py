@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -13,7 +14,7 @@ from qfae_runtime.engines.external import external_files
 from qfae_runtime.errors import EngineError, ManifestError
 from qfae_runtime.manifest import FileEntry
 
-from .tiny import edit_manifest, export_tiny, golden_images, mend_hashes, model_bytes
+from .tiny import certify_too, edit_manifest, export_tiny, golden_images, mend_hashes, model_bytes
 
 
 def outside(location: str) -> TensorProto:
@@ -118,3 +119,98 @@ def test_a_certificate_does_not_pass_to_other_weights(tmp_path: Path) -> None:
     list_weights(path)
     with pytest.raises(EngineError, match=r"the certificate in tiny\.json was issued for other bytes than this file's"):
         open_engine(path, backend=None)
+
+
+def in_one_store(folder: Path) -> Path:
+    """As caches lay files out: all under their hashes in one folder, and links to them in another."""
+    path = with_external_data(folder / "source")
+    store, links = folder / "blobs", folder / "snapshots" / "revision"
+    store.mkdir()
+    links.mkdir(parents=True)
+    for number, file in enumerate(sorted(path.parent.iterdir())):
+        file.rename(store / f"{number:040x}")
+        (links / file.name).symlink_to(f"../../blobs/{number:040x}")
+    return links / path.name
+
+
+def each_in_a_folder(folder: Path) -> Path:
+    path = with_external_data(folder / "source")
+    links = folder / "links"
+    links.mkdir()
+    for file in sorted(path.parent.iterdir()):
+        store = folder / "store" / file.name
+        store.mkdir(parents=True)
+        file.rename(store / file.name)
+        (links / file.name).symlink_to(store / file.name)
+    return links / path.name
+
+
+def weights_alone_linked(folder: Path) -> Path:
+    path = with_external_data(folder / "source")
+    weights = path.with_name("tiny.onnx.data")
+    weights.rename(folder / "w")
+    weights.symlink_to(folder / "w")
+    return path
+
+
+def engine_alone_linked(folder: Path) -> Path:
+    path = with_external_data(folder / "source")
+    path.rename(folder / "m")
+    path.symlink_to(folder / "m")
+    return path
+
+
+def hard_linked(folder: Path) -> Path:
+    path = with_external_data(folder / "source")
+    (folder / "links").mkdir()
+    for file in path.parent.iterdir():
+        (folder / "links" / file.name).hardlink_to(file)
+    return folder / "links" / path.name
+
+
+def folder_linked(folder: Path) -> Path:
+    path = with_external_data(folder / "source")
+    (folder / "link").symlink_to(path.parent)
+    return folder / "link" / path.name
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("lay", "refused_by"),
+    [
+        (in_one_store, {"openvino": "OpenVINO"}),
+        (each_in_a_folder, {"onnxruntime": "every backend", "openvino": "every backend"}),
+        (weights_alone_linked, {"onnxruntime": "every backend", "openvino": "every backend"}),
+        (engine_alone_linked, {}),
+        (hard_linked, {}),
+        (folder_linked, {}),
+    ],
+)
+def test_engine_and_weights_through_links(
+    lay: Callable[[Path], Path], refused_by: dict[str, str], backend: str, tmp_path: Path
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    path = lay(tmp_path)
+    certify_too(path, "openvino")
+    if backend in refused_by:
+        with pytest.raises(EngineError) as caught:
+            open_engine(path, backend=backend)
+        lies = path.with_name("tiny.onnx.data").resolve().parent
+        assert str(caught.value) == (
+            f"{path}: its weights tiny.onnx.data are a link to {lies}, and {refused_by[backend]} reads them from the "
+            "engine's own folder alone; copy both as files into one folder (cp -L)"
+        )
+    else:
+        with open_engine(path, backend=backend) as opened:
+            assert opened.engine.run(golden_images(2)).score.shape == (2,)
+
+
+def test_a_link_to_other_weights_is_refused_by_their_hash(tmp_path: Path) -> None:
+    path = in_one_store(tmp_path)
+    weights = path.with_name("tiny.onnx.data")
+    (tmp_path / "blobs" / "other").write_bytes(bytes(reversed(weights.read_bytes())))
+    weights.unlink()
+    weights.symlink_to(tmp_path / "blobs" / "other")
+    with pytest.raises(ManifestError, match="its bytes do not match"):
+        open_engine(path, backend="onnxruntime")

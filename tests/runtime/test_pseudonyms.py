@@ -176,6 +176,91 @@ def test_sentences_lose_names_and_uids() -> None:
     assert repr(names) == "Pseudonyms()"
 
 
+NOT_AN_IMAGE = "not a PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI image, whatever its name says"
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        (NOT_AN_IMAGE, "/x/not.png"),
+        (NOT_AN_IMAGE, "/image/PNG/whatever its name says.dcm"),
+        (NOT_AN_IMAGE, "/data/name/image"),
+        ("damaged or truncated image (broken data stream when reading image file)", "/data/image/broken.png"),
+        ("damaged DICOM image (bits allocated 16, stored 12, high bit 15 cannot be)", "/DICOM/stored/high bit.dcm"),
+        ("too large: got 512 x 65536 pixels, the limit is 100,000", "/too large/512/65536.png"),
+        ("cannot be read (Permission denied)", "/cannot be read/denied/permission.png"),
+        ("annotation of frame 7, Pillow 13.0", "/x/ann.png"),
+        ("holds 3 pictures, expected one; split it into single images", "/x/holds/one.tif"),
+    ],
+)
+def test_ordinary_words_stay_whatever_files_are_called(text: str, path: str) -> None:
+    assert Pseudonyms(KEY).scrub(text, Path(path), "P") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "says"),
+    [
+        ("cannot identify image file '/x/not.png'", "/x/not.png", "cannot identify image file 'P'"),
+        ("this is not what not.png says", "/x/not.png", "this is not what P says"),
+        ("'not' is not one", "/x/not.png", "'P' is not one"),
+        ('no file "/data/long/image.img" there', "/data/long/image.hdr", 'no file "P" there'),
+        ("image.hdr lacks image.IMG", "/x/image.hdr", "P lacks P"),
+        ("long/1.png is cut", "/data/long/1.png", "P is cut"),
+        ("Mueller has no pixels", "/d/Mueller.dcm", "P has no pixels"),
+        ("mueller has no pixels", "/d/MUELLER.dcm", "P has no pixels"),
+        ("of Mueller_mask.png and MUELLER-2", "/d/mueller.dcm", "of P_mask.png and P-2"),
+        ("of Mueller_Anna, 1970", "/d/Mueller_Anna/7.dcm", "of P, 1970"),
+        ("see /d/Mueller_Anna/other.png: bad", "/d/Mueller_Anna/7.png", "see P: bad"),
+        ("see /d/Mueller_Anna, bad", "/d/Mueller_Anna/x/7.png", "see P, bad"),
+        ("/d/Anna Lee/scan 1.img is not there", "/d/Anna Lee/scan 1.hdr", "P is not there"),
+        ("d\u00f6rte.png; do\u0308rte; d\\xf6rte", "/x/d\u00f6rte.png", "P; P; P"),
+        ("b'/x/D\\xc3\\xb6rte.png' and /x/D%C3%B6rte.png", "/x/D\u00f6rte.png", "b'P' and P"),
+        ("'/x/a\\nLee.png'", "/x/a\nLee.png", "'P'"),
+        ("id 1234567 of 2345678", "/x/1234567.dcm", "id P of 2345678"),
+        ("Mueller.nii and Mueller.img", "/x/Mueller.nii.gz", "P and P"),
+    ],
+)
+def test_names_go_however_they_are_written(text: str, path: str, says: str) -> None:
+    assert Pseudonyms(KEY).scrub(text, Path(path), "P") == says
+
+
+def test_relative_paths_are_known_as_whole_ones_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = Pseudonyms(KEY)
+    assert names.scrub(f"{tmp_path}/long/image.png is bad", Path("long/image.png"), "P") == "P is bad"
+    assert names.scrub("long/image.png is bad", Path("long/image.png"), "P") == "P is bad"
+
+
+@pytest.mark.parametrize("stem", ["not", "image", "truncated", "Mueller", "M\u00fcller Anna", "1234567", "damaged"])
+def test_reasons_of_damaged_files_are_those_of_a_run_with_names(
+    stem: str, engine_path: Path, tmp_path: Path, key_file: Path
+) -> None:
+    """Every kind of damage, under ordinary and other names: the sentences are the same, and hold no name."""
+    folder = tmp_path / "scans" / stem
+    folder.mkdir(parents=True)
+    image = Image.effect_noise((40, 40), 60)
+    image.save(folder / f"{stem} whole.png")
+    content = (folder / f"{stem} whole.png").read_bytes()
+    for suffix, damage in (
+        ("png", content[:300]),
+        ("jpg", b"\xff\xd8\xff\xe0 torn"),
+        ("tif", b"II*\0\x08\0\0\0\xff\xff"),
+        ("nii.gz", b"\x1f\x8b\x08\0torn"),
+        ("nii", (348).to_bytes(4, "little") + bytes(100)),
+        ("dcm", bytes(128) + b"DICMtorn"),
+        ("bmp", b"text"),
+        ("webp", b""),
+    ):
+        (folder / f"{stem}.{suffix}").write_bytes(damage)
+    run(tmp_path / "scans", engine_path, tmp_path / "plain", maps=False)
+    run(tmp_path / "scans", engine_path, tmp_path / "out", maps=False, deidentify=key_file)
+    plain, rows = table(tmp_path / "plain"), table(tmp_path / "out")
+    assert sum(row["status"] != "ok" for row in rows) >= 8
+    assert [row["error"] for row in rows] == [row["error"] for row in plain]
+    if stem not in ("not", "image", "truncated", "damaged"):
+        assert not any(stem in row["error"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

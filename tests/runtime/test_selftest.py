@@ -178,7 +178,7 @@ def test_hostile_golden_files_are_refused(tmp_path: Path) -> None:
 
     images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
     refuse("not a golden file", images=images)
-    refuse("unpacks to", images=np.zeros((300, SIZE, SIZE, 3), np.uint8))
+    refuse("each once", images=np.zeros((300, SIZE, SIZE, 3), np.uint8))
     good: dict[str, Any] = {"score": np.zeros(2, np.float32), "anomaly_map": np.zeros((2, SIZE, SIZE), np.float32)}
     refuse("array 'score': expected float32", images=images, reconstruction=images, **{**good, "score": np.zeros(2)})
     refuse(r"expected 1\.\.16 images, got 0", images=images[:0], reconstruction=images, **good)

@@ -41,6 +41,7 @@ class _Session:
     def __init__(self, module: FakeOnnxRuntime, session: Any, providers: list[str]) -> None:
         self._module, self._session, self._providers = module, session, providers
         self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+        self.get_overridable_initializers = session.get_overridable_initializers
 
     def get_providers(self) -> list[str]:
         return [one for one in self._providers if one in self._module.started]
