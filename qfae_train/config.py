@@ -49,6 +49,10 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, tables in tables in tables
         text = f"a {type(value).__name__} too large to show"
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
 
 
@@ -247,7 +251,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             [f"config '{path}': lists or tables nested too deeply; a configuration has 4 levels"]
         ) from None
     except ValueError as error:  # TOML's own, bytes that are no UTF-8, numbers of thousands of digits
-        raise ConfigError([f"config '{path}': not valid TOML: {error}"]) from None
+        raise ConfigError([f"config '{path}': not valid TOML: {_cut(str(error))}"]) from None
 
 
 def from_dict(table: dict[str, Any]) -> Config:

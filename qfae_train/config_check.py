@@ -50,6 +50,7 @@ def contradictions(config: Config, faulty: Sequence[str] = ()) -> list[str]:
         *_sizes(config, known),
         *_attention(config, known),
         *_ranges(config, known),
+        *_total(config, known),
         *_backbones(config, known),
     ]
 
@@ -110,12 +111,34 @@ def _attention(config: Config, known: Known) -> Iterable[str]:
         ratio, width = options.mlp_ratio, options.dim * options.mlp_ratio
         if known(f"{part}.dim", f"{part}.mlp_ratio") and ratio > 0 and 0 < width < 1:
             yield f"{part}.mlp_ratio: got {ratio}; {options.dim} times it is the hidden width, which must be at least 1"
-    count = trained_parameters(config)
-    if known(*parts) and count > LARGEST_MODEL:
-        yield f"model: {count:.2g} trained parameters in Q-Former and decoder; accepted are up to {LARGEST_MODEL:.0e}"
     for part, options in parts.items():
         if known(f"{part}.dim") and options.dim % 4:
             yield f"{part}.dim: got {options.dim}; the sine-cosine table needs a multiple of 4"
+
+
+def _model_bounds(config: Config) -> list[tuple[str, float, float]]:
+    """Return keys of the model's sizes, their values, and the largest that are accepted."""
+    qformer, decoder = config.model.qformer, config.model.decoder
+    return [
+        ("model.qformer.blocks", qformer.blocks, LARGEST_DEPTH),
+        ("model.qformer.dim", qformer.dim, LARGEST_WIDTH),
+        ("model.qformer.heads", qformer.heads, LARGEST_HEADS),
+        ("model.qformer.cross_head_dim", qformer.cross_head_dim, 1024),
+        ("model.qformer.mlp_ratio", qformer.mlp_ratio, LARGEST_MLP_RATIO),
+        ("model.decoder.depth", decoder.depth, LARGEST_DEPTH),
+        ("model.decoder.dim", decoder.dim, LARGEST_WIDTH),
+        ("model.decoder.heads", decoder.heads, LARGEST_HEADS),
+        ("model.decoder.mlp_ratio", decoder.mlp_ratio, LARGEST_MLP_RATIO),
+        ("model.decoder.register_tokens", decoder.register_tokens, 1024),
+    ]
+
+
+def _total(config: Config, known: Known) -> Iterable[str]:
+    bounds = _model_bounds(config)
+    within = all(value <= largest for _, value, largest in bounds)
+    count = trained_parameters(config) if within and known("model.qformer", "model.decoder") else 0
+    if count > LARGEST_MODEL:
+        yield f"model: {count:.2g} trained parameters in Q-Former and decoder; accepted are up to {LARGEST_MODEL:.0e}"
 
 
 def _ranges(config: Config, known: Known) -> Iterable[str]:
@@ -145,24 +168,14 @@ def _ranges(config: Config, known: Known) -> Iterable[str]:
     }.items():
         if known(key) and value < 0:
             yield f"{key}: got {value}; it must not be negative"
-    qformer, decoder = config.model.qformer, config.model.decoder
     for key, value, largest in (
+        *_model_bounds(config),
         ("train.seed", train.seed, MAX_SEED),
         ("train.lr", train.lr, LARGEST_LR),
         ("train.epochs", train.epochs, LARGEST_COUNT),
         ("train.batch_size", train.batch_size, LARGEST_COUNT),
         ("train.workers", train.workers, 1024),
         ("augment.paste_variants", augment.paste_variants, LARGEST_COUNT),
-        ("model.qformer.blocks", qformer.blocks, LARGEST_DEPTH),
-        ("model.qformer.dim", qformer.dim, LARGEST_WIDTH),
-        ("model.qformer.heads", qformer.heads, LARGEST_HEADS),
-        ("model.qformer.cross_head_dim", qformer.cross_head_dim, 1024),
-        ("model.qformer.mlp_ratio", qformer.mlp_ratio, LARGEST_MLP_RATIO),
-        ("model.decoder.depth", decoder.depth, LARGEST_DEPTH),
-        ("model.decoder.dim", decoder.dim, LARGEST_WIDTH),
-        ("model.decoder.heads", decoder.heads, LARGEST_HEADS),
-        ("model.decoder.mlp_ratio", decoder.mlp_ratio, LARGEST_MLP_RATIO),
-        ("model.decoder.register_tokens", decoder.register_tokens, 1024),
     ):
         if known(key) and value > largest:
             yield f"{key}: got {value}; accepted are values up to {largest}"

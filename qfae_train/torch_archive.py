@@ -65,6 +65,8 @@ def read_archive(file: BinaryIO, size: int) -> Archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
         raise TorchFileError(NOT_TORCH) from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise TorchFileError("it holds a TorchScript program; only plain tensors are read")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise TorchFileError(
@@ -81,8 +83,6 @@ def read_archive(file: BinaryIO, size: int) -> Archive:
     if len(roots) != 1 or not all(name.startswith(roots[0]) for name in names):
         raise TorchFileError(NOT_TORCH)
     parts = {name.removeprefix(roots[0]): span for name, span in spans.items()}
-    if "constants.pkl" in parts or any(name.startswith("code/") for name in parts):
-        raise TorchFileError("it holds a TorchScript program; only plain tensors are read")
     _check_byte_order(file, parts.get("byteorder"))
     if parts["data.pkl"].size > LARGEST_PICKLE:
         raise TorchFileError(
