@@ -9,10 +9,12 @@ INSTALLED := $(VENV)/.installed
 # libraries are asked for: readers, engines, checkpoints, training, export, the command lines.
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
-LOWEST_TESTS := tests/test_lowest.py tests/test_road.py tests/train tests/export/test_export.py tests/export/test_graph.py \
-	tests/export/test_precision.py tests/runtime/test_engines.py tests/runtime/test_openvino_engine.py \
-	tests/runtime/test_dicom_reader.py tests/runtime/test_nifti_reader.py tests/runtime/test_image_reader.py \
-	tests/runtime/test_pixel_metrics.py tests/runtime/test_preprocess.py tests/runtime/test_cli.py
+LOWEST_TESTS := tests/test_lowest.py \
+	$(addprefix tests/train/test_,checkpoint.py torch_file.py hostile_checkpoints.py backbone.py backbone_args.py \
+		config.py config_check.py official.py golden.py fit.py perceptual.py) \
+	$(addprefix tests/export/test_,graph.py precision.py) \
+	$(addprefix tests/runtime/test_,engines.py openvino_engine.py dicom_reader.py nifti_reader.py image_reader.py \
+		pixel_metrics.py preprocess.py)
 
 DEMO_DATA := build/demo/data
 RESULTS := build/demo/results

@@ -29,10 +29,22 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 }
 """Arguments that are numbers: type, smallest, largest. A `float` may be written as a whole number."""
 
-SWITCHES = ("qkv_bias", "qk_norm", "proj_bias", "class_token", "no_embed_class", "pre_norm")
+SWITCHES = (
+    "qkv_bias",
+    "qk_norm",
+    "proj_bias",
+    "class_token",
+    "no_embed_class",
+    "pre_norm",
+    "scale_attn_norm",
+    "scale_mlp_norm",
+)
 """Arguments that are true or false."""
 
-ACCEPTED = ("patch_size", *NUMBERS, *SWITCHES)
+POOLS = ("token", "avg", "max", "")
+"""Of `global_pool`: nothing here pools, but a model without a class token is not made with the default."""
+
+ACCEPTED = ("patch_size", *NUMBERS, *SWITCHES, "global_pool")
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_-]{1,100})?", re.ASCII)
 
@@ -50,6 +62,9 @@ def argument_faults(backbone: Backbone, key: str) -> Iterator[str]:
         elif name == "patch_size":
             if not _is_patch_size(value):
                 yield f"{key}.args.patch_size: got {shown(value)}; accepted are 1 to {LARGEST_PATCH} pixels"
+        elif name == "global_pool":
+            if value not in POOLS:
+                yield f"{key}.args.global_pool: got {shown(value)}; accepted are {', '.join(map(repr, POOLS))}"
         elif name in SWITCHES:
             if not isinstance(value, bool):
                 yield f"{key}.args.{name}: got {shown(value)}; accepted are true and false"

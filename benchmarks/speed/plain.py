@@ -44,7 +44,7 @@ class PlainPerceptual(nn.Module):
         for patch_size in patch_sizes:
             args = {name: value for name, value in backbone.args.items() if name != "patch_size"}
             with torch.device("meta"):  # every tensor is loaded: drawing them first would take long
-                model = create(replace(backbone, patch_size=patch_size, args=args), image_size)
+                model: Any = create(replace(backbone, patch_size=patch_size, args=args), image_size)
             model.load_state_dict(checkpoint_filter_fn(dict(state), model), assign=True)
             self.models[str(patch_size)] = model
         self.eval().requires_grad_(False)

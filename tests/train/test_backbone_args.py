@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 
-from qfae_train import backbone as module
 from qfae_train.backbone import create
 from qfae_train.backbone_args import ACCEPTED, argument_faults
 from qfae_train.config import Backbone, ConfigError, from_dict
@@ -62,7 +61,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_are_no_models_of_timms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[object] = []
-    monkeypatch.setattr(module.timm, "create_model", lambda *given, **_: called.append(given))
+    monkeypatch.setattr(timm, "create_model", lambda *given, **_: called.append(given))
     tables = tiny.table()
     tables["model"]["encoders"][0]["timm"] = name
     tables["perceptual"]["timm"] = name
@@ -94,6 +93,8 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "a table": ({"qkv_bias": {"a": 1}}, "qkv_bias: got {'a': 1}; accepted are true and false"),
     "three sides": ({"patch_size": [8, 8, 8]}, "patch_size: got [8, 8, 8]; accepted are 1 to 128 pixels"),
     "oblong": ({"patch_size": [8, 4]}, "patch_size: got [8, 4]; accepted are 1 to 128 pixels"),
+    "a pool": ({"global_pool": "map"}, "global_pool: got 'map'; accepted are 'token', 'avg', 'max', ''"),
+    "a pool of lists": ({"global_pool": ["avg"]}, "global_pool: got ['avg']; accepted are 'token', 'avg', 'max', ''"),
     "none": ({"class_token": None}, "class_token: got None; accepted are true and false"),
     "tables in tables": (
         {"depth": functools.reduce(lambda inner, _: {"a": inner}, range(5000), dict[str, Any]())},

@@ -257,7 +257,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(newline: str, tmp_path: Path) 
     assert load(written(tmp_path, b"\xef\xbb\xbf" + text.encode())) == load(written(tmp_path, text))
 
 
-UNREADABLE = {
+UNREADABLE: dict[str, tuple[str | bytes, str]] = {
     "lists": ("a = " + "[" * 5000 + "]" * 5000, "lists or tables nested too deeply; a configuration has 4 levels"),
     "tables": ("a = " + "{b = " * 5000 + "1" + "}" * 5000, "lists or tables nested too deeply; a configuration has 4"),
     "open lists": ("a = " + "[" * 5000, "lists or tables nested too deeply; a configuration has 4 levels"),

@@ -7,12 +7,13 @@ import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qfae_train import checkpoint_check
 from qfae_train.backbone import filled
@@ -53,7 +54,7 @@ TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     **{
         str(kind): (
-            lambda kind=kind: torch.zeros(1, 16, 32).to(kind),
+            partial(torch.zeros, 1, 16, 32, dtype=kind),
             rf"^damaged inside: trained\.qformer\.queries: expected float32, got {str(kind)[6:]}; train or download it",
         )
         for kind in (torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float16, torch.float64)
@@ -245,9 +246,9 @@ def test_weights_of_no_known_file_are_not_taken_on_trust(saved: Path) -> None:
 def test_frozen_weights_of_another_type(kind: torch.dtype, weights: Path, tmp_path: Path) -> None:
     state = load_file(weights)
     state["norm.weight"] = state["norm.weight"].to(kind)
-    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pth")
     with pytest.raises(WeightsError) as caught:
-        filled(Backbone(tiny.TIMM, 8, dict(tiny.ARGS)), read_tensors(tmp_path / "w.safetensors")[0], tiny.SIZE, "w")
+        filled(Backbone(tiny.TIMM, 8, dict(tiny.ARGS)), read_tensors(tmp_path / "w.pth")[0], tiny.SIZE, "w")
     assert str(caught.value) == (
         "weights 'w' do not fit the model: norm.weight: expected float32 or float16 or bfloat16 or float64, got "
         f"{str(kind)[6:]} (1 in all)"
