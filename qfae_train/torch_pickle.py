@@ -136,7 +136,7 @@ class _Machine:
         if name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
         elif name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"):
-            if abs(argument) > LARGEST_NUMBER:
+            if isinstance(argument, int) and abs(argument) > LARGEST_NUMBER:
                 raise TorchFileError("it holds a number of more than 64 bits")
             stack.append(argument)
         elif name == "BINUNICODE":

@@ -222,6 +222,17 @@ def test_embedded_weights_are_those_of_the_file(digest: bool, saved: Path, weigh
     )
 
 
+@pytest.mark.parametrize("kind", ["complex", "shared"])
+def test_tables_that_no_file_could_hold(kind: str, saved: Path) -> None:
+    def change(content: Content) -> None:
+        drop_digest(content)
+        [table] = content["embedded"].values()
+        table["norm.weight"] = table["norm.bias"] if kind == "shared" else table["norm.weight"].to(torch.complex64)
+
+    spoil(saved, change)
+    assert refusal(saved).startswith(f"the frozen weights of '{tiny.TIMM}' in it are not those of ")
+
+
 def test_the_original_file_takes_their_place(saved: Path, weights: Path) -> None:
     want = build_scorer(load(saved))(torch.zeros(1, tiny.SIZE, tiny.SIZE, 3, dtype=torch.uint8)).score
     spoil(saved, change_embedded)

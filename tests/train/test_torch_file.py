@@ -38,7 +38,7 @@ def test_the_reader_reads_what_torch_reads(legacy: bool, tmp_path: Path) -> None
         "parameter": module.weight,
         "module": module.state_dict(),
         "ordered": OrderedDict(a=1, b=None),
-        "plain": [True, -1, 2**40, 0.25, "text", (1, 2), {3: "three"}],
+        "plain": [True, -1, 2**40, -(2**63), 0.25, 1e300, float("inf"), "text", (1, 2), {3: "three"}],
     }
     path = tmp_path / "file.pt"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
