@@ -5,6 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# A virtual environment with the lowest versions that pyproject.toml allows, and the tests that meet most of what the
+# libraries are asked for: readers, engines, checkpoints, training, export, the command lines.
+LOWEST := .venv-lowest
+LOWEST_INSTALLED := $(LOWEST)/.installed
+LOWEST_TESTS := tests/test_lowest.py \
+	$(addprefix tests/train/test_,checkpoint.py torch_file.py hostile_checkpoints.py backbone.py backbone_args.py \
+		config.py config_check.py official.py golden.py fit.py perceptual.py) \
+	$(addprefix tests/export/test_,graph.py precision.py) \
+	$(addprefix tests/runtime/test_,engines.py openvino_engine.py dicom_reader.py nifti_reader.py image_reader.py \
+		pixel_metrics.py preprocess.py)
+
 DEMO_DATA := build/demo/data
 RESULTS := build/demo/results
 
@@ -12,11 +23,12 @@ RESULTS := build/demo/results
 # on page faults. These settings keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=500000000
 
-.PHONY: help demo demo-train demo-spread reproduce bench bench-gpu test lint format clean
+.PHONY: help demo demo-train demo-spread reproduce bench bench-gpu test test-lowest lint format clean
 
 help:
 	@echo "make demo         find lesions in brain slices with a certified engine (no GPU, no download of weights)"
 	@echo "make test         prove that the checkout is sound: format, lint, types, tests"
+	@echo "make test-lowest  the demo and a selection of tests on the lowest versions that pyproject.toml allows"
 	@echo "make demo-train   make the demo's weights again, from scratch (hours)"
 	@echo "make demo-spread  measure the demo on three data seeds"
 	@echo "make reproduce DATA=DIR  the published tables with our column, on the BMAD data sets in DIR (days, on a GPU)"
@@ -64,6 +76,18 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+$(LOWEST_INSTALLED): pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	$(PYTHON) tests/lowest.py export openvino medical demo test > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install --quiet --requirement $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+test-lowest: $(LOWEST_INSTALLED)
+	$(LOWEST)/bin/python -m demo.run --build build/lowest
+	$(LOWEST)/bin/pytest $(LOWEST_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

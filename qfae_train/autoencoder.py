@@ -152,6 +152,14 @@ def build(config: Config) -> tuple[AnomalyScorer, list[dict[str, str]]]:
     return assemble(config, models[:-1], models[-1]), records
 
 
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of all trained tensors of a configuration by name, without allocating them."""
+    with torch.device("meta"):
+        encoders = [create(entry, config.model.image_size) for entry in config.model.encoders]
+        trained = QFormerAutoencoder(config, encoders).trained_state()
+    return {name: tuple(tensor.shape) for name, tensor in trained.items()}
+
+
 def frozen_entries(config: Config) -> list[tuple[Backbone, str]]:
     """Return every frozen backbone, encoders first, the perceptual network last, and the option that takes its file."""
     encoders = [(entry, f"--backbone-weights {entry.timm}=FILE") for entry in config.model.encoders]

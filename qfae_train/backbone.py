@@ -16,6 +16,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from qfae_train.backbone_args import argument_faults
 from qfae_train.config import Backbone
 from qfae_train.weights import fit, hub_file, read_tensors
 
@@ -26,12 +27,20 @@ class BackboneShape:
 
     depth: int
     patch_size: int
+    parameters: int
     unlike_mae: tuple[str, ...]
     """What keeps the model from being a perceptual network; see `unlike_mae`."""
 
 
 def create(backbone: Backbone, image_size: int) -> nn.Module:
-    """Return timm's model without its head, for square images of `image_size` pixels, its weights random."""
+    """Return timm's model without its head, for square images of `image_size` pixels, its weights random.
+
+    Raises:
+        ValueError: the name or an argument is not among those that are handed to timm (`backbone_args`).
+
+    """
+    for fault in argument_faults(backbone, "backbone"):  # a configuration was checked; this is for all other callers
+        raise ValueError(fault)
     args: dict[str, Any] = {"num_classes": 0, "patch_size": backbone.patch_size, **backbone.args}
     model: nn.Module = timm.create_model(backbone.timm, img_size=image_size, **args)
     return model
@@ -64,7 +73,8 @@ def _describe(name: str, patch_size: int, args: str, image_size: int) -> Backbon
         model: Any = create(Backbone(name, patch_size, json.loads(args)), image_size)
     if not isinstance(model, VisionTransformer):
         raise TypeError(f"it is a {type(model).__name__}, expected a VisionTransformer")
-    return BackboneShape(len(model.blocks), model.patch_embed.patch_size[0], tuple(unlike_mae(model)))
+    parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+    return BackboneShape(len(model.blocks), model.patch_embed.patch_size[0], parameters, tuple(unlike_mae(model)))
 
 
 def unlike_mae(vit: Any) -> list[str]:

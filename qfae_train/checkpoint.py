@@ -1,12 +1,13 @@
 """The checkpoint file: everything export needs, nothing that runs.
 
-One zip of plain tensors, numbers and strings (`torch.save`), read with `weights_only=True`:
+One zip of plain tensors, numbers and strings (`torch.save`), read by `torch_file`, which runs nothing:
 
     format     int                  version of this layout
     config     dict                 the configuration, weight files by their bare names
     trained    {name: tensor}       projections, Q-Former, decoder
     frozen     [record, ...]        encoders, then perceptual network: timm name, source, SHA-256
     embedded   {sha256: {name: tensor}}  frozen weights that came from a file and cannot be downloaded again
+    embedded_sha256  {sha256: sha256}    of each of these tables, by the file's
     preprocess {spec, sha256}       what the images went through
     parity_images  uint8 (N, S, S, 3)    held-out images, so that export can measure on real ones
     record     dict                 how the training went
@@ -26,30 +27,27 @@ from torch import Tensor, nn
 
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.hashing import sha256_of
-from qfae_runtime.preprocess import PreprocessSpec
-from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries, frozen_model
+from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries, frozen_model, trained_shapes
 from qfae_train.backbone import read_frozen
+from qfae_train.checkpoint_check import (
+    EMBEDDED_SHA256,
+    PARTS,
+    damage,
+    embedded_faults,
+    fit_faults,
+    image_faults,
+    preprocessing_faults,
+    read_error,
+    some,
+)
 from qfae_train.config import Backbone, Config, ConfigError, from_dict
 from qfae_train.output import whole_file
+from qfae_train.torch_archive import TorchFileError
+from qfae_train.torch_file import read_torch_file
 from qfae_train.weight_files import FROM_HUB, WeightFiles
-from qfae_train.weights import WeightsError, read_tensors
+from qfae_train.weights import WeightsError, read_tensors, tensors_sha256
 
 FORMAT = 1
-
-SHOWN_FAULTS = 8
-"""A damaged file may hold hundreds of tensors; the first few say enough."""
-
-_PARTS: dict[str, type] = {
-    "format": int,
-    "config": dict,
-    "trained": dict,
-    "frozen": list,
-    "embedded": dict,
-    "preprocess": dict,
-    "parity_images": Tensor,
-    "record": dict,
-    "resume": dict,
-}
 
 
 class CheckpointError(QfaeError):
@@ -85,6 +83,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "trained": {name: tensor.detach().cpu() for name, tensor in checkpoint.trained.items()},
         "frozen": checkpoint.frozen,
         "embedded": checkpoint.embedded,
+        EMBEDDED_SHA256: {digest: tensors_sha256(table) for digest, table in checkpoint.embedded.items()},
         "preprocess": {"spec": spec.to_dict(), "sha256": spec.sha256()},
         "parity_images": checkpoint.parity_images,
         "record": checkpoint.record,
@@ -101,16 +100,19 @@ def load(path: Path) -> Checkpoint:
     """Return the checkpoint that this project wrote at `path`; `official.open_checkpoint` also takes the authors'.
 
     Raises:
-        CheckpointError: it is missing, damaged, would run code, is of another version, or asks for
-            preprocessing that this version does not do.
+        CheckpointError: it is missing, damaged, would run code, is of another version, asks for preprocessing that
+            this version does not do, or holds frozen weights that it was not trained with.
 
     """
     return from_parts(path, read_parts(path))
 
 
-def from_parts(path: Path, content: dict[str, Any]) -> Checkpoint:
-    """Check and take the parts that `read_parts` returned; errors as in `load`."""
-    wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)]
+def from_parts(path: Path, content: dict[str, Any], files: WeightFiles = FROM_HUB) -> Checkpoint:
+    """Check and take the parts that `read_parts` returned; errors as in `load`.
+
+    `files` are taken in place of embedded weights that are not those it was trained with.
+    """
+    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise CheckpointError(f"checkpoint '{path}': not written by qfae-train ({', '.join(wrong)} missing or damaged)")
     if content["format"] != FORMAT:
@@ -118,14 +120,24 @@ def from_parts(path: Path, content: dict[str, Any]) -> Checkpoint:
             f"checkpoint '{path}': format {content['format']!r}, but this version reads {FORMAT}; "
             "install the qfae version that wrote it, or train again"
         )
-    faults = _damage(content)
+    faults = damage(content)
     if faults:
-        raise CheckpointError(f"checkpoint '{path}': damaged inside: {'; '.join(faults)}; train or download it again")
+        raise CheckpointError(f"checkpoint '{path}': damaged inside: {some(faults)}; train or download it again")
     try:
         config = from_dict(content["config"])
     except ConfigError as error:
-        raise CheckpointError(f"checkpoint '{path}': its configuration is not valid: {error}") from None
-    _check_preprocessing(path, content["preprocess"], config)
+        raise CheckpointError(f"checkpoint '{path}': its configuration is not valid: {some(error.faults)}") from None
+    faults = preprocessing_faults(content["preprocess"], config)
+    if faults:
+        raise CheckpointError(
+            f"checkpoint '{path}': trained on images preprocessed otherwise than this version does it: {some(faults)}"
+        )
+    faults = image_faults(content["parity_images"], config.model.image_size)
+    if faults:
+        raise CheckpointError(f"checkpoint '{path}': damaged inside: {some(faults)}; train or download it again")
+    faults = embedded_faults(content, files)
+    if faults:
+        raise CheckpointError(f"checkpoint '{path}': {some(faults)}")
     return Checkpoint(
         config=config,
         trained=content["trained"],
@@ -138,33 +150,6 @@ def from_parts(path: Path, content: dict[str, Any]) -> Checkpoint:
     )
 
 
-def _damage(content: dict[str, Any]) -> list[str]:
-    """Return what is wrong inside parts of the right kind, up to SHOWN_FAULTS of it."""
-    faults = []
-    for number, record in enumerate(content["frozen"]):
-        if not isinstance(record, dict):
-            faults.append(f"frozen[{number}]: expected a record, got {type(record).__name__}")
-            continue
-        for name in ("timm", "source", "sha256"):
-            if not isinstance(record.get(name), str):
-                got = type(record[name]).__name__ if name in record else "nothing"
-                faults.append(f"frozen[{number}].{name}: expected a text, got {got}")
-    tables = {"trained": content["trained"]}
-    for digest, table in content["embedded"].items():
-        if isinstance(table, dict):
-            tables[f"embedded.{str(digest)[:12]}"] = table
-        else:
-            faults.append(f"embedded.{str(digest)[:12]}: expected a table of tensors, got {type(table).__name__}")
-    for where, table in tables.items():
-        for name, tensor in table.items():
-            if not isinstance(name, str):
-                faults.append(f"{where}: expected names of tensors, got {name!r}")
-            elif not isinstance(tensor, Tensor):
-                faults.append(f"{where}.{name}: expected a tensor, got {type(tensor).__name__}")
-    more = len(faults) - SHOWN_FAULTS
-    return faults if more <= 0 else [*faults[:SHOWN_FAULTS], f"and {more} more"]
-
-
 def read_parts(path: Path) -> dict[str, Any]:
     """Return what a checkpoint file holds, unpickling plain tensors, numbers and strings only.
 
@@ -175,31 +160,12 @@ def read_parts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint '{path}': no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch raises half a dozen kinds here. Its refusals of code name the pickle's GLOBAL instruction; what is no
-        # pickle at all fails at another instruction.
-        if "GLOBAL" in str(error):
-            reason = "it holds pickled objects, which could run code; only plain tensors are read"
-        else:
-            reason = "not a file that torch.save wrote, or cut short"
-        raise CheckpointError(f"checkpoint '{path}': {reason}") from None
+        content = read_torch_file(path)
+    except (TorchFileError, OSError) as error:
+        raise CheckpointError(read_error(path, error)) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint '{path}': expected a table of parts, got {type(content).__name__}")
     return content
-
-
-def _check_preprocessing(path: Path, stored: dict[str, Any], config: Config) -> None:
-    now = config.preprocess_spec()
-    if stored.get("sha256") == now.sha256():
-        return
-    try:
-        lines = PreprocessSpec.from_dict(stored["spec"]).diff(now)
-    except QfaeError as error:
-        lines = [str(error)]
-    raise CheckpointError(
-        f"checkpoint '{path}': trained on images preprocessed otherwise than this version does it: {'; '.join(lines)}"
-    )
 
 
 def portable_config(config: Config) -> dict[str, Any]:
@@ -230,6 +196,7 @@ def build_scorer(checkpoint: Checkpoint, files: WeightFiles = FROM_HUB) -> Anoma
 
     """
     config = checkpoint.config
+    _check_fit(trained_shapes(config), checkpoint)  # before weights are allocated that a configuration only claims
     backbones = frozen_backbones(checkpoint, files)
     scorer = assemble(config, backbones[:-1], backbones[-1])
     load_trained(scorer, checkpoint)
@@ -268,18 +235,15 @@ def load_trained(scorer: AnomalyScorer, checkpoint: Checkpoint) -> None:
         CheckpointError: a name is missing, unknown or of another size; all are listed.
 
     """
-    expected = scorer.autoencoder.trained_state()
-    given = checkpoint.trained
-    faults = [f"{name}: missing" for name in expected.keys() - given.keys()]
-    faults += [f"{name}: not a part of this model" for name in given.keys() - expected.keys()]
-    faults += [
-        f"{name}: expected {tuple(tensor.shape)}, got {tuple(given[name].shape)}"
-        for name, tensor in expected.items()
-        if name in given and given[name].shape != tensor.shape
-    ]
+    state = scorer.autoencoder.trained_state()
+    _check_fit({name: tuple(tensor.shape) for name, tensor in state.items()}, checkpoint)
+    scorer.autoencoder.load_state_dict(checkpoint.trained, strict=False)
+
+
+def _check_fit(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    faults = fit_faults(expected, checkpoint.trained)
     if faults:
-        raise CheckpointError("checkpoint does not fit its configuration: " + "; ".join(sorted(faults)))
-    scorer.autoencoder.load_state_dict(given, strict=False)
+        raise CheckpointError(f"checkpoint does not fit its configuration: {'; '.join(faults)}")
 
 
 def _frozen_tensors(

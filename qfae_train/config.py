@@ -25,11 +25,35 @@ PRESETS = Path(__file__).parent / "presets"
 MAX_SEED = 2**31 - 1
 """Each epoch draws from seed * 1_000_003 + epoch, which torch takes as a 64-bit number."""
 
+LARGEST_FILE = 2**20
+"""Bytes of a TOML file; the longest preset has 1.4 kB."""
+
+LONGEST_LIST = 64
+"""Values of a list: encoders, hidden states, patch sizes, blocks."""
+
+MAX_INT = 2**63 - 1
+
+LONGEST_SHOWN = 200
+"""Letters of a wrong value that an error shows."""
+
 T = TypeVar("T")
 
 
 class ConfigError(UsageError):
     """A configuration that cannot be built; `faults` holds one sentence per fault."""
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: on one line, cut where it is long, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, tables in tables in tables
+        text = f"a {type(value).__name__} too large to show"
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
 
 
 def option(help_text: str, default: Any = dataclasses.MISSING, choices: tuple[Any, ...] = ()) -> Any:
@@ -46,7 +70,9 @@ class Backbone:
 
     timm: str = option("timm's name of the model, with its pretrained tag")
     patch_size: int = option("pixels per side of a patch; weights of another size are resampled by timm")
-    args: dict[str, Any] = option("further arguments of timm.create_model (width, depth, ...)", {})
+    args: dict[str, Any] = option(
+        "the model's shape, where it is not timm's: embed_dim, depth, ... (backbone_args.py)", {}
+    )
     weights: str = option("weight file in place of the hub's, relative to the TOML file; '' means the hub", "")
     hidden_states: tuple[int, ...] = option("this encoder's own, in place of model.hidden_states", ())
 
@@ -98,7 +124,7 @@ class Perceptual:
 
     timm: str = option("timm's name of the model, with its pretrained tag", "vit_large_patch16_224.mae")
     patch_size: int = option("patch size the weights were trained with", 16)
-    args: dict[str, Any] = option("further arguments of timm.create_model", {})
+    args: dict[str, Any] = option("the model's shape, where it is not timm's; as for an encoder", {})
     weights: str = option("weight file in place of the hub's, relative to the TOML file; '' means the hub", "")
 
 
@@ -208,11 +234,24 @@ def load(source: str | Path) -> Config:
     path = Path(source) if str(source).endswith(".toml") else PRESETS / f"{source}.toml"
     if not path.is_file():
         raise ConfigError([f"config '{source}': no such file or preset; presets are {', '.join(presets())}"])
+    return from_dict(_anchor_weights(_read_toml(path), path.parent))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ConfigError([f"config '{path}': {size} bytes; a configuration has at most {LARGEST_FILE}"])
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"config '{path}': not valid TOML: {error}"]) from None
-    return from_dict(_anchor_weights(table, path.parent))
+        # Windows' editors begin a file with a byte-order mark, which TOML does not know.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError([f"config '{path}': cannot be read: {error.strerror}"]) from None
+    except RecursionError:
+        raise ConfigError(
+            [f"config '{path}': lists or tables nested too deeply; a configuration has 4 levels"]
+        ) from None
+    except ValueError as error:  # TOML's own, bytes that are no UTF-8, numbers of thousands of digits
+        raise ConfigError([f"config '{path}': not valid TOML: {_cut(str(error))}"]) from None
 
 
 def from_dict(table: dict[str, Any]) -> Config:
@@ -269,13 +308,13 @@ def _plain(value: Any) -> Any:
 def _build(cls: type[T], table: Any, path: str, faults: list[str]) -> T:
     """Return `cls` filled from a table; what is wrong is appended to `faults` and stands blank in the result."""
     if not isinstance(table, dict):
-        faults.append(f"{path or 'config'}: expected a table, got {table!r}")
+        faults.append(f"{path or 'config'}: expected a table, got {shown(table)}")
         blank: T = _blank(cls)
         return blank
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in (key for key in table if key not in fields):
-        faults.append(f"{_join(path, key)}: unknown key; {path or 'config'} accepts {', '.join(fields)}")
+        faults.append(f"{_join(path, _key(key))}: unknown key; {path or 'config'} accepts {', '.join(fields)}")
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         where = _join(path, name)
@@ -284,7 +323,7 @@ def _build(cls: type[T], table: Any, path: str, faults: list[str]) -> T:
             choices = spec.metadata["choices"]
             if choices and values[name] == table[name] and values[name] not in choices:
                 accepted = ", ".join(repr(choice) for choice in choices)
-                faults.append(f"{where}: got {table[name]!r}; accepted are {accepted}")
+                faults.append(f"{where}: got {shown(table[name])}; accepted are {accepted}")
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             faults.append(f"{where}: missing; it is {spec.metadata['help']}")
             values[name] = _blank(hints[name])
@@ -306,7 +345,8 @@ def _misspelt(cls: Any, table: Any, path: str) -> list[str]:
     if not isinstance(table, dict):
         return []
     hints = typing.get_type_hints(cls)
-    unknown, absent = [str(key) for key in table if key not in hints], [name for name in hints if name not in table]
+    unknown = [_key(key) for key in table if key not in hints][:LONGEST_LIST]
+    absent = [name for name in hints if name not in table]
     found = [_join(path, name) for key in unknown for name in difflib.get_close_matches(key, absent, n=1)]
     for name in (name for name in hints if name in table):
         parts, kind = {_join(path, name): table[name]}, hints[name]
@@ -325,11 +365,14 @@ def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
     if origin is tuple:
         items = typing.get_args(hint)
         if not isinstance(value, list | tuple):
-            faults.append(f"{where}: expected a list, got {value!r}")
+            faults.append(f"{where}: expected a list, got {shown(value)}")
             return _blank(hint)
         fixed = items[-1] is not Ellipsis
         if fixed and len(value) != len(items):
-            faults.append(f"{where}: expected {len(items)} values, got {value!r}")
+            faults.append(f"{where}: expected {len(items)} values, got {shown(value)}")
+            return _blank(hint)
+        if len(value) > LONGEST_LIST:
+            faults.append(f"{where}: got {len(value)} values; accepted are at most {LONGEST_LIST}")
             return _blank(hint)
         return tuple(_value(items[0], item, f"{where}[{n}]", faults) for n, item in enumerate(value))
     expected: type = hint if isinstance(hint, type) else (origin or types.NoneType)
@@ -342,7 +385,10 @@ def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
         faults.append(f"{where}: expected a finite number, got {value!r}")
         return _blank(hint)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        faults.append(f"{where}: expected {_type_name(expected)}, got {value!r}")
+        faults.append(f"{where}: expected {_type_name(expected)}, got {shown(value)}")
+        return _blank(hint)
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        faults.append(f"{where}: expected a whole number of at most 64 bits, got {shown(value)}")
         return _blank(hint)
     return value
 
@@ -355,6 +401,11 @@ def _type_name(cls: type) -> str:
         bool: "true or false",
     }
     return names.get(cls, "a table")
+
+
+def _key(key: Any) -> str:
+    """Return an unknown key as an error shows it."""
+    return key if isinstance(key, str) and key.isprintable() and len(key) <= LONGEST_SHOWN else shown(key)
 
 
 def _join(path: str, key: str) -> str:

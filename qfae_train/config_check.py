@@ -6,12 +6,31 @@ from collections.abc import Callable, Iterable, Sequence
 
 from qfae_runtime.preprocess import MAX_IMAGE_SIZE, PREPROCESS_KINDS
 from qfae_train.backbone import describe
+from qfae_train.backbone_args import (
+    LARGEST_DEPTH,
+    LARGEST_HEADS,
+    LARGEST_MLP_RATIO,
+    LARGEST_PATCH,
+    LARGEST_WIDTH,
+    argument_faults,
+)
 from qfae_train.config import MAX_SEED, Backbone, Config, Decoder, QFormer
 
 SMALLEST_IMAGE = 16
 
+LARGEST_GRID = 256
+"""Patches per side, of encoders, decoder and perceptual network: the attention is over their square."""
+
+LARGEST_MODEL = 4_000_000_000
+"""Parameters of one backbone, or of all that is trained: 16 GB in FP32. timm's largest has 2.7e9."""
+
+MOST_ENCODERS = 8
+
 LARGEST_LR = 1e36
 """Adam multiplies it by ten in its first step, in float32."""
+
+LARGEST_COUNT = 1_000_000
+"""Epochs, images in a batch, versions of an image."""
 
 
 Known = Callable[..., bool]
@@ -31,6 +50,7 @@ def contradictions(config: Config, faulty: Sequence[str] = ()) -> list[str]:
         *_sizes(config, known),
         *_attention(config, known),
         *_ranges(config, known),
+        *_total(config, known),
         *_backbones(config, known),
     ]
 
@@ -58,9 +78,11 @@ def _sizes(config: Config, known: Known) -> Iterable[str]:
         if len(set(values)) < len(values):
             yield f"{key}: got {list(values)}; each patch size may stand there once"
         for value in values:
+            accepted = ", ".join(str(d) for d in _patch_sizes(size))
             if value < 1 or size % value:
-                accepted = ", ".join(str(d) for d in range(4, size // 2 + 1) if size % d == 0)
                 yield f"{key}: {value} does not divide the image size {size}; accepted are {accepted}"
+            elif not _sane_patch(size, value):
+                yield f"{key}: got {value} for the image size {size}; accepted are {accepted}"
     patch = config.model.decoder.patch_size
     told = not known("model.decoder.patch_size", "model.qformer.queries") or patch < 1 or size % patch
     if not told and config.model.qformer.queries != (size // patch) ** 2:
@@ -69,6 +91,14 @@ def _sizes(config: Config, known: Known) -> Iterable[str]:
             f"model.qformer.queries: got {config.model.qformer.queries}; the decoder's {side}x{side} grid of "
             f"{patch}-pixel patches needs {side * side}"
         )
+
+
+def _sane_patch(size: int, patch: int) -> bool:
+    return patch <= LARGEST_PATCH and size // patch <= LARGEST_GRID
+
+
+def _patch_sizes(size: int) -> list[int]:
+    return [d for d in range(4, size // 2 + 1) if size % d == 0 and _sane_patch(size, d)]
 
 
 def _attention(config: Config, known: Known) -> Iterable[str]:
@@ -84,6 +114,31 @@ def _attention(config: Config, known: Known) -> Iterable[str]:
     for part, options in parts.items():
         if known(f"{part}.dim") and options.dim % 4:
             yield f"{part}.dim: got {options.dim}; the sine-cosine table needs a multiple of 4"
+
+
+def _model_bounds(config: Config) -> list[tuple[str, float, float]]:
+    """Return keys of the model's sizes, their values, and the largest that are accepted."""
+    qformer, decoder = config.model.qformer, config.model.decoder
+    return [
+        ("model.qformer.blocks", qformer.blocks, LARGEST_DEPTH),
+        ("model.qformer.dim", qformer.dim, LARGEST_WIDTH),
+        ("model.qformer.heads", qformer.heads, LARGEST_HEADS),
+        ("model.qformer.cross_head_dim", qformer.cross_head_dim, 1024),
+        ("model.qformer.mlp_ratio", qformer.mlp_ratio, LARGEST_MLP_RATIO),
+        ("model.decoder.depth", decoder.depth, LARGEST_DEPTH),
+        ("model.decoder.dim", decoder.dim, LARGEST_WIDTH),
+        ("model.decoder.heads", decoder.heads, LARGEST_HEADS),
+        ("model.decoder.mlp_ratio", decoder.mlp_ratio, LARGEST_MLP_RATIO),
+        ("model.decoder.register_tokens", decoder.register_tokens, 1024),
+    ]
+
+
+def _total(config: Config, known: Known) -> Iterable[str]:
+    bounds = _model_bounds(config)
+    within = all(value <= largest for _, value, largest in bounds)
+    count = trained_parameters(config) if within and known("model.qformer", "model.decoder") else 0
+    if count > LARGEST_MODEL:
+        yield f"model: {count:.2g} trained parameters in Q-Former and decoder; accepted are up to {LARGEST_MODEL:.0e}"
 
 
 def _ranges(config: Config, known: Known) -> Iterable[str]:
@@ -114,8 +169,13 @@ def _ranges(config: Config, known: Known) -> Iterable[str]:
         if known(key) and value < 0:
             yield f"{key}: got {value}; it must not be negative"
     for key, value, largest in (
+        *_model_bounds(config),
         ("train.seed", train.seed, MAX_SEED),
         ("train.lr", train.lr, LARGEST_LR),
+        ("train.epochs", train.epochs, LARGEST_COUNT),
+        ("train.batch_size", train.batch_size, LARGEST_COUNT),
+        ("train.workers", train.workers, 1024),
+        ("augment.paste_variants", augment.paste_variants, LARGEST_COUNT),
     ):
         if known(key) and value > largest:
             yield f"{key}: got {value}; accepted are values up to {largest}"
@@ -144,6 +204,9 @@ def _backbones(config: Config, known: Known) -> Iterable[str]:
     size, sized = config.model.image_size, known("model.image_size")
     if known("model.encoders") and not config.model.encoders:
         yield "model.encoders: got an empty list; at least one encoder is needed"
+    if len(config.model.encoders) > MOST_ENCODERS:
+        yield f"model.encoders: got {len(config.model.encoders)}; accepted are at most {MOST_ENCODERS}"
+        return
     if known("model.hidden_states") and not config.model.hidden_states:
         yield "model.hidden_states: got an empty list; at least one is needed"
     for number, encoder in enumerate(config.model.encoders):
@@ -174,22 +237,38 @@ def _backbones(config: Config, known: Known) -> Iterable[str]:
 
 def _depth(backbone: Backbone, image_size: int, key: str) -> tuple[int, list[str]]:
     """Return the number of blocks, and what is wrong with the entry (then the number is 0)."""
+    faults = list(argument_faults(backbone, key))
+    if faults:
+        return 0, faults
     if backbone.patch_size < 1 or image_size % backbone.patch_size:
         return 0, [f"{key}.patch_size: {backbone.patch_size} does not divide the image size {image_size}"]
-    # Either would send timm to the network, here and at every later step.
-    if "pretrained" in backbone.args or ":" in backbone.timm:
+    if not _sane_patch(image_size, backbone.patch_size):
+        accepted = ", ".join(str(d) for d in _patch_sizes(image_size))
         return 0, [
-            f"{key}: {backbone.timm!r} with args {backbone.args} would load weights from a network; name a model of "
-            "timm's own, its weights come from timm's hub or from a file (weights = 'FILE')"
+            f"{key}.patch_size: got {backbone.patch_size} for the image size {image_size}; accepted are {accepted}"
         ]
     try:
         shape = describe(backbone, image_size)
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
-        return 0, [f"{key}: {backbone.timm!r} with args {backbone.args} cannot be used: {error}"]
+    except Exception as error:  # each of timm's models raises its own kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return 0, [f"{key}: {backbone.timm!r} with args {backbone.args} cannot be used: {reason}"]
     if shape.patch_size != backbone.patch_size:
         return 0, [
             f"{key}.patch_size: got {backbone.patch_size}, but {backbone.timm!r} has patches of {shape.patch_size}"
         ]
-    if not shape.depth:
-        return 0, [f"{key}: {backbone.timm!r} with args {backbone.args} has no blocks; at least one is needed"]
+    if shape.parameters > LARGEST_MODEL:
+        return 0, [
+            f"{key}: {backbone.timm!r} with args {backbone.args} has {shape.parameters:.2g} parameters; accepted are "
+            f"up to {LARGEST_MODEL:.0e}"
+        ]
     return shape.depth, []
+
+
+def trained_parameters(config: Config) -> float:
+    """Return about how many parameters are trained, the projections of the encoders left out."""
+    qformer, decoder = config.model.qformer, config.model.decoder
+    crossed = (qformer.blocks + 1) // 2
+    read = qformer.dim * (qformer.queries + qformer.blocks * qformer.dim * (2 + 2 * qformer.mlp_ratio))
+    read += crossed * 4 * qformer.dim * qformer.heads * qformer.cross_head_dim
+    drawn = decoder.depth * decoder.dim**2 * (4 + 2 * decoder.mlp_ratio)
+    return read + drawn + decoder.dim * (qformer.dim + decoder.register_tokens + 3 * decoder.patch_size**2)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from qfae_runtime.errors import UsageError
 from qfae_runtime.hashing import sha256_of
-from qfae_train.autoencoder import QFormerAutoencoder, frozen_entries
+from qfae_train.autoencoder import frozen_entries, trained_shapes
 from qfae_train.backbone import create, read_frozen
 from qfae_train.checkpoint import Checkpoint, CheckpointError, from_parts, read_parts
 from qfae_train.config import Config
 from qfae_train.positions import sincos_2d
 from qfae_train.weight_files import FROM_HUB, WeightFiles
-from qfae_train.weights import tensors_sha256, unwrapped
+from qfae_train.weights import FLOATS, plain_type, tensors_sha256, unwrapped
 
 NAMES = (
     ("encoders.{n}.backbone.", "encoders.{n}.model."),
@@ -101,7 +101,7 @@ def open_parts(
                 f"--preset, --config: {path} holds its own configuration; leave them out (they are for the authors' "
                 "checkpoints)"
             )
-        return from_parts(path, content)
+        return from_parts(path, content, files)
     if config is None:
         raise UsageError(
             f"{path}: a checkpoint of the authors' release, which does not say its architecture; name it with "
@@ -151,6 +151,8 @@ def _check(path: Path, state: Mapping[str, Tensor], config: Config) -> None:
             faults.append(f"{name}: not a part of this architecture, got {got}")
         elif name in expected and got != expected[name]:
             faults.append(f"{name}: expected {expected[name]}, got {got}")
+        elif isinstance(tensor, Tensor) and tensor.dtype not in (FLOATS if ".model." in name else FLOATS[:1]):
+            faults.append(f"{name}: expected float32, got {plain_type(tensor.dtype)}")
     table = state.get(POSITIONS)
     if not faults and table is not None:
         side = config.model.image_size // config.model.decoder.patch_size
@@ -174,6 +176,5 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             for number, encoder in enumerate(encoders)
             for name, tensor in encoder.state_dict().items()
         }
-        trained = QFormerAutoencoder(config, encoders).trained_state()
-    shapes |= {theirs(name): tuple(tensor.shape) for name, tensor in trained.items()}
+    shapes |= {theirs(name): shape for name, shape in trained_shapes(config).items()}
     return shapes | {POSITIONS: (1, config.model.qformer.queries, config.model.decoder.dim)}

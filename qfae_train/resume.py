@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qfae_train.checkpoint import Checkpoint, CheckpointError, load, portable_config
+from qfae_train.checkpoint_check import resume_faults
 from qfae_train.config import Config, differences
 from qfae_train.data import Split
 from qfae_train.output import last_beside
@@ -29,6 +30,11 @@ def resumable(out: Path, config: Config) -> Checkpoint:
         )
     if not earlier.resume:
         raise CheckpointError(f"cannot resume '{last}': it holds no optimiser state; resume from a .last file")
+    faults = resume_faults(earlier.resume)
+    if faults:
+        raise CheckpointError(
+            f"cannot resume '{last}': its state is damaged ({', '.join(faults)}); --overwrite to start anew"
+        )
     if not out.is_file():
         epoch = earlier.resume["best_epoch"]
         raise CheckpointError(

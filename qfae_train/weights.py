@@ -20,6 +20,8 @@ from torch import Tensor
 
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.hashing import sha256_of
+from qfae_train.backbone_args import LARGEST_PATCH
+from qfae_train.torch_file import read_torch_file
 
 HUB_FILE = "model.safetensors"
 """What timm's hub calls a model's weights, where the model does not say otherwise."""
@@ -31,6 +33,15 @@ _WRAPPERS = ("model", "state_dict", "teacher", "student")
 """Names under which published files keep their tensors one level down."""
 
 _SHOWN = 8
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types of frozen weights: files of all four are about, and each becomes FP32. Trained weights are FP32."""
+
+LARGEST_HEADER = 8 * 2**20
+"""Bytes of the table at the beginning of a .safetensors file, about 80,000 tensors."""
+
+LARGEST_TABLE = 2**17
+"""Rows of a position table; resampling one takes memory for all of them."""
 
 
 class WeightsError(QfaeError):
@@ -48,21 +59,27 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise WeightsError(f"weights '{path}': no such file")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
+            state: Any = _read_safetensors(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise half a dozen kinds
-        if "GLOBAL" in str(error):  # torch's refusals of code name the pickle's instruction
-            reason = "it holds pickled objects, which could run code"
-        else:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            state = read_torch_file(path)
+    except Exception as error:  # safetensors has half a dozen kinds
+        reason = str(error).splitlines()[0].partition("; only plain")[0] if str(error) else type(error).__name__
         raise WeightsError(f"weights '{path}': not a plain file of tensors ({reason})") from None
     state = unwrapped(state)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"weights '{path}': expected names and tensors, got something else")
     return state, sha256_of(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > min(LARGEST_HEADER, path.stat().st_size):
+        raise ValueError(f"its header claims {header} bytes, accepted are up to {LARGEST_HEADER} within the file")
+    tensors: dict[str, Tensor] = load_file(path)  # it compares sizes and offsets with the file's
+    return tensors
 
 
 def unwrapped(state: Any) -> Any:
@@ -129,15 +146,16 @@ def _without_chatter() -> Iterator[None]:
 
 
 def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors of any float type into a float32 backbone through timm's filter, naming all that does not fit.
+    """Load tensors of one of FLOATS into a float32 backbone through timm's filter, naming all that does not fit.
 
     The filter translates the original releases' names and resamples kernel and position table to the model's.
 
     Raises:
-        WeightsError: names are missing or sizes differ.
+        WeightsError: names are missing, or sizes or types differ.
 
     """
     expected = model.state_dict()
+    _check_resampled(state, source)
     try:
         given = checkpoint_filter_fn(dict(state), model)
     except Exception as error:  # asserts and runtime errors of the resampling
@@ -148,6 +166,11 @@ def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
         f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
         for name, tensor in given.items()
         if name in expected and expected[name].shape != tensor.shape
+    ]
+    faults += [
+        f"{name}: expected {' or '.join(map(plain_type, FLOATS))}, got {plain_type(tensor.dtype)}"
+        for name, tensor in given.items()
+        if name in expected and tensor.dtype not in FLOATS
     ]
     # Blocks beyond the model's are not just more names: hidden states count from the end, so others would be read.
     faults += [
@@ -161,11 +184,33 @@ def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
         expected[name].zero_()
 
 
+def _check_resampled(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse what timm's filter would resample for minutes, or cannot: it does both before sizes are compared."""
+    for name, tensor in state.items():
+        sides, rows = tensor.shape[-2:], tensor.shape[-2:-1]
+        if name.endswith("patch_embed.proj.weight") and max(sides, default=0) > LARGEST_PATCH:
+            raise WeightsError(
+                f"weights '{source}' do not fit the model: {name} has a kernel of {tuple(sides)} pixels, accepted are "
+                f"up to {LARGEST_PATCH}"
+            )
+        if name.endswith("pos_embed") and max(rows, default=0) > LARGEST_TABLE:
+            raise WeightsError(
+                f"weights '{source}' do not fit the model: {name} has {rows[0]} rows, accepted are up to "
+                f"{LARGEST_TABLE}"
+            )
+
+
+def plain_type(dtype: torch.dtype) -> str:
+    """Return a type's name without its module: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def tensors_sha256(state: Mapping[str, Tensor]) -> str:
     """Return a digest of names, types, shapes and values that does not depend on any file format."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

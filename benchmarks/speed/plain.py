@@ -9,9 +9,9 @@ Letters: N images, S pixels per side, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import timm
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -42,9 +42,9 @@ class PlainPerceptual(nn.Module):
         super().__init__()
         self.models = nn.ModuleDict()
         for patch_size in patch_sizes:
-            args = {**backbone.args, "patch_size": patch_size, "img_size": image_size, "num_classes": 0}
+            args = {name: value for name, value in backbone.args.items() if name != "patch_size"}
             with torch.device("meta"):  # every tensor is loaded: drawing them first would take long
-                model: Any = timm.create_model(backbone.timm, **args)
+                model: Any = create(replace(backbone, patch_size=patch_size, args=args), image_size)
             model.load_state_dict(checkpoint_filter_fn(dict(state), model), assign=True)
             self.models[str(patch_size)] = model
         self.eval().requires_grad_(False)

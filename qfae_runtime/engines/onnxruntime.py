@@ -10,6 +10,7 @@ No provider may compute in another precision than the file's: TF32 is off, and n
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -96,9 +97,7 @@ class OnnxRuntimeEngine:
                 provider_options=[_options_of(one, image_size, max_batch) for one in providers],
             )
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise EngineError(
-                f"{what}: ONNX Runtime {VERSION} cannot load it: {one_line(error)}; {_cure(device)}"
-            ) from None
+            raise EngineError(_refusal(what, str(error), device)) from None
         # A provider that cannot start is left out with a line in a log: scores would come from an engine that no
         # certificate is about.
         if self._session.get_providers()[:1] != [providers[0]]:
@@ -195,6 +194,17 @@ def _prepare_gpu(backend: str, what: str) -> None:
     preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
     if preload is not None:
         preload(directory="")
+
+
+def _refusal(what: str, reason: str, device: str) -> str:
+    """Return the sentence for a file that cannot be loaded; one of a later opset is sound, the installation is old."""
+    opset, known = re.search(r"Opset (\d+) is under", reason), re.search(r"is till opset (\d+)", reason)
+    if opset and known:
+        return (
+            f"{what}: its opset is {opset[1]}, ONNX Runtime {VERSION} reads up to {known[1]}; install a newer one "
+            "(pip install --upgrade onnxruntime), FP16 files need 1.23"
+        )
+    return f"{what}: ONNX Runtime {VERSION} cannot load it: {one_line(reason)}; {_cure(device)}"
 
 
 def _cure(device: str) -> str:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qfae_runtime import Scorer, open_engine, preprocess, read_image
@@ -57,6 +59,18 @@ def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
         EngineError, match=r"tensor 'images': expected uint8 \(batch, 64, 64, 3\), got uint8 \(batch, 32"
     ):
         OnnxRuntimeEngine(model_bytes(), 64, MAX_BATCH)
+
+
+def test_a_file_of_a_later_opset_is_sound_and_the_installation_old() -> None:
+    model = onnx.load_from_string(model_bytes())
+    model.opset_import[0].version = 99
+    with pytest.raises(EngineError) as caught:
+        OnnxRuntimeEngine(model.SerializeToString(), SIZE, MAX_BATCH)
+    assert re.fullmatch(
+        r"the engine: its opset is 99, ONNX Runtime [\d.]+ reads up to \d+; install a newer one "
+        r"\(pip install --upgrade onnxruntime\), FP16 files need 1\.23",
+        str(caught.value),
+    )
 
 
 def test_scores_do_not_depend_on_the_batch(engine_path: Path) -> None:

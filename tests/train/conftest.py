@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from qfae_train.checkpoint import Checkpoint, save
+
 from . import tiny
+from .checkpoint_files import make
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set; tests must not change it."""
     return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(weights: Path) -> Checkpoint:
+    return make(tiny.config(weights))
+
+
+@pytest.fixture
+def saved(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "tiny.pt"
+    save(path, checkpoint)
+    return path

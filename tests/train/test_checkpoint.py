@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +11,12 @@ import pytest
 import torch
 
 from qfae_runtime.errors import OutputError
-from qfae_train.autoencoder import build
-from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, embed_frozen, load, save
-from qfae_train.config import Config, from_dict
+from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, load, save
+from qfae_train.config import from_dict
 from qfae_train.weights import WeightsError
 
 from . import tiny
-
-
-def make(config: Config) -> Checkpoint:
-    torch.manual_seed(3)
-    scorer, records = build(config)
-    with torch.no_grad():
-        for tensor in scorer.autoencoder.trained_state().values():
-            tensor.add_(0.05 * torch.randn_like(tensor))
-    return Checkpoint(
-        config=config,
-        trained=scorer.autoencoder.trained_state(),
-        frozen=records,
-        embedded=embed_frozen(config, records),
-        parity_images=images(),
-        record={"epoch": 7, "loss": 0.25, "valid_image_auroc": None},
-    )
-
-
-def images() -> torch.Tensor:
-    shape = (3, tiny.SIZE, tiny.SIZE, 3)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(weights: Path) -> Checkpoint:
-    return make(tiny.config(weights))
-
-
-@pytest.fixture
-def saved(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    path = tmp_path / "runs" / "tiny.pt"
-    save(path, checkpoint)
-    return path
-
-
-def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Rewrite a checkpoint after `change` has been at its parts."""
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
-    return path
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    assert caught.value.exit_code == 1
-    return str(caught.value).removeprefix(f"checkpoint '{path}': ")
+from .checkpoint_files import images, make, refusal, spoil
 
 
 def test_outputs_are_identical_after_a_round_trip(checkpoint: Checkpoint, saved: Path) -> None:

@@ -243,3 +243,52 @@ def test_what_depends_on_a_misspelt_key_is_not_told() -> None:
 
 def test_a_whole_number_too_large_for_a_number() -> None:
     assert faults_of(table(train={"lr": 10**400})) == ["train.lr: expected a finite number, got inf"]
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    path = folder / "my.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_no_part_of_the_text(newline: str, tmp_path: Path) -> None:
+    text = toml(config("w.safetensors")).replace("\n", newline)
+    assert load(written(tmp_path, b"\xef\xbb\xbf" + text.encode())) == load(written(tmp_path, text))
+
+
+UNREADABLE: dict[str, tuple[str | bytes, str]] = {
+    "lists": ("a = " + "[" * 5000 + "]" * 5000, "lists or tables nested too deeply; a configuration has 4 levels"),
+    "tables": ("a = " + "{b = " * 5000 + "1" + "}" * 5000, "lists or tables nested too deeply; a configuration has 4"),
+    "open lists": ("a = " + "[" * 5000, "lists or tables nested too deeply; a configuration has 4 levels"),
+    "digits": ("[train]\nseed = " + "9" * 5000, "not valid TOML: Exceeds the limit"),
+    "size": ("#" * (2**20 + 1), "1048577 bytes; a configuration has at most 1048576"),
+    "UTF-16": ("a = 1".encode("utf-16"), "not valid TOML: 'utf-8' codec can't decode"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_toml_that_cannot_be_read(case: str, tmp_path: Path) -> None:
+    text, expected = UNREADABLE[case]
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"config '{path}': {expected}")
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("table", ["perceptual.args", "model.qformer", "colour", "train.seed"])
+def test_keys_nested_deeply(table: str, tmp_path: Path) -> None:
+    """Dotted keys do not nest in the parser, only in what it returns."""
+    with pytest.raises(ConfigError) as caught:
+        load(written(tmp_path, toml(config("w.pt")) + f"\n[{table}.{'.'.join(['a'] * 5000)}]\nb = 1\n"))
+    assert len(str(caught.value)) < 3000
+
+
+def test_numbers_of_more_than_64_bits(tmp_path: Path) -> None:
+    tables = table(train={"seed": 1 << 20000, "lr": 1 << 20000}, score={"blocks": [1 << 64]})
+    assert faults_of(tables) == [
+        "score.blocks[0]: expected a whole number of at most 64 bits, got 18446744073709551616",
+        "train.lr: expected a finite number, got inf",
+        "train.seed: expected a whole number of at most 64 bits, got a int too large to show",
+    ]
