@@ -14,12 +14,13 @@ import click
 from benchmarks.documents import between
 from qfae_export.export import Options, ParityError, export
 from qfae_export.options import INT8_SUFFIX
-from qfae_runtime.agreement import QUANTITIES
+from qfae_runtime.quantities import QUANTITIES
 
 DOCUMENT = Path("docs/int8.md")
 SHOWN = (
-    *("score_median", "score_iqr", "spearman", "auroc_change", "flips", "flips_beyond"),
-    *("map_share", "map_pixel", "map_cosine_p1", "map_cosine_min", "reconstruction_p999"),
+    *("score_distance", "score_distance_max", "spearman", "auroc_change", "flips", "flips_beyond"),
+    *("map_angle", "map_angle_max", "map_cosine_p1", "map_cosine_min", "reconstruction_p999"),
+    *("stress_distance", "stress_angle", "stress_reconstruction"),
 )
 """Everything that the contract bounds."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from qfae_export.chain import Chain
 from qfae_export.options import REFERENCE
-from qfae_export.parity import ParityReport, certificate_of
+from qfae_export.parity_report import ParityReport, certificate_of
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.engines.backends import RUNNERS, load_onnx
 from qfae_runtime.errors import EngineError

@@ -19,13 +19,12 @@ from rich import box
 from rich.table import Table
 
 from qfae_export.graph import InferenceGraph
-from qfae_export.parity import ParityError, ParityReport
+from qfae_export.parity_report import ParityError, ParityReport
 from qfae_export.precision import FP16, Precision, covers
 from qfae_export.search import Refined, merged, refine, stages
 from qfae_export.survey import Survey, survey
 from qfae_export.trials import Bench, Open, OutOfTrials, Say, Trial, worst_numbers
-from qfae_runtime.agreement import Agreement, Scale
-from qfae_runtime.engines.base import Scores
+from qfae_runtime.agreement import Agreement, Reference
 
 MOST_TRIALS = 150
 """Then the least policy that passed is taken, minimal or not: at full size a trial takes minutes on a CPU."""
@@ -114,8 +113,7 @@ class Bisected:
 def bisect(
     graph: InferenceGraph,
     failed: ParityReport,
-    reference: Scores,
-    scale: Scale,
+    reference: Reference,
     open_engine: Open,
     path: Path,
     say: Say = lambda step: None,
@@ -123,8 +121,8 @@ def bisect(
 ) -> Bisected:
     """Find the least that must stay FP32 for an engine to keep its contract, and write that engine to `path`.
 
-    `graph` is FP32; `failed` is the measurement of its FP16 engine, which is at `path`, against `reference` and
-    `scale`. `open_engine` opens an ONNX file as the engine to be measured: ONNX Runtime's, or a plan built from it.
+    `graph` is FP32; `failed` is the measurement of its FP16 engine, which is at `path`, against `reference`.
+    `open_engine` opens an ONNX file as the engine to be measured: ONNX Runtime's, or a plan built from it.
 
     Raises:
         ParityError: with everything in FP32 the contract is broken too.
@@ -136,13 +134,13 @@ def bisect(
     if failed:
         return Bisected(FP16, True, (), before, failed, None, Cost(0, len(units), 0, size, 0.0), (path,))
     say("tracing the graph for trials")
-    bench = Bench(graph, failed, reference, scale, open_engine, path.parent, say, most_trials)
+    bench = Bench(graph, failed, reference, open_engine, path.parent, say, most_trials)
     everything = stages(units)
     whole = bench.measure(everything)
     if not whole:
         raise ParityError(_innocent(path, whole), whole)
     worst = bench.telling[:_SURVEYED]
-    seen = survey(graph, failed.images.pixels[worst], reference.reconstruction[worst])
+    seen = survey(graph, failed.images.pixels[worst], reference.scores.reconstruction[worst])
     found, minimal = _search(bench, seen)
     for kept in (found.kept, *found.coarser, everything):
         files, report, after = bench.build(kept, path)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qfae_export.export import Exported
-    from qfae_export.parity import ParityReport
+    from qfae_export.parity_report import ParityReport
 
 PROGRAM = "qfae-export"
 
@@ -231,7 +231,7 @@ def _show(exported: Exported, options: Options, console: Console) -> None:
     for name, report in exported.reports.items():
         if flips := report.worst.values.get("flips"):
             console.print(
-                f"warning: {name} decides {flips:.0f} of {len(report.images)} images otherwise than PyTorch: their "
+                f"warning: {name} decides {flips:.0f} of {report.images.real} images otherwise than PyTorch: their "
                 "scores lie within its error of the threshold",
                 soft_wrap=True,
             )
@@ -266,9 +266,10 @@ def _show_other(engine: str, backend: str, report: ParityReport, console: Consol
 def _show_images(exported: Exported, options: Options, console: Console) -> None:
     images = exported.report.images
     console.print(f"measured on: {images.origin}", soft_wrap=True, markup=False)
-    if images.coloured:
+    if images.stress:
         console.print(
-            f"and {images.coloured} of them in false colours, which grey images cannot stand for", soft_wrap=True
+            f"and {len(images.stress)} stress images: constants, ramps, noise, colours, bright corners and borders",
+            soft_wrap=True,
         )
     known = {label for label in images.labels[: images.real] if label is not None}
     if len(known) == 1:
@@ -280,8 +281,8 @@ def _show_images(exported: Exported, options: Options, console: Console) -> None
             soft_wrap=True,
         )
     for report in exported.reports.values():
-        if (untold := report.untold()) is not None:
-            console.print(untold, soft_wrap=True, markup=False)
+        for sentence in report.untold():
+            console.print(sentence, soft_wrap=True, markup=False)
     largest = exported.manifest.max_batch
     if options.max_batch is None and largest < DEFAULT_MAX_BATCH:
         console.print(

@@ -31,7 +31,8 @@ from qfae_export.measurements import Engines, Measurements, measure_engines
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import DEFAULT_MAX_BATCH, FP16_SUFFIX, INT8_SUFFIX, REFERENCE, Options
 from qfae_export.output_folder import made_in, possible_files, refuse_existing, refuse_full_disk
-from qfae_export.parity import ParityError, ParityReport, golden_of
+from qfae_export.parity import golden_of
+from qfae_export.parity_report import ParityError, ParityReport
 from qfae_export.plans import Planned, add_plan, rebuild, wanted
 from qfae_export.precision import FP16, INT8, Precision
 from qfae_export.random_weights import random_scorer
@@ -236,7 +237,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     refuse_full_disk(options, bytes_of(graph), bytes_in_int8(graph, int8_policy) if options.int8 else 0)
     chain = None
     if source.images is not None:
-        say(f"scoring {len(source.images)} images with PyTorch float32, the reference")
+        say(f"scoring {len(source.images)} images with PyTorch in FP64 and FP32, the reference")
         chain = Chain.begin(scorer, graph, source.images)
     other = None if options.part == "full" else InferenceGraph(scorer, _other(options.part))
     del scorer

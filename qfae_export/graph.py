@@ -14,6 +14,8 @@ Letters: B images, S pixels per side.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -113,6 +115,21 @@ class InferenceGraph(nn.Module):
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         return copy.deepcopy(self, shared).cast(precision)
 
+    @contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Compute in FP64 for a while, with the FP32 weights as they are; of the graph in FP32 alone.
+
+        What tensors it shared with the scorer it has for itself from then on.
+        """
+        units = [module for module in self.modules() if isinstance(module, Unit)]
+        try:
+            for unit in units:
+                unit.set_dtype(torch.float64)
+            yield
+        finally:
+            for unit in units:
+                unit.set_dtype(torch.float32)  # exactly what they were
+
     def emulated(self, precision: Precision) -> InferenceGraph:
         """Return a copy of this FP32 graph that rounds as the policy says and computes in FP32.
 
@@ -155,9 +172,10 @@ class InferenceGraph(nn.Module):
         return reconstruction
 
     def score(self, images: Tensor, reconstruction: Tensor) -> Anomaly:
-        """Return score and map, in FP32 from the features on, of pixels that enter, (B, S, S, 3)."""
+        """Return score and map, in FP32 (or FP64) from the features on, of pixels that enter, (B, S, S, 3)."""
         batch = images.shape[0]
-        both = self.perceptual(torch.cat([images, reconstruction.to(images.dtype)]))
+        wide = torch.promote_types(images.dtype, reconstruction.dtype)
+        both = self.perceptual(torch.cat([images.to(wide), reconstruction.to(wide)]))
         maps = distance_maps(
             {key: tokens[:batch] for key, tokens in both.items()},
             {key: tokens[batch:] for key, tokens in both.items()},

@@ -1,7 +1,7 @@
-"""The images an engine is measured on: real ones, from the checkpoint or from a folder, and a few coloured copies.
+"""The images an engine is measured on: real ones, from the checkpoint or from a folder, and stress images.
 
-Medical images are mostly grey, and on grey images an engine that confuses red with blue is right. So a few of them are
-added in false colours.
+Medical images are mostly grey and score within a narrow range; what an engine does to others, stress images ask
+(stress.py). INT8's scales are taken from real ones and a few copies in false colours.
 
 Letters: N images, S pixels per side.
 """
@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from qfae_export.errors import ExportError
+from qfae_export.stress import stress_images
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import MIN_IMAGES
+from qfae_runtime.coverage import spread
 from qfae_runtime.errors import InputError
 from qfae_runtime.layout import UNGOOD, label_of, scan
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
@@ -26,7 +28,7 @@ FOLDER_LIMIT = 32
 """Images taken from a folder (or as many as the largest batch, if that is more): enough to measure on in minutes."""
 
 COLOURED = 4
-"""Copies in false colours, where all images are grey."""
+"""Copies in false colours for INT8's scales, where all images are grey."""
 
 # How much of the grey value goes into red, green and blue: every order of the channels is another image, yet none is
 # so far from grey that the model's answer to it is out of all proportion.
@@ -51,15 +53,15 @@ _NEEDS = {
 class ParityImages:
     """`pixels` uint8 (N, S, S, 3), all different; `names` say which is which, `origin` where they come from.
 
-    `labels` say which are anomalous (None: unknown). The last `coloured` images are copies in false colours.
-    `stands_in`: they are not of the kind the engine is for.
+    `labels` say which are anomalous (None: unknown). The last `added` images are stress images or, of those that INT8's
+    scales are taken from, copies in false colours. `stands_in`: they are not of the kind the engine is for.
     """
 
     pixels: UInt8
     names: tuple[str, ...]
     origin: str
     labels: tuple[bool | None, ...]
-    coloured: int = 0
+    added: int = 0
     stands_in: bool = False
 
     def __len__(self) -> int:
@@ -67,8 +69,38 @@ class ParityImages:
 
     @property
     def real(self) -> int:
-        """How many images are as they came, coloured copies left out."""
-        return len(self.pixels) - self.coloured
+        """How many images are as they came, added ones left out."""
+        return len(self.pixels) - self.added
+
+    @property
+    def stress(self) -> tuple[int, ...]:
+        """Numbers of the stress images."""
+        return tuple(range(self.real, len(self.pixels)))
+
+    def with_stress(self) -> ParityImages:
+        """Return these images with stress images behind them, some of which are made of these."""
+        pixels, names = stress_images(self.pixels.shape[1], self.pixels)
+        return replace(
+            self,
+            pixels=np.concatenate([self.pixels, pixels]),
+            names=(*self.names, *names),
+            labels=(*self.labels, *(None for _ in names)),
+            added=len(names),
+        )
+
+    def with_colours(self) -> ParityImages:
+        """Return these images and, where all are grey, a few of them in false colours."""
+        if _colourful(self.pixels) >= COLOURED:
+            return self
+        chosen = spread(len(self.pixels), COLOURED)
+        coloured = np.stack([_tinted(self.pixels[number], count) for count, number in enumerate(chosen)])
+        return replace(
+            self,
+            pixels=np.concatenate([self.pixels, coloured]),
+            names=(*self.names, *(f"{self.names[number]} in false colours" for number in chosen)),
+            labels=(*self.labels, *(None for _ in chosen)),
+            added=len(chosen),
+        )
 
 
 def choose(
@@ -81,15 +113,16 @@ def choose(
 ) -> ParityImages:
     """Return what an engine of `max_batch` is measured on: a folder's images, else the checkpoint's, else the slices.
 
-    `stored` are those of the checkpoint `file`, uint8 (N, S, S, 3); `count` is how many of a folder's are taken.
+    `stored` are those of the checkpoint `file`, uint8 (N, S, S, 3); `count` is how many of a folder's are taken. Stress
+    images come behind them.
 
     Raises:
         ExportError: see from_folder and from_checkpoint.
 
     """
     if folder is not None:
-        return from_folder(folder, spec, count or max(FOLDER_LIMIT, max_batch or 0))
-    return from_slices(spec) if stored is None else from_checkpoint(stored, spec, file)
+        return from_folder(folder, spec, count or max(FOLDER_LIMIT, max_batch or 0)).with_stress()
+    return (from_slices(spec) if stored is None else from_checkpoint(stored, spec, file)).with_stress()
 
 
 def calibration(folder: Path | None, spec: PreprocessSpec) -> ParityImages:
@@ -99,7 +132,8 @@ def calibration(folder: Path | None, spec: PreprocessSpec) -> ParityImages:
         ExportError: see from_folder.
 
     """
-    return from_slices(spec) if folder is None else from_folder(folder, spec, FOLDER_LIMIT, "--calibration-images")
+    images = from_slices(spec) if folder is None else from_folder(folder, spec, FOLDER_LIMIT, "--calibration-images")
+    return images.with_colours()
 
 
 def common(one: ParityImages, other: ParityImages) -> int:
@@ -200,13 +234,6 @@ def from_slices(spec: PreprocessSpec) -> ParityImages:
     return replace(_prepared(pixels, names, origin, [number % 2 == 1 for number in range(len(pixels))]), stands_in=True)
 
 
-def spread(count: int, limit: int) -> list[int]:
-    """Return at most `limit` of the numbers 0..count-1, evenly spread, first and last among them."""
-    if count <= limit:
-        return list(range(count))
-    return sorted({round(number * (count - 1) / max(limit - 1, 1)) for number in range(limit)})
-
-
 def largest_batch(asked: int | None, default: int, images: ParityImages) -> int:
     """Return the engine's largest batch, which must be measured with that many images and so cannot exceed them.
 
@@ -228,7 +255,7 @@ def largest_batch(asked: int | None, default: int, images: ParityImages) -> int:
 def _prepared(
     pixels: UInt8, names: Sequence[str], origin: str, labels: Sequence[bool | None], option: str = "--parity-images"
 ) -> ParityImages:
-    """Keep the first of equal images, for a copy measures nothing; add coloured ones where all are grey."""
+    """Keep the first of equal images, for a copy measures nothing."""
     first: dict[bytes, int] = {}
     for number, image in enumerate(pixels):
         first.setdefault(image.tobytes(), number)
@@ -237,18 +264,7 @@ def _prepared(
         raise ExportError(f"{origin}: {len(kept)} different images, but {_NEEDS[option]}")
     kept_names, kept_labels = [names[number] for number in kept], [labels[number] for number in kept]
     pixels = np.ascontiguousarray(pixels[kept])
-    if _colourful(pixels) >= COLOURED:
-        return ParityImages(pixels, tuple(kept_names), origin, tuple(kept_labels))
-    chosen = spread(len(pixels), COLOURED)
-    coloured = [_tinted(pixels[number], count) for count, number in enumerate(chosen)]
-    names_added = [f"{kept_names[number]} in false colours" for number in chosen]
-    return ParityImages(
-        np.concatenate([pixels, np.stack(coloured)]),
-        (*kept_names, *names_added),
-        origin,
-        (*kept_labels, *(None for _ in chosen)),
-        len(chosen),
-    )
+    return ParityImages(pixels, tuple(kept_names), origin, tuple(kept_labels))
 
 
 def _colourful(pixels: UInt8) -> int:

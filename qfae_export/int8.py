@@ -20,8 +20,8 @@ from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, common
 from qfae_export.layers import Linear, TransformerBlock
-from qfae_export.parity import pytorch_scores
 from qfae_export.precision import INT8, Precision
+from qfae_export.reference import pytorch_scores
 from qfae_runtime.arrays import UInt8
 
 _ALPHA = 0.5  # how much of an activation's spread goes into the weights; the paper's value for most models

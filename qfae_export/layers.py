@@ -23,6 +23,9 @@ from torch import Tensor, nn
 CENTRE, UNIT = 114.0, 64.0
 """Pixels enter as (grey - CENTRE) / UNIT: exact in float16 for every grey level, and close to the normalised scale."""
 
+_DECOMPOSED = (torch.float32, torch.float64)
+"""Types in which attention is products and a softmax; in others it is one operation."""
+
 
 class Unit(nn.Module):
     """An operation with a type of its own; its place in the graph names it in a precision policy."""
@@ -123,10 +126,10 @@ class Attend(Unit):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [B, Tq, H * K] from q [B, Tq, H * K] and k, v [B, Tk, H * K]; a constant q has B = 1."""
-        if self.constant_q and self.dtype != torch.float32:
+        if self.constant_q and self.dtype not in _DECOMPOSED:
             q = q.expand(k.shape[0], -1, -1)
         q, k, v = (self._split(self.taken(part)) for part in (q, k, v))  # each [B, H, T, K]
-        if self.dtype == torch.float32:
+        if self.dtype in _DECOMPOSED:
             attended = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1), v)
         else:
             attended = _one_operation(q, k, v, widen=self.widen)
@@ -187,7 +190,7 @@ class CausalAttend(Unit):
         """Return [B, Q, H * K] from q [B, Q, H * K] and k, v [B, Q, K]."""
         q = self.taken(q).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, Q, K]
         k, v = (self.taken(part)[:, None] for part in (k, v))  # [B, 1, Q, K]
-        if self.dtype == torch.float32:
+        if self.dtype in _DECOMPOSED:
             unseen = torch.full((q.shape[2], q.shape[2]), -math.inf, device=q.device).triu(1)
             logits = torch.matmul(q, k.transpose(2, 3)) + unseen
             attended = torch.matmul(torch.softmax(logits, dim=-1), v)
@@ -238,7 +241,7 @@ class Embed(nn.Module):
 
 
 class ForeignBlock(Unit):
-    """A block of another kind than timm's plain one, as timm computes it, always in FP32."""
+    """A block of another kind than timm's plain one, as timm computes it, in FP32 (or FP64) whatever the policy."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -248,7 +251,8 @@ class ForeignBlock(Unit):
         self.block = block
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Stay in FP32: its own operations are not known here."""
+        """Stay in FP32 where less is asked for: its own operations are not known here."""
+        super().set_dtype(torch.promote_types(dtype, torch.float32))
 
     def emulate(self) -> None:
         """Stay in FP32."""
@@ -257,7 +261,7 @@ class ForeignBlock(Unit):
         """Return [B, T, D]."""
         if len(lengths) > 1:
             raise ValueError("a foreign block takes one sequence")
-        out: Tensor = self.block(x.float())
+        out: Tensor = self.block(x.to(self.dtype))
         return out
 
 

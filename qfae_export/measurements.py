@@ -11,7 +11,7 @@ from qfae_export.bisect import Bisected, bisect
 from qfae_export.chain import Chain
 from qfae_export.graph import InferenceGraph
 from qfae_export.options import Options
-from qfae_export.parity import ParityReport, accepted, certificate_of
+from qfae_export.parity_report import ParityReport, accepted, certificate_of
 from qfae_export.precision import Precision
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.engines.base import Engine
@@ -58,7 +58,7 @@ def measure_engines(
             report = chain.branch(opened, step, "int8") if aside else chain.measure(opened, precision.name)
         if options.bisect and precision.name == "fp16" and not report:
             graph = fresh_graph()
-            bisected = bisect(graph, report, chain.reference, chain.scale, open_onnx, files[0], say)
+            bisected = bisect(graph, report, chain.reference, open_onnx, files[0], say)
             measured.bisected, report = bisected, bisected.report
             engines[engine] = (list(bisected.files), bisected.precision)
             chain.round(graph, bisected.precision)

@@ -14,18 +14,23 @@ from typing import NamedTuple
 from qfae_export.builders import available, current_gpu
 from qfae_export.errors import ExportError
 from qfae_export.handover import put_in_place, temporary_inside
-from qfae_export.images import choose
+from qfae_export.images import ParityImages, choose
 from qfae_export.options import FP16_SUFFIX, Options
-from qfae_export.parity import ParityReport, accepted, certificate_of, link, measure, run_in_batches, scale_of
+from qfae_export.parity import measure, run_in_batches
+from qfae_export.parity_report import ParityReport, accepted, certificate_of, link
+from qfae_export.reference import scale_of
 from qfae_export.tensorrt_plan import Plan, build_plan
+from qfae_runtime.agreement import Reference
 from qfae_runtime.certificate import Link
 from qfae_runtime.contract import CONTRACTS
-from qfae_runtime.engines import open_engine
+from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.backends import lacking, reference_of
-from qfae_runtime.engines.base import Engine
+from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.engines.tensorrt import TensorRtEngine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, cure_of_writing
+from qfae_runtime.golden import golden_bytes, load_golden
 from qfae_runtime.manifest import FileEntry, Manifest, find_manifest
+from qfae_runtime.yardstick import Yardstick
 
 Say = Callable[[str], None]
 Measure = Callable[[Engine, str], ParityReport]
@@ -196,17 +201,34 @@ def _against_fp32(options: Options, manifest: Manifest, onnx: Path, say: Say) ->
     images = choose(options.parity_images, manifest.preprocess, manifest.max_batch)
     say(f"scoring {len(images)} images with {fp32.name}, the certified reference")
     with open_engine(fp32, backend=None) as opened:
-        reference = run_in_batches(opened.engine, images.pixels, min(8, opened.engine.max_batch))
-    scale, precision = scale_of(images, reference), manifest.files[onnx.name].precision or "fp32"
+        scores = run_in_batches(opened.engine, images.pixels, min(8, opened.engine.max_batch))
+        reference = _reference_of(opened, images, scores)
+    precision = manifest.files[onnx.name].precision or "fp32"
 
     def measured(engine: Engine, file: str) -> ParityReport:
-        report = measure(engine, images, reference, CONTRACTS[precision], scale)
+        report = measure(engine, images, reference, CONTRACTS[precision])
         links: tuple[Link, ...] = ()
         if report.outputs is not None:
-            links = (link("ONNX FP32", "plan", reference, report.outputs, precision, scale, images.labels),)
+            count = len(images)
+            links = (link("ONNX FP32", "plan", reference, report.outputs, precision, images.labels, count),)
         return accepted(replace(report, links=links, reference=f"{fp32.name} in ONNX Runtime"), file, engine.backend)
 
     return measured
+
+
+def _reference_of(opened: OpenedEngine, images: ParityImages, scores: Scores) -> Reference:
+    """Return the outputs of a certified engine as a reference; PyTorch's own errors are what the golden file says."""
+    assert opened.certificate is not None
+    content = golden_bytes(opened)
+    assert content is not None
+    golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
+    groups, known = (
+        [int(number in one.stress) for number in range(count)]
+        for one, count in ((images, len(images)), (golden, len(golden.images)))
+    )
+    yardstick = Yardstick.estimated(scores, groups, golden.yardstick, golden.scores, known)
+    scale = scale_of(images, scores, factors=opened.certificate.scale.factors)
+    return Reference(scores, scale, yardstick, images.stress)
 
 
 def _open(plan: Plan, manifest: Manifest) -> Engine:

@@ -12,8 +12,8 @@ from typing import Self
 import torch
 
 from qfae_export.graph import InferenceGraph
-from qfae_export.parity import pytorch_scores
 from qfae_export.precision import Precision
+from qfae_export.reference import pytorch_scores
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.batches import run_split, sizes_up_to

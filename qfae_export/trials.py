@@ -19,14 +19,16 @@ import numpy as np
 
 from qfae_export.graph import InferenceGraph
 from qfae_export.onnx_file import write_onnx
-from qfae_export.parity import ParityReport, measure, run_in_batches
+from qfae_export.parity import measure, run_in_batches
+from qfae_export.parity_report import ParityReport
 from qfae_export.precision import Precision, covers
 from qfae_export.retype import Retyper
 from qfae_export.rounded import RoundedEngine
-from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale, incomparable, measure_agreement
+from qfae_runtime.agreement import Agreement, Reference, incomparable
 from qfae_runtime.contract import Contract
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.errors import EngineError
+from qfae_runtime.quantities import OF_ALL_IMAGES, QUANTITIES
 
 _FIRST_IMAGES = 8  # of a trial; each portion after that is as large as all before it
 _TELLING = 2  # images that failed a trial late are run early from then on
@@ -96,8 +98,7 @@ class Bench:
         self,
         graph: InferenceGraph,
         failed: ParityReport,
-        reference: Scores,
-        scale: Scale,
+        reference: Reference,
         open_engine: Open,
         folder: Path,
         say: Say,
@@ -107,7 +108,7 @@ class Bench:
         self.units = graph.units()
         self.trials: list[Trial] = []
         self._graph, self._images, self._contract = graph, failed.images, failed.contract
-        self._reference, self._scale, self._open = reference, scale, open_engine
+        self._reference, self._open, self._pytorch = reference, open_engine, failed.pytorch
         self._folder, self._say, self._left = folder, say, most_trials
         self._retyper = Retyper(graph)
         self._verdicts: dict[frozenset[str], bool] = {frozenset(): False}
@@ -115,8 +116,8 @@ class Bench:
         outputs = failed.outputs
         if self._whole:
             outputs = self._rounded(()).run(self._images.pixels)
-            self.before = measure_agreement(reference, outputs, self._images.labels, scale)
-        self.telling = by_error(reference, outputs)
+            self.before = reference.compare(outputs, self._images.labels)
+        self.telling = by_error(reference.scores, outputs)
 
     def passes(self, kept: Sequence[str]) -> bool:
         """Say whether the contract holds at the largest batch with these places in FP32.
@@ -173,22 +174,22 @@ class Bench:
                 with self._open(path) as engine:
                     return self._tried(kept, engine)
             except EngineError as error:  # a backend may have no kernel for a mixture of types
-                return Trial(kept, False, 0, Agreement(0, self._scale, {}, {}, str(error)))
+                return Trial(kept, False, 0, Agreement(0, self._reference.scale, {}, {}, str(error)))
 
     def _tried(self, kept: tuple[str, ...], engine: Engine) -> Trial:
-        whole = self._reference.of(list(range(len(self._images))))  # a copy
+        whole = self._reference.scores.of(list(range(len(self._images))))  # a copy
         run, portion = 0, _FIRST_IMAGES
         while True:
             numbers = self.telling[run : run + portion]
             outputs = run_in_batches(engine, self._images.pixels[numbers], engine.max_batch)
             run += len(numbers)
-            if fault := incomparable(self._reference.of(numbers), outputs):
+            if fault := incomparable(self._reference.scores.of(numbers), outputs):
                 self._run_first(numbers[:_TELLING])
-                return Trial(kept, False, run, Agreement(run, self._scale, {}, {}, fault))
+                return Trial(kept, False, run, Agreement(run, self._reference.scale, {}, {}, fault))
             whole.score[numbers], whole.anomaly_map[numbers], whole.reconstruction[numbers] = outputs
-            agreement = measure_agreement(self._reference, whole, self._images.labels, self._scale)
+            agreement = self._reference.compare(whole, self._images.labels)
             if not self._contract_of(run).holds(agreement.values):
-                self._run_first(by_error(self._reference, whole)[:_TELLING])
+                self._run_first(by_error(self._reference.scores, whole)[:_TELLING])
                 return Trial(kept, False, run, agreement)
             if run == len(self._images):
                 return Trial(kept, True, run, agreement)
@@ -204,11 +205,11 @@ class Bench:
     def _in_full(self, kept: Sequence[str], files: list[Path]) -> Built:
         rounded = report = None
         if self._whole:
-            report = measure(self._rounded(kept), self._images, self._reference, self._contract, self._scale)
+            report = measure(self._rounded(kept), self._images, self._reference, self._contract, self._pytorch)
             rounded = report.worst
         if report is None or report:
             with self._open(files[0]) as engine:
-                report = measure(engine, self._images, self._reference, self._contract, self._scale)
+                report = measure(engine, self._images, self._reference, self._contract, self._pytorch)
         self._note(Trial(tuple(kept), bool(report), len(self._images), report.worst))
         return Built(files, report, rounded)
 

@@ -11,13 +11,15 @@ from qfae_export.describe import refuse_other_checkpoint
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, choose
-from qfae_export.parity import ParityReport, certificate_of, measure
+from qfae_export.parity import measure
+from qfae_export.parity_report import ParityReport, certificate_of
 from qfae_export.precision import FP16, Precision
 from qfae_runtime import calibration
+from qfae_runtime.agreement import Reference, Scale
 from qfae_runtime.certificate import CertificateEntry
-from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, beyond_pytorch, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
-from qfae_runtime.engines.base import Scores, card_of
+from qfae_runtime.engines.base import card_of
 from qfae_runtime.errors import CalibrationError, ManifestError, OutputError, cure_of_writing
 from qfae_runtime.golden import golden_bytes, load_golden
 from qfae_runtime.manifest import Manifest, find_manifest
@@ -71,9 +73,8 @@ def verify(
                     "fewer; pass --ckpt"
                 )
             images, reference = _golden(opened)
-            known = opened.certificate.scale if opened.certificate is not None else None
             say(comparing)
-            report = measure(opened.engine, images, reference, _for_few_images(contract), known)
+            report = measure(opened.engine, images, reference, _for_few_images(contract))
         else:
             say("reading the checkpoint")
             chain = _anew(opened, ckpt, config, weights or WeightFiles(), parity_images, parity_count, say)
@@ -84,21 +85,27 @@ def verify(
     return report
 
 
-def _golden(opened: OpenedEngine) -> tuple[ParityImages, Scores]:
+def _golden(opened: OpenedEngine) -> tuple[ParityImages, Reference]:
     content = golden_bytes(opened)
     if content is None:
         raise ExportError(
             f"{opened.path}: its manifest names no golden images to measure on; pass --ckpt, the checkpoint it is from"
         )
     golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
-    count = len(golden.images)
-    names = tuple(f"golden image {number}" for number in range(count))
+    # Real images first, as everywhere.
+    order = [*golden.real, *golden.stress]
+    count = len(order)
+    names = tuple(f"golden image {number}" for number in order)
     origin = f"the {count} golden images and PyTorch's outputs on them"
-    return ParityImages(golden.images, names, origin, (None,) * count), golden.scores
+    images = ParityImages(golden.images[order], names, origin, (None,) * count, len(golden.stress))
+    scale = opened.certificate.scale if opened.certificate is not None else Scale.of(golden.scores.of(golden.real))
+    return images, golden.reference(scale).of(order)
 
 
 def _for_few_images(contract: Contract) -> Contract:
     few = contract.without(NOT_ON_FEW_IMAGES)
+    if "map_cosine_p1" not in contract.bounds:
+        return few
     return replace(few, bounds={**few.bounds, "map_cosine_min": contract.bounds["map_cosine_p1"]})
 
 
@@ -121,7 +128,7 @@ def _anew(
             f"{'; '.join(difference)}; export the engine again"
         )
     images = choose(folder, spec, opened.engine.max_batch, stored, ckpt.name, count)
-    say(f"scoring {len(images)} images with PyTorch float32, the reference")
+    say(f"scoring {len(images)} images with PyTorch in FP64 and FP32, the reference")
     scorer = build_scorer(checkpoint, weights)
     graph = InferenceGraph(scorer)
     chain = Chain.begin(scorer, graph, images, _calibrated(opened, say))
@@ -147,9 +154,16 @@ def _calibrated(opened: OpenedEngine, say: Callable[[str], None]) -> float | Non
 
 
 def _laxer(entry: CertificateEntry, before: CertificateEntry) -> bool:
-    """Say whether a measurement of the same bytes asks less than the one it would replace."""
+    """Say whether a measurement of the same bytes asks less than the one it would replace, of what PyTorch keeps."""
     same = entry.engine_sha256 == before.engine_sha256
-    return same and entry.passed and not entry.contract.is_as_strict_as(before.contract)
+    asked = before.contract.without(beyond_pytorch(before.contract, entry.pytorch or {}))
+    return same and entry.passed and not entry.contract.is_as_strict_as(asked)
+
+
+def _stands(entry: CertificateEntry, before: CertificateEntry) -> bool:
+    """Say whether a certificate stands as it is: the new measurement says as much, but for bounds PyTorch breaks."""
+    same = entry.engine_sha256 == before.engine_sha256 and entry.batches == before.batches
+    return same and entry.passed and before.passed and not entry.contract.is_as_strict_as(before.contract)
 
 
 def _record(opened: OpenedEngine, report: ParityReport) -> None:
@@ -169,6 +183,8 @@ def _record(opened: OpenedEngine, report: ParityReport) -> None:
                 f"bounds that {entry.images} images cannot show (AUROC); pass --parity-images DIR and --parity-count N "
                 "with as many"
             )
+        if any(_stands(entry, one) for one in before):
+            return
         # The steps of the export are those of the same bytes; measuring the engine again says nothing new of them.
         links = next((one.links for one in before if one.engine_sha256 == entry.engine_sha256), entry.links)
         entries.append(replace(entry, links=links) if entry.passed else entry)

@@ -1,4 +1,4 @@
-"""How far an engine's outputs are from the reference's: every quantity that a contract may bound, and the worst place.
+"""How far an engine's outputs are from the reference's: every quantity of quantities.py, and the worst place.
 
 Nothing here says what is good enough; `contract.py` does. Each quantity is the least bound that would have passed.
 
@@ -8,61 +8,13 @@ Letters: N images, S pixels per side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from qfae_runtime.engines.base import OUTPUT_NAMES, Scores
-
-Float64 = npt.NDArray[np.float64]
-
-REL_FLOOR = 1e-3
-"""Relative errors of single values count where |reference| exceeds this; below it the other quantities watch."""
-
-
-class Quantity(NamedTuple):
-    """What is measured: the words for it, and whether larger is better."""
-
-    title: str
-    larger_is_better: bool = False
-
-
-QUANTITIES = {
-    "score_abs": Quantity("score error, largest"),
-    "score_rel": Quantity("score error, relative"),
-    "score_p999": Quantity("score error, p99.9"),
-    "score_median": Quantity("score error, median / IQR"),
-    "score_iqr": Quantity("score error, p99.9 / IQR"),
-    "spearman": Quantity("score ranks, Spearman", larger_is_better=True),
-    "flips": Quantity("decisions flipped"),
-    "flips_share": Quantity("decisions flipped / images"),
-    "flips_beyond": Quantity("flips beyond the score error"),
-    "auroc_change": Quantity("AUROC, change"),
-    "map_abs": Quantity("map error, largest"),
-    "map_rel": Quantity("map error, relative"),
-    "map_p999": Quantity("map error, p99.9"),
-    "map_share": Quantity("map error, p99.9 / p99.9 of maps"),
-    "map_pixel": Quantity("map error, largest pixel"),
-    "map_cosine_p1": Quantity("map cosine, p1", larger_is_better=True),
-    "map_cosine_min": Quantity("map cosine, least", larger_is_better=True),
-    "reconstruction_levels": Quantity("reconstruction, grey levels"),
-    "reconstruction_p999": Quantity("reconstruction, p99.9 grey levels"),
-}
-"""What is measured, in the order of tables.
-
-Errors are absolute differences from the reference, in float64. Relative ones count where |reference| > REL_FLOOR. pN is
-the Nth percentile: of the images for scores and for the cosines of their maps, of all pixels for maps and
-reconstructions. The largest pixel's error is held against its own value, or against the maps' p99.9 where that is more:
-percentiles and cosines do not see a single bright pixel. IQR is the interquartile range of the reference's scores. A
-decision is score >= threshold; a flip lies beyond the score error if the reference is farther from the threshold
-than score_p999.
-"""
-
-
-OF_ALL_IMAGES = ("score_median", "spearman", "flips", "flips_share", "flips_beyond", "auroc_change")
-"""Quantities of a whole set of images, which say little about a few of them."""
+from qfae_runtime.quantities import QUANTITIES
+from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of
 
 
 @dataclass(frozen=True)
@@ -77,21 +29,27 @@ class Worst:
 
 @dataclass(frozen=True)
 class Scale:
-    """What errors are held against, from the reference's outputs on all images of a measurement.
+    """What else errors are held against, from the reference's outputs on the real images of a measurement.
 
     score_iqr       interquartile range of the scores
-    map_p999        99.9th percentile of the maps' values
     threshold       decision threshold on the score
     threshold_from  where the threshold comes from, in words
+    factors         cosine distances that are multiplied in a score
     """
 
     score_iqr: float
-    map_p999: float
     threshold: float
     threshold_from: str
+    factors: int = 1
 
     @classmethod
-    def of(cls, reference: Scores, labels: Sequence[bool | None] = (), threshold: float | None = None) -> Scale:
+    def of(
+        cls,
+        reference: Scores,
+        labels: Sequence[bool | None] = (),
+        threshold: float | None = None,
+        factors: int = 1,
+    ) -> Scale:
         """Return the scale of reference outputs; `labels` (True: anomalous) stand in the images' order."""
         scores = reference.score.astype(np.float64)
         quarter, three_quarters = np.percentile(scores, [25, 75])
@@ -103,15 +61,46 @@ class Scale:
                 f"95th percentile of the {len(normal) or len(scores)} {'normal ' if len(normal) else ''}images' scores"
             )
             threshold = float(np.percentile(normal if len(normal) else scores, 95))
-        maps = float(np.percentile(reference.anomaly_map, 99.9))
-        return cls(float(three_quarters - quarter), maps, threshold, where)
+        return cls(float(three_quarters - quarter), threshold, where, factors)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What engines are compared with, on N images.
+
+    scores     FP64's outputs where they were computed, rounded to float32; else PyTorch FP32's
+    scale      what else errors are held against
+    yardstick  PyTorch FP32's own error; None: nobody measured it, and what needs it is undefined
+    stress     numbers of the stress images
+    """
+
+    scores: Scores
+    scale: Scale
+    yardstick: Yardstick | None = None
+    stress: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.scores.score)
+
+    def of(self, images: Sequence[int]) -> Reference:
+        """Return the reference of some of the images, in the order given."""
+        numbers = list(images)
+        known = set(self.stress)
+        stress = tuple(place for place, number in enumerate(numbers) if number in known)
+        yardstick = None if self.yardstick is None else self.yardstick.of(numbers)
+        return Reference(self.scores.of(numbers), self.scale, yardstick, stress)
+
+    def compare(self, got: Scores, labels: Sequence[bool | None] = ()) -> Agreement:
+        """Measure outputs on these images; `labels` (True: anomalous) stand in their order."""
+        return measure_agreement(self.scores, got, labels, self.scale, self.yardstick, self.stress)
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Every quantity of QUANTITIES (None: undefined, e.g. AUROC without labels), and where single values are worst.
 
-    `fault` is set when the outputs could not be compared at all; then there are no values.
+    `fault` is set when the outputs could not be compared at all; then there are no values. `fault_image` is the number
+    of the image at which they could not, if there is one.
     """
 
     images: int
@@ -119,102 +108,219 @@ class Agreement:
     values: dict[str, float | None]
     worst: dict[str, Worst]
     fault: str | None = None
+    fault_image: int | None = None
 
     def summary(self) -> str:
         """One line of the measured errors, e.g. for a log."""
         if self.fault is not None:
             return self.fault
         value = {name: number if number is not None else float("nan") for name, number in self.values.items()}
+        own = "" if self.values["score_worst"] is None else f", {value['score_worst']:.2g} times PyTorch's own"
         return (
-            f"score {value['score_abs']:.2g} abs, {value['score_iqr']:.2g} of the interquartile range; "
+            f"score {value['score_abs']:.2g} abs{own}; "
             f"anomaly_map {value['map_abs']:.2g} abs, cosine {value['map_cosine_p1']:.6f}; "
             f"reconstruction {value['reconstruction_levels']:g} levels"
         )
 
 
 def measure_agreement(
-    reference: Scores, got: Scores, labels: Sequence[bool | None] = (), scale: Scale | None = None
+    reference: Scores,
+    got: Scores,
+    labels: Sequence[bool | None] = (),
+    scale: Scale | None = None,
+    yardstick: Yardstick | None = None,
+    stress: Sequence[int] = (),
 ) -> Agreement:
     """Measure outputs on N images against the reference's, in float64.
 
     `scale` is that of these very reference outputs unless it is given (for a part of the images of a measurement).
     Values that are not finite on either side, differing shapes and an empty batch make a fault.
     """
-    if fault := incomparable(reference, got):
-        return Agreement(len(reference.score), scale, {}, {}, fault)
-    scale = scale or Scale.of(reference, labels)
-    want, have = reference.score.astype(np.float64), got.score.astype(np.float64)
+    if found := _fault(reference, got):
+        return Agreement(len(reference.score), scale, {}, {}, *found)
+    left_out = set(stress)
+    real = [number for number in range(len(reference.score)) if number not in left_out]
+    scale = scale or Scale.of(reference.of(real), [labels[number] for number in real] if len(labels) else ())
+    values: dict[str, float | None] = {}
+    worst: dict[str, Worst] = {}
+    _against_own(reference, got, [real, sorted(left_out)], yardstick, values, worst)
+    known = [labels[number] for number in real] if len(labels) else []
+    _scores(reference, got, real, known, scale, values, worst)
+    _maps(reference, got, real, scale, values, worst)
+    _reconstruction(reference, got, real, values, worst)
+    _stress(reference, got, list(stress), scale, values, worst)
+    return Agreement(len(reference.score), scale, {name: values[name] for name in QUANTITIES}, worst)
+
+
+def incomparable(reference: Scores, got: Scores) -> str | None:
+    """Say why the outputs cannot be compared: shapes, emptiness, values that are not finite; None if they can."""
+    found = _fault(reference, got)
+    return None if found is None else found[0]
+
+
+def _fault(reference: Scores, got: Scores) -> tuple[str, int | None] | None:
+    """Return why the outputs cannot be compared, and the image's number where it is one."""
+    for name in OUTPUT_NAMES:
+        want, have = np.asarray(getattr(reference, name)), np.asarray(getattr(got, name))
+        if want.shape != have.shape:
+            return f"{name}: expected shape {want.shape}, got {have.shape}", None
+        if want.dtype != have.dtype:
+            return f"{name}: expected {want.dtype}, got {have.dtype}", None
+        if want.size == 0:
+            return f"{name}: nothing to compare: the batch is empty", None
+        for side, array in (("the reference", want), ("the engine", have)):
+            odd = ~np.isfinite(array)
+            if odd.any():
+                index = tuple(int(i) for i in np.argwhere(odd)[0])
+                said = f"{name}: {side} has {int(odd.sum())} values that are not finite, the first at index {index}"
+                return said, index[0]
+    return None
+
+
+def distance(values: Float64, factors: int) -> Float64:
+    """Return scores or maps as cosine distances, 0..2: the root of as many factors as were multiplied."""
+    roots: Float64 = np.maximum(values, 0) ** (1 / factors)
+    return roots
+
+
+def angle(values: Float64, factors: int) -> Float64:
+    """Return scores or maps as angles between features, in radians, small ones exactly: 1 - cos x is about x^2 / 2."""
+    angles: Float64 = np.sqrt(2 * distance(values, factors))
+    return angles
+
+
+def _against_own(
+    reference: Scores,
+    got: Scores,
+    kinds: Sequence[list[int]],
+    yardstick: Yardstick | None,
+    values: dict[str, float | None],
+    worst: dict[str, Worst],
+) -> None:
+    typical = dict(zip(("score_typical", "map_typical", "reconstruction_typical"), (0, 1, 3), strict=True))
+    largest = ("score_worst", "map_worst", "map_pixel", "reconstruction_worst")
+    values |= dict.fromkeys((*typical, *largest))
+    if yardstick is None:
+        return
+    errors, steps = errors_of(reference, got), steps_of(reference)
+    logs = np.log((errors + steps) / (yardstick.own + steps))
+    # Apart, for a fault may spare one kind.
+    ratios = np.exp(np.max([logs[kind].mean(axis=0) for kind in kinds if kind], axis=0))
+    values |= {name: float(ratios[column]) for name, column in typical.items()}
+    shares = errors / np.maximum(yardstick.unit, steps)
+    for column, name in enumerate(largest):
+        number = int(shares[:, column].argmax())
+        values[name] = share = float(shares[number, column])
+        output = "score" if column == 0 else "reconstruction" if column == 3 else "anomaly_map"
+        want, have = (np.asarray(getattr(one, output)[number], np.float64) for one in (reference, got))
+        place = _worst(np.abs(have - want), want, have)
+        worst[name] = replace(place, error=share, index=(number, *place.index))
+
+
+def _scores(
+    reference: Scores,
+    got: Scores,
+    real: list[int],
+    labels: Sequence[bool | None],
+    scale: Scale,
+    values: dict[str, float | None],
+    worst: dict[str, Worst],
+) -> None:
+    every = reference.score.astype(np.float64), got.score.astype(np.float64)
+    worst["score_abs"] = _worst(np.abs(every[1] - every[0]), *every)
+    values["score_abs"] = worst["score_abs"].error
+    values |= dict.fromkeys(("score_p999", "score_iqr", "spearman", "auroc_change"))
+    values |= dict.fromkeys(("score_distance", "score_distance_max", "flips", "flips_share", "flips_beyond"), 0.0)
+    if not real:
+        return
+    want, have = every[0][real], every[1][real]
     error = np.abs(have - want)
     p999 = float(np.percentile(error, 99.9))
-    values: dict[str, float | None] = {"score_p999": p999, "score_iqr": _ratio(p999, scale.score_iqr)}
-    values["score_median"] = _ratio(float(np.median(error)), scale.score_iqr)
+    values["score_p999"], values["score_iqr"] = p999, _ratio(p999, scale.score_iqr)
+    moved = np.abs(distance(have, scale.factors) - distance(want, scale.factors))
+    values["score_distance"] = float(moved.mean())
+    worst["score_distance_max"] = _renumbered(_worst(moved, want, have), real)
+    values["score_distance_max"] = worst["score_distance_max"].error
     values["spearman"] = _spearman(want, have)
     flipped = (want >= scale.threshold) != (have >= scale.threshold)
     values["flips"], values["flips_share"] = float(flipped.sum()), float(flipped.mean())
     values["flips_beyond"] = float((flipped & (np.abs(want - scale.threshold) > p999)).sum())
     values["auroc_change"] = _auroc_change(want, have, labels)
-    worst: dict[str, Worst] = {}
-    _single_values("score", want, have, error, values, worst)
-    _maps(reference, got, scale, values, worst)
-    _reconstruction(reference, got, values, worst)
-    return Agreement(len(want), scale, {name: values[name] for name in QUANTITIES}, worst)
-
-
-def incomparable(reference: Scores, got: Scores) -> str | None:
-    """Say why the outputs cannot be compared: shapes, emptiness, values that are not finite; None if they can."""
-    for name in OUTPUT_NAMES:
-        want, have = np.asarray(getattr(reference, name)), np.asarray(getattr(got, name))
-        if want.shape != have.shape:
-            return f"{name}: expected shape {want.shape}, got {have.shape}"
-        if want.dtype != have.dtype:
-            return f"{name}: expected {want.dtype}, got {have.dtype}"
-        if want.size == 0:
-            return f"{name}: nothing to compare: the batch is empty"
-        for side, array in (("the reference", want), ("the engine", have)):
-            odd = ~np.isfinite(array)
-            if odd.any():
-                index = tuple(int(i) for i in np.argwhere(odd)[0])
-                return f"{name}: {side} has {int(odd.sum())} values that are not finite, the first at index {index}"
-    return None
 
 
 def _maps(
-    reference: Scores, got: Scores, scale: Scale, values: dict[str, float | None], worst: dict[str, Worst]
+    reference: Scores,
+    got: Scores,
+    real: list[int],
+    scale: Scale,
+    values: dict[str, float | None],
+    worst: dict[str, Worst],
 ) -> None:
-    want, have = reference.anomaly_map.astype(np.float64), got.anomaly_map.astype(np.float64)
-    error = np.abs(have - want)
-    _single_values("map", want, have, error, values, worst)
-    p999 = float(np.percentile(error, 99.9))
-    values["map_p999"], values["map_share"] = p999, _ratio(p999, scale.map_p999)
-    against = np.maximum(np.abs(want), scale.map_p999)
-    shares = np.divide(error, against, out=np.where(error > 0, np.inf, 0.0), where=against > 0)
-    worst["map_pixel"] = _worst(shares, want, have)
-    values["map_pixel"] = worst["map_pixel"].error if np.isfinite(shares).all() else None
+    every = reference.anomaly_map.astype(np.float64), got.anomaly_map.astype(np.float64)
+    worst["map_abs"] = _worst(np.abs(every[1] - every[0]), *every)
+    values["map_abs"] = worst["map_abs"].error
+    values |= {"map_angle": 0.0, "map_angle_max": 0.0, "map_cosine_p1": 1.0, "map_cosine_min": 1.0}
+    if not real:
+        return
+    want, have = every[0][real], every[1][real]
+    angles = _angles(want, have, scale.factors)
+    values["map_angle"], values["map_angle_max"] = float(angles.mean()), float(angles.max())
+    worst["map_angle_max"] = _of_image(angles, real)
     cosines = np.array([_cosine(a.ravel(), b.ravel()) for a, b in zip(want, have, strict=True)])
     values["map_cosine_p1"] = float(np.percentile(cosines, 1))
     values["map_cosine_min"] = float(cosines.min())
-    lowest = int(cosines.argmin())
-    worst["map_cosine_p1"] = Worst(float(cosines[lowest]), (lowest,), 1.0, float(cosines[lowest]))
+    worst["map_cosine_p1"] = worst["map_cosine_min"] = _of_image(-cosines, real)
 
 
-def _reconstruction(reference: Scores, got: Scores, values: dict[str, float | None], worst: dict[str, Worst]) -> None:
+def _angles(want: Float64, have: Float64, factors: int) -> Float64:
+    """Return by how much maps (N, S, S) differ as angles, RMS over the pixels, (N,)."""
+    rms: Float64 = np.sqrt(((angle(have, factors) - angle(want, factors)) ** 2).mean((1, 2)))
+    return rms
+
+
+def _reconstruction(
+    reference: Scores, got: Scores, real: list[int], values: dict[str, float | None], worst: dict[str, Worst]
+) -> None:
     want, have = reference.reconstruction.astype(np.float64), got.reconstruction.astype(np.float64)
     error = np.abs(have - want)
     values["reconstruction_levels"] = float(error.max())
-    values["reconstruction_p999"] = float(np.percentile(error, 99.9))
-    worst["reconstruction_levels"] = worst["reconstruction_p999"] = _worst(error, want, have)
+    worst["reconstruction_levels"] = _worst(error, want, have)
+    values["reconstruction_p999"] = float(np.percentile(error[real], 99.9)) if real else 0.0
+    if real:
+        worst["reconstruction_p999"] = _renumbered(_worst(error[real], want[real], have[real]), real)
 
 
-def _single_values(
-    name: str, want: Float64, have: Float64, error: Float64, values: dict[str, float | None], worst: dict[str, Worst]
+def _stress(
+    reference: Scores,
+    got: Scores,
+    stress: list[int],
+    scale: Scale,
+    values: dict[str, float | None],
+    worst: dict[str, Worst],
 ) -> None:
-    worst[f"{name}_abs"] = _worst(error, want, have)
-    values[f"{name}_abs"] = worst[f"{name}_abs"].error
-    counts = np.abs(want) > REL_FLOOR
-    relative = np.divide(error, np.abs(want), out=np.zeros_like(error), where=counts)
-    worst[f"{name}_rel"] = _worst(relative, want, have)
-    values[f"{name}_rel"] = worst[f"{name}_rel"].error
-    worst[f"{name}_p999"] = worst[f"{name}_iqr"] = worst[f"{name}_share"] = worst[f"{name}_abs"]
+    values |= dict.fromkeys(("stress_distance", "stress_angle", "stress_reconstruction"), 0.0)
+    if not stress:
+        return
+    want, have = (one.of(stress) for one in (reference, got))
+    scores = want.score.astype(np.float64), have.score.astype(np.float64)
+    moved = np.abs(distance(scores[1], scale.factors) - distance(scores[0], scale.factors))
+    worst["stress_distance"] = _renumbered(_worst(moved, *scores), stress)
+    values["stress_distance"] = worst["stress_distance"].error
+    angles = _angles(want.anomaly_map.astype(np.float64), have.anomaly_map.astype(np.float64), scale.factors)
+    levels = np.abs(have.reconstruction.astype(np.float64) - want.reconstruction).mean((1, 2, 3))
+    for name, errors in (("stress_angle", angles), ("stress_reconstruction", levels)):
+        values[name] = float(errors.max())
+        worst[name] = _of_image(errors, stress)
+
+
+def _of_image(errors: Float64, numbers: list[int]) -> Worst:
+    """Return where the largest error of whole images is; no single value is responsible for it."""
+    place = int(errors.argmax())
+    return Worst(float(errors[place]), (numbers[place],), 0.0, float(errors[place]))
+
+
+def _renumbered(worst: Worst, numbers: list[int]) -> Worst:
+    return Worst(worst.error, (numbers[worst.index[0]], *worst.index[1:]), worst.reference, worst.got)
 
 
 def _worst(error: Float64, want: Float64, have: Float64) -> Worst:

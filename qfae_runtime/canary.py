@@ -12,12 +12,13 @@ from typing import Self
 
 import numpy as np
 
-from qfae_runtime.agreement import Scale, measure_agreement
+from qfae_runtime.agreement import Reference, Scale
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import Contract, owed
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.golden import Golden, golden_bytes, load_golden
+from qfae_runtime.quantities import OF_ALL_IMAGES
 from qfae_runtime.selftest import contract_for
 
 Compare = Callable[[Sequence[int], Scores], list[str]]
@@ -45,9 +46,10 @@ class Canary:
             return None
         entry = opened.certificate
         precision = opened.manifest.files[opened.path.name].precision or "fp32"
-        contract = contract_for(entry, owed(precision, opened.engine.backend))
+        contract = contract_for(entry, owed(precision, opened.engine.backend)).without(OF_ALL_IMAGES)
         scale = entry.scale if entry is not None else Scale.of(golden.scores)
-        return cls(golden, lambda numbers, got: row_failures(golden, numbers, got, contract, scale))
+        reference = golden.reference(scale)
+        return cls(golden, lambda numbers, got: row_failures(reference, numbers, got, contract))
 
     def numbers(self, first: int, count: int) -> list[int]:
         """Return the numbers of `count` golden images, the highest score first, beginning with the one `first`."""
@@ -71,12 +73,12 @@ def golden_of(opened: OpenedEngine) -> Golden | None:
     return None if content is None else load_golden(content, manifest.golden or "", manifest.image_size)
 
 
-def row_failures(golden: Golden, numbers: Sequence[int], got: Scores, contract: Contract, scale: Scale) -> list[str]:
+def row_failures(reference: Reference, numbers: Sequence[int], got: Scores, contract: Contract) -> list[str]:
     """Say which bounds the outputs on some golden images break, each image on its own; of scores alone, if `got` is."""
     failures = []
     for place, number in enumerate(numbers):
-        want, have = golden.scores.of([number]), got.of(slice(place, place + 1))
+        want, have = reference.of([number]), got.of(slice(place, place + 1))
         if not len(got.anomaly_map):  # a run without maps
-            have = Scores(have.score, want.anomaly_map, want.reconstruction)
-        failures += contract.failures(measure_agreement(want, have, scale=scale), (f"golden image {number}",))
+            have = Scores(have.score, want.scores.anomaly_map, want.scores.reconstruction)
+        failures += contract.failures(want.compare(have), (f"golden image {number}",))
     return failures

@@ -8,14 +8,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from qfae_runtime.agreement import OF_ALL_IMAGES, QUANTITIES, Agreement, Scale
+from qfae_runtime.agreement import Agreement, Scale
 from qfae_runtime.checked import Fields
-from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, beyond_pytorch
 from qfae_runtime.engines.base import Engine, card_of
 from qfae_runtime.hashing import sha256_of_engine
+from qfae_runtime.quantities import OF_ALL_IMAGES, QUANTITIES
 
-PYTORCH = "PyTorch FP32"
-"""The training modules in float32: the reference, and the beginning of every chain."""
+PYTORCH = "PyTorch FP64"
+"""The training modules in float64: the reference. Where a large model was scored so on some images alone, the others'
+is PyTorch FP32."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Link:
 class CertificateEntry:
     """What was measured for one engine on one backend, device and card; a hash binds it to its bytes, weights included.
 
-    `reference` is what it was measured against: PyTorch FP32, or, where a plan was built without the checkpoint, an
-    engine that was. `measured` holds the worst of every quantity over all batch sizes, on the same images.
+    `reference` is what it was measured against: PyTorch, or, where a plan was built without the checkpoint, an engine
+    that was. `measured` holds the worst of every quantity over all batch sizes, on the same images: `images` real ones
+    and `stress_images` others; `pytorch` those of PyTorch FP32 itself, None where nobody measured them.
     """
 
     engine: str
@@ -49,11 +52,13 @@ class CertificateEntry:
     gpu: str | None
     batches: tuple[int, ...]
     images: int
+    stress_images: int
     images_from: str
     reference: str
     contract: Contract
     scale: Scale
     measured: dict[str, float | None]
+    pytorch: dict[str, float | None] | None
     links: tuple[Link, ...]
     passed: bool
     created: str
@@ -71,12 +76,14 @@ class CertificateEntry:
         reference: str = PYTORCH,
         links: Iterable[Link] = (),
         images: int | None = None,
+        stress_images: int = 0,
         passed: bool = True,
+        pytorch: dict[str, float | None] | None = None,
     ) -> Self:
         """Record an agreement with the reference on images taken from `images_from` (said in words).
 
-        `images` is how many different ones there were, where some ran several times. `passed` false: something beside
-        the numbers failed.
+        `images` is how many different ones there were, where some ran several times, and `stress_images` how many
+        stress images. `passed` false: something beside the numbers failed. `pytorch`: of PyTorch FP32 itself.
 
         Raises:
             ValueError: the outputs could not be compared, so there is nothing to record.
@@ -93,11 +100,13 @@ class CertificateEntry:
             gpu=card_of(engine),
             batches=tuple(batches),
             images=agreement.images if images is None else images,
+            stress_images=stress_images,
             images_from=images_from,
             reference=reference,
             contract=contract,
             scale=agreement.scale,
             measured=agreement.values,
+            pytorch=pytorch,
             links=tuple(links),
             passed=passed and contract.holds(agreement.values),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -121,6 +130,7 @@ def _read_entry(fields: Fields, where: str, number: int) -> CertificateEntry:
     batches = fields.array("batches")
     if not batches or any(type(size) is not int or size < 1 for size in batches):
         raise fields.fault("batches", "a list of batch sizes")
+    pytorch = None if fields.is_null("pytorch") else _read_measured(fields.inner("pytorch"))
     links = [Fields(link, where, f"certificate.{number}.links.{n}") for n, link in enumerate(fields.array("links"))]
     entry = CertificateEntry(
         engine=fields.text("engine"),
@@ -131,11 +141,13 @@ def _read_entry(fields: Fields, where: str, number: int) -> CertificateEntry:
         gpu=fields.optional_text("gpu"),
         batches=tuple(batches),
         images=fields.whole("images", 1, 2**50),
+        stress_images=fields.whole("stress_images", 0, 2**50),
         images_from=fields.text("images_from"),
         reference=fields.text("reference"),
-        contract=_read_contract(fields.inner("contract")),
+        contract=_read_contract(fields.inner("contract"), pytorch or {}),
         scale=_read_scale(fields.inner("scale")),
         measured=_read_measured(fields.inner("measured")),
+        pytorch=pytorch,
         links=tuple(_read_link(link) for link in links),
         passed=fields.flag("passed"),
         created=fields.text("created"),
@@ -148,7 +160,7 @@ def _read_entry(fields: Fields, where: str, number: int) -> CertificateEntry:
     return entry
 
 
-def _read_contract(fields: Fields) -> Contract:
+def _read_contract(fields: Fields, pytorch: Mapping[str, float | None]) -> Contract:
     bounds = fields.inner("bounds")
     contract = Contract(
         fields.text("name"), {name: bounds.number(name) for name in fields.mapping("bounds") if name in QUANTITIES}
@@ -157,7 +169,8 @@ def _read_contract(fields: Fields) -> Contract:
     promised = CONTRACTS.get(contract.name)
     if promised is None:
         raise fields.fault("name", f"one of {', '.join(CONTRACTS)}")
-    # A certificate may be stricter than this version asks for, never laxer.
+    # A certificate may be stricter than this version asks for, never laxer than what PyTorch FP32 keeps itself.
+    promised = promised.without(beyond_pytorch(promised, pytorch))
     if not contract.is_as_strict_as(promised):
         raise fields.fault("bounds", f"bounds at least as strict as {dict(promised.bounds)}")
     fields.finish()
@@ -167,9 +180,9 @@ def _read_contract(fields: Fields) -> Contract:
 def _read_scale(fields: Fields) -> Scale:
     scale = Scale(
         score_iqr=fields.number("score_iqr"),
-        map_p999=fields.number("map_p999"),
         threshold=fields.number("threshold"),
         threshold_from=fields.text("threshold_from"),
+        factors=fields.whole("factors", 1, 64),
     )
     fields.finish()
     return scale

@@ -1,4 +1,4 @@
-"""NAME.golden.npz: a few input images and the PyTorch FP32 model's outputs on them."""
+"""NAME.golden.npz: a few input images, PyTorch's outputs on them, and how far PyTorch FP32 is from those itself."""
 
 from __future__ import annotations
 
@@ -10,28 +10,47 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qfae_runtime.agreement import Reference, Scale
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import ManifestError
 from qfae_runtime.manifest import Manifest, check_digest
 from qfae_runtime.npz import Kind, NpzError, most_unpacked, read_npz
+from qfae_runtime.yardstick import COLUMNS, Yardstick
 
-MAX_IMAGES = 16
+MAX_IMAGES = 32
 _RECOMPUTE = "export the engine again"
 
 
 class Golden(NamedTuple):
-    """`images` uint8 (n, S, S, 3), 1 <= n <= 16, and the reference `scores` on them."""
+    """`images` uint8 (n, S, S, 3), 1 <= n <= 32, and the reference `scores` on them, FP64's as far as there are any.
+
+    `yardstick` is PyTorch FP32's own error on them; `stress` are the numbers of the stress images.
+    """
 
     images: UInt8
     scores: Scores
+    yardstick: Yardstick
+    stress: tuple[int, ...] = ()
+
+    def reference(self, scale: Scale) -> Reference:
+        """Return what an engine's outputs on these images are compared with."""
+        return Reference(self.scores, scale, self.yardstick, self.stress)
+
+    @property
+    def real(self) -> list[int]:
+        """Numbers of the images that are no stress images."""
+        return [number for number in range(len(self.images)) if number not in self.stress]
 
 
 def save_golden(path: Path, golden: Golden) -> None:
-    """Write a golden file; the keys are `images` and the names of the outputs."""
+    """Write a golden file; the keys are `images`, `stress`, the names of the outputs and those of a yardstick."""
+    stress = np.zeros(len(golden.images), np.uint8)
+    stress[list(golden.stress)] = 1
     with path.open("wb") as file:
-        np.savez_compressed(file, images=golden.images, **golden.scores._asdict())
+        arrays = {**golden.scores._asdict(), **golden.yardstick._asdict()}
+        np.savez_compressed(file, images=golden.images, stress=stress, **arrays)
 
 
 def load_golden(content: bytes, name: str, image_size: int) -> Golden:
@@ -45,8 +64,12 @@ def load_golden(content: bytes, name: str, image_size: int) -> Golden:
         arrays = read_npz(content, _kinds(image_size), MAX_IMAGES)
     except NpzError as error:
         raise ManifestError(f"{name}: not a golden file for images of {image_size} px: {error}; {_RECOMPUTE}") from None
-    images = arrays.pop("images")
-    return Golden(images, Scores(**arrays))
+    yardstick = Yardstick(*(arrays[name] for name in Yardstick._fields))
+    if not all(np.isfinite(one).all() and (one >= 0).all() for one in yardstick):
+        raise ManifestError(f"{name}: PyTorch's own errors must be finite and not below 0; {_RECOMPUTE}")
+    scores = Scores(*(arrays[name] for name in Scores._fields))
+    stress = tuple(int(number) for number in np.flatnonzero(arrays["stress"]))
+    return Golden(arrays["images"], scores, yardstick, stress)
 
 
 def _kinds(size: int) -> dict[str, Kind]:
@@ -55,6 +78,8 @@ def _kinds(size: int) -> dict[str, Kind]:
         "score": Kind(np.dtype(np.float32), ()),
         "anomaly_map": Kind(np.dtype(np.float32), (size, size)),
         "reconstruction": Kind(np.dtype(np.uint8), (size, size, 3)),
+        "stress": Kind(np.dtype(np.uint8), ()),
+        **{name: Kind(np.dtype(np.float64), (len(COLUMNS),)) for name in Yardstick._fields},
     }
 
 

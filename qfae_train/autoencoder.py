@@ -25,9 +25,9 @@ MEAN, STD = 0.449, 0.226
 """Normalisation of every channel, on the scale [0, 1] (supplement 1.4)."""
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Return normalised float32 (B, 3, S, S) from uint8 (B, S, S, 3)."""
-    return (images.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return normalised (B, 3, S, S) of type `dtype` from uint8 (B, S, S, 3), computed in that type."""
+    return (images.permute(0, 3, 1, 2).to(dtype) / 255 - MEAN) / STD
 
 
 def denormalise(images: Tensor) -> Tensor:
@@ -126,8 +126,11 @@ class AnomalyScorer(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Result:
-        """Return score, anomaly map and reconstruction of uint8 images (B, S, S, 3)."""
-        x = normalise(images)
+        """Return score, anomaly map and reconstruction of uint8 images (B, S, S, 3).
+
+        Computed in the type of the weights: float32, or float64 after `double()`.
+        """
+        x = normalise(images, self.autoencoder.qformer.queries.dtype)
         reconstruction = self.autoencoder(x)
         score, anomaly_map = self.anomaly(x, reconstruction)
         return Result(score, anomaly_map, denormalise(reconstruction))

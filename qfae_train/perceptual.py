@@ -103,11 +103,12 @@ def _packed_block(block: Any, x: Tensor, lengths: list[int]) -> Tensor:
 def distance_maps(of_image: Features, of_reconstruction: Features, image_size: int) -> dict[tuple[int, int], Tensor]:
     """Return 1 - cosine similarity per patch, as grids (N, g, g), by (block, patch size) (supplement 1.2, step 2).
 
-    Always in float32, whatever the features' type: the difference cancels most of its digits.
+    In float32 at least, whatever the features' type: the difference cancels most of its digits.
     """
     maps = {}
     for key, features in of_image.items():
         grid = image_size // key[1]
-        similarity = F.cosine_similarity(features.float(), of_reconstruction[key].float(), dim=-1)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        similarity = F.cosine_similarity(features.to(dtype), of_reconstruction[key].to(dtype), dim=-1)
         maps[key] = (1 - similarity).unflatten(1, (grid, grid))
     return maps

@@ -30,7 +30,6 @@ from benchmarks.speed.rows import (
 from benchmarks.speed.statistics import throughput
 from benchmarks.speed.subject import WRITTEN, Asked, Subject, images_of
 from benchmarks.speed.workers import Worker, WorkerError, Workers
-from qfae_runtime.agreement import Scale, measure_agreement
 from qfae_runtime.engines.base import Scores
 
 Say = Callable[[str], None]
@@ -156,10 +155,9 @@ def _judged(
     missing: list[Row],
     say: Say,
 ) -> dict[str, Judged]:
-    """Open every candidate once and hold its outputs on the images against PyTorch FP32, the reference."""
+    """Open every candidate once and hold its outputs on the images against PyTorch, the reference."""
     _, labels, reference = images_of(options.model)
-    real = slice(subject.real)  # coloured copies say nothing about scores
-    scale = Scale.of(reference.of(real), labels[real])
+    real = [label for number, label in enumerate(labels) if number not in reference.stress]
     found = {}
     for candidate in sorted(candidates, key=lambda one: builds.running(one) or one.backend not in _COUNTED):
         if candidate.backend not in _COUNTED:
@@ -179,8 +177,8 @@ def _judged(
         out.unlink()
         if candidate.backend == "compile" and builds.running():  # its compiler can work beside the others, too
             _compile_sizes(candidate, options.plan.batches, workers)
-        agreement = measure_agreement(reference, got, labels, scale)
-        contract = contract_kept(candidate, agreement, labels)
+        agreement = reference.compare(got, labels)
+        contract = contract_kept(candidate, agreement, real)
         found[candidate.name] = Judged(errors_of(agreement), contract, built)
     return found
 

@@ -27,14 +27,18 @@ from benchmarks.speed.statistics import Interval, latency, speed_up, throughput
 from benchmarks.speed.subject import Subject
 from benchmarks.speed.workers import Workers
 from qfae_runtime import __version__
-from qfae_runtime.agreement import OF_ALL_IMAGES, Agreement
-from qfae_runtime.contract import MIN_IMAGES, demanded
+from qfae_runtime.agreement import Agreement
+from qfae_runtime.contract import AUROC_CHANGE, MIN_IMAGES, demanded
+from qfae_runtime.quantities import OF_ALL_IMAGES
 from qfae_runtime.verdicts import hardware
 from qfae_runtime.writers.whole import whole_file
 
 Row = dict[str, Any]
 
-ERRORS = ("score_abs", "score_iqr", "spearman", "auroc_change", "map_cosine_p1")
+ERRORS = (
+    *("score_abs", "score_iqr", "score_typical", "score_worst", "score_distance"),
+    *("spearman", "auroc_change", "map_cosine_p1"),
+)
 """The quantities of agreement.QUANTITIES that rows keep."""
 
 _INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
@@ -265,14 +269,14 @@ def errors_of(agreement: Agreement) -> Row:
 def contract_kept(candidate: Candidate, agreement: Agreement, labels: Sequence[bool | None]) -> Row:
     """Say whether the scores keep the contract of a candidate's precision, and which bounds they break.
 
-    `labels` are those of the images (True: anomalous, None: unknown). What INT8 owes and these images cannot tell is
-    `not_bounded`.
+    `labels` are those of the real images (True: anomalous, None: unknown). What a precision owes and these cannot tell
+    is `not_bounded`.
     """
     owed = demanded(candidate.precision, labels)
     if agreement.images < MIN_IMAGES:
         owed = owed.without(OF_ALL_IMAGES)
     broken = [name for name in owed.bounds if not owed.allows(name, agreement.values.get(name))]
-    unbounded = ["auroc_change"] if owed.name == "int8" and "auroc_change" not in owed.bounds else []
+    unbounded = ["auroc_change"] if owed.name in AUROC_CHANGE and "auroc_change" not in owed.bounds else []
     return {"name": owed.name, "kept": not broken, "broken": broken, "not_bounded": unbounded}
 
 

@@ -1,7 +1,7 @@
 """The model that is measured, as files in one folder: every process reads it from there.
 
 subject.json    what it is, and how much an image costs
-images.npz      the images it is measured on, and PyTorch's FP32 outputs on them
+images.npz      the images it is measured on, PyTorch's outputs on them, and how far PyTorch FP32 is from those itself
 random.pt       the checkpoint, where its weights are random
 model.onnx ...  the engine files that candidates ask for, with a manifest
 model.*.plan, model.*.pt2   what was built of them for candidates that need it
@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks.speed.gemm import Product
 from benchmarks.speed.revision import writers
+from qfae_runtime.agreement import Reference, Scale
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.files import EngineFile, check_engine_file
@@ -34,6 +35,7 @@ from qfae_runtime.inputs import Inputs
 from qfae_runtime.layout import scan
 from qfae_runtime.manifest import Manifest, find_manifest
 from qfae_runtime.writers.whole import whole_file
+from qfae_runtime.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from qfae_export.graph import InferenceGraph
@@ -91,8 +93,7 @@ class Subject:
 
     asked       what to measure, and `sources` what that was: see sources_of
     max_batch   the largest batch that the files are for
-    images      how many images scores are measured on
-    real        how many of them, the first, are as they came: the others are copies in false colours
+    images      how many images scores are measured on, stress images among them
     flop        the least that an image needs
     products    the matrix products of an image
     files       engine files by what candidates call them
@@ -106,7 +107,6 @@ class Subject:
     max_batch: int
     image_size: int
     images: int
-    real: int
     flop: int
     products: tuple[Product, ...]
     files: dict[str, str]
@@ -170,11 +170,28 @@ def sources_of(asked: Asked) -> dict[str, str]:
     return found
 
 
-def images_of(folder: Path) -> tuple[UInt8, tuple[bool | None, ...], Scores]:
-    """Return the images uint8 (N, S, S, 3), which are anomalous (None: unknown), and the reference's outputs."""
+def images_of(folder: Path) -> tuple[UInt8, tuple[bool | None, ...], Reference]:
+    """Return the images uint8 (N, S, S, 3), which are anomalous (None: unknown), and what is known of them."""
     with np.load(folder / IMAGES, allow_pickle=False) as stored:
         labels = tuple(None if one < 0 else bool(one) for one in stored["labels"])
-        return stored["images"], labels, Scores(*(stored[name] for name in Scores._fields))
+        scores = Scores(*(stored[name] for name in Scores._fields))
+        yardstick = Yardstick(*(stored[name] for name in Yardstick._fields))
+        stress = tuple(int(number) for number in stored["stress"])
+        scale = Scale(**json.loads(str(stored["scale"])))
+        return stored["images"], labels, Reference(scores, scale, yardstick, stress)
+
+
+def _save_images(folder: Path, images: UInt8, labels: Sequence[bool | None], reference: Reference) -> None:
+    assert reference.yardstick is not None
+    np.savez(
+        folder / IMAGES,
+        images=images,
+        labels=np.array([-1 if one is None else int(one) for one in labels], np.int8),
+        stress=np.array(reference.stress, np.int64),
+        scale=np.array(json.dumps(asdict(reference.scale))),
+        **reference.scores._asdict(),
+        **reference.yardstick._asdict(),
+    )
 
 
 def prepare(
@@ -185,7 +202,7 @@ def prepare(
     say: Callable[[str], None],
     device: str = "cpu",
 ) -> Subject:
-    """Write the files of a model into `folder`, and score its images with PyTorch FP32 on `device`; needs torch.
+    """Write the files of a model into `folder`, and score its images with PyTorch on `device`; needs torch.
 
     What is there already of the very same model is kept; of another one, nothing is.
 
@@ -197,7 +214,7 @@ def prepare(
     from benchmarks.speed.work import least_flop, stored_products
     from qfae_export.graph import InferenceGraph
     from qfae_export.images import choose
-    from qfae_export.parity import reference_scores
+    from qfae_export.reference import reference_of
     from qfae_train.checkpoint import build_scorer
 
     sources = sources_of(asked)
@@ -218,18 +235,16 @@ def prepare(
     spec = checkpoint.config.preprocess_spec()
     chosen = choose(Path(asked.images) if asked.images else None, spec, None, checkpoint.parity_images.numpy(), NAME)
     scorer = build_scorer(checkpoint, weights)
-    say(f"scoring {len(chosen)} images with PyTorch float32 on {device}, the reference")
-    reference = reference_scores(scorer, chosen.pixels, device)
-    labels = [-1 if one is None else int(one) for one in chosen.labels]
-    np.savez(folder / IMAGES, images=chosen.pixels, labels=np.array(labels, np.int8), **reference._asdict())
+    say(f"scoring {len(chosen)} images with PyTorch in FP64 and FP32 on {device}, the reference")
     graph = InferenceGraph(scorer)
+    reference = reference_of(scorer, graph, chosen, device=device).reference
+    _save_images(folder, chosen.pixels, chosen.labels, reference)
     del scorer
     products, flop = tuple(stored_products(graph)), least_flop(checkpoint.config)
     files = _write_engines(graph, checkpoint, asked.title, chosen, folder, flavours, max_batch, say)
     files |= named
     int8 = _int8_of(folder / files["int8"]) if "int8" in files else None
-    many, real = len(chosen), chosen.real
-    subject = Subject(asked, sources, max_batch, spec.image_size, many, real, flop, products, files, int8, device)
+    subject = Subject(asked, sources, max_batch, spec.image_size, len(chosen), flop, products, files, int8, device)
     subject.save(folder)
     return subject
 
@@ -306,8 +321,9 @@ def _of_engine(asked: Asked, folder: Path, sources: dict[str, str], max_batch: i
     if Subject.kept(folder, asked, sources, max_batch) is None:
         _clear(folder, sources)
     golden = load_golden(path.read_bytes(), path.name, manifest.image_size)
-    labels = np.full(len(golden.images), -1, np.int8)
-    np.savez(folder / IMAGES, images=golden.images, labels=labels, **golden.scores._asdict())
+    scale = next((one.scale for one in manifest.certificate if one.engine == file.path.name), None)
+    reference = golden.reference(scale or Scale.of(golden.scores.of(golden.real)))
+    _save_images(folder, golden.images, [None] * len(golden.images), reference)
     products: tuple[Product, ...] = ()
     if file.format == "onnx":
         from benchmarks.speed.work import products_of
@@ -315,7 +331,7 @@ def _of_engine(asked: Asked, folder: Path, sources: dict[str, str], max_batch: i
         products = tuple(products_of(file.path))
     flop, files, many = sum(one.flop for one in products), _engine_file(file), len(golden.images)
     int8 = _int8_of(file.path) if file.precision == "int8" else None
-    subject = Subject(asked, sources, max_batch, manifest.image_size, many, many, flop, products, files, int8)
+    subject = Subject(asked, sources, max_batch, manifest.image_size, many, flop, products, files, int8)
     subject.save(folder)
     return subject
 

@@ -9,14 +9,22 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.speed.rows import Row, best_gemm
-from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.command_line import size_text
+from qfae_runtime.quantities import QUANTITIES
 
 SPEED = (
     *("candidate", "batch", "p50 ms", "p99 ms", "images/s", "× plain", "of GEMM"),
     *("error / IQR", "Spearman", "contract"),
 )
 COST = ("candidate", "cold start", "loading", "building", "first call", "memory, peak", "GPU memory held", "disk")
+
+
+_RETIRED = {
+    "score_median": "score error, median / IQR",
+    "map_share": "map error, p99.9 / p99.9 of maps",
+    "map_pixel": "map error, largest pixel",
+}
+"""Bounds of FP16, BF16 and INT8 until November 2026, of which committed rows speak."""
 
 
 def speed_cells(row: Row) -> list[str]:
@@ -100,6 +108,13 @@ def _table(headings: Sequence[str], title: str) -> Table:
     return table
 
 
+def _bound(contract: str, name: str) -> str:
+    """Return the words for a bound; rows outlive the bounds they speak of."""
+    if contract != "fp32" and name in _RETIRED:
+        return _RETIRED[name]
+    return QUANTITIES[name].title
+
+
 def title_of(conditions: Row) -> str:
     """Return the conditions in a line or two."""
     machine = conditions["hardware"]
@@ -133,7 +148,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found += [_rates_of(rows, precision) for precision in best_gemm(rows)]
     for row in largest_of(rows):
         if kept(row) == "broken":
-            titles = "; ".join(QUANTITIES[name].title for name in row["contract"]["broken"])
+            titles = "; ".join(_bound(row["contract"]["name"], name) for name in row["contract"]["broken"])
             found.append(f"contract {row['contract']['name']} broken by {named(row)}: {titles}")
     found += [_int8(row["int8"]) for row in rows if row["kind"] == "conditions" and row.get("int8")]
     if any((row.get("contract") or {}).get("not_bounded") for row in rows):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.engines.auto import choose
 from qfae_runtime.engines.backends import BACKENDS, DEVICES, load, measuring, reference_of, runner
@@ -12,6 +11,7 @@ from qfae_runtime.engines.base import Engine, card_of
 from qfae_runtime.engines.files import EngineFile, check_engine_file
 from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import EngineError, UsageError
+from qfae_runtime.quantities import QUANTITIES
 
 _SHOWN_BROKEN = 3
 

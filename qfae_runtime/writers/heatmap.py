@@ -50,13 +50,14 @@ class ColourScale:
 
     @classmethod
     def of(cls, golden: Golden | None) -> ColourScale:
-        """Take the scale from the golden images' maps; 0..1 where an uncertified engine has none."""
-        high = 0.0 if golden is None else float(np.percentile(golden.scores.anomaly_map, _TOP_PERCENTILE))
-        if golden is None or not high > 0.0:
+        """Take the scale from the golden images' maps, stress images left out; 0..1 where an engine has none."""
+        real = [] if golden is None else golden.real
+        if golden is None or not real:
             return cls(0.0, 1.0, "fixed at 0 to 1: the engine has no golden images to take it from")
-        return cls(
-            0.0, high, f"0 to the {_TOP_PERCENTILE}th percentile on the engine's {len(golden.images)} golden images"
-        )
+        high = float(np.percentile(golden.scores.anomaly_map[real], _TOP_PERCENTILE))
+        if not high > 0.0:
+            return cls(0.0, 1.0, "fixed at 0 to 1: the engine has no golden images to take it from")
+        return cls(0.0, high, f"0 to the {_TOP_PERCENTILE}th percentile on the engine's {len(real)} golden images")
 
 
 class Figure(NamedTuple):

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.calibration import Calibration
 from qfae_runtime.engines import OpenedEngine
 from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_runtime.metrics import TITLES
+from qfae_runtime.quantities import QUANTITIES
 from qfae_runtime.writers import histogram
 from qfae_runtime.writers.colours import colour_table
 from qfae_runtime.writers.folder import ResultsFolder

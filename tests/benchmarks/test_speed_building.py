@@ -21,6 +21,7 @@ from benchmarks.speed.candidates import KNOWN, Candidate
 from benchmarks.speed.rounds import Plan
 from benchmarks.speed.subject import Asked, Subject
 from benchmarks.speed.workers import Worker, WorkerError
+from qfae_runtime.agreement import Reference, Scale
 from qfae_runtime.engines.base import Scores
 
 AOT, PLAN, EAGER = KNOWN["aotinductor-fp16"], KNOWN["tensorrt-fp16"], KNOWN["torch-fp16"]
@@ -193,10 +194,12 @@ def test_what_is_being_built_is_opened_last_and_compilers_work_beside(
     rng = np.random.default_rng(0)
     maps, images = rng.random((32, 4, 4), dtype=np.float32), np.zeros((32, 4, 4, 3), np.uint8)
     reference = Scores(maps.max(axis=(1, 2)), maps, images)
-    monkeypatch.setattr(bench, "images_of", lambda folder: (images, (None,) * 32, reference))
+    monkeypatch.setattr(
+        bench, "images_of", lambda folder: (images, (None,) * 32, Reference(reference, Scale.of(reference)))
+    )
     options = Options(Asked(), tmp_path, (), Plan(batches=(1, 8)), "cuda:0")
     (tmp_path / "logs").mkdir()
-    subject = Subject(Asked(), {}, 8, 4, 32, 32, 1, (), {})
+    subject = Subject(Asked(), {}, 8, 4, 32, 1, (), {})
     asked: list[str] = []
     workers: Any = Scored(reference, asked, builders, fails=fails)
     missing: list[dict[str, Any]] = []
@@ -227,10 +230,11 @@ def test_what_could_not_be_built_is_listed(
     builders: list[Builder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maps, images = np.ones((2, 4, 4), np.float32), np.zeros((2, 4, 4, 3), np.uint8)
-    monkeypatch.setattr(bench, "images_of", lambda folder: (images, (None,) * 2, Scores(maps[:, 0, 0], maps, images)))
+    scores = Scores(maps[:, 0, 0], maps, images)
+    monkeypatch.setattr(bench, "images_of", lambda folder: (images, (None,) * 2, Reference(scores, Scale.of(scores))))
     missing: list[dict[str, Any]] = []
     options = Options(Asked(), tmp_path, (), device="cuda:0")
-    subject = Subject(Asked(), {}, 8, 4, 2, 2, 1, (), {})
+    subject = Subject(Asked(), {}, 8, 4, 2, 1, (), {})
     with closing(builds(tmp_path, longest=0.05)) as running:
         running.start([AOT], lambda step: None)
         workers: Any = SimpleNamespace(end=lambda name: None)

@@ -21,8 +21,9 @@ from benchmarks.speed.torch_engine import compiled, eager, for_torch, package, p
 from benchmarks.speed.workers import WorkerError, Workers
 from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Unit
-from qfae_runtime.agreement import QUANTITIES, Agreement
+from qfae_runtime.agreement import Agreement
 from qfae_runtime.contract import CONTRACTS, owed
+from qfae_runtime.quantities import QUANTITIES
 from qfae_train.checkpoint import build_scorer, load
 from tests.export.tiny import SIZE, checkpoint_file, config_of, pictures, scorer_of, vit
 
@@ -185,19 +186,20 @@ def test_every_candidate_owes_the_contract_of_its_arithmetic() -> None:
 
 def test_a_contract_is_kept_or_says_which_bounds_are_broken() -> None:
     """By every bound of the precision: what BF16 may differ by, FP32 may not."""
-    kept = {"name": "bf16", "kept": True, "broken": [], "not_bounded": []}
-    assert contract("torch-bf16", [], score_abs=1e-2, map_rel=0.1) == kept
-    broken = {"name": "fp32", "kept": False, "broken": ["score_abs", "map_rel"], "not_bounded": []}
-    assert contract("torch", [], score_abs=1e-2, map_rel=0.1) == broken
-    assert contract("torch-fp16", [], score_iqr=0.02, spearman=0.9)["broken"] == ["score_iqr", "spearman"]
+    kept = {"name": "bf16", "kept": True, "broken": [], "not_bounded": ["auroc_change"]}
+    assert contract("torch-bf16", [], score_worst=900, map_pixel=900) == kept
+    broken = {"name": "fp32", "kept": False, "broken": ["score_worst", "map_pixel"], "not_bounded": []}
+    assert contract("torch", [], score_worst=900, map_pixel=900) == broken
+    assert contract("torch-fp16", [], score_distance=0.02, spearman=0.9)["broken"] == ["score_distance", "spearman"]
     fault = contract_kept(KNOWN["openvino"], Agreement(32, None, {}, {}, "score: not finite"), [])
     assert fault["broken"] == list(CONTRACTS["fp32"].bounds), "nothing is known to hold"
 
 
 def test_few_images_say_nothing_of_ranks() -> None:
     few = contract("torch-bf16", [], images=31, spearman=0.5, flips_beyond=2.0)
-    assert few == {"name": "bf16", "kept": True, "broken": [], "not_bounded": []}
-    assert contract("torch-bf16", [], images=31, spearman=0.5, score_iqr=1.0)["broken"] == ["score_iqr"]
+    assert few == {"name": "bf16", "kept": True, "broken": [], "not_bounded": ["auroc_change"]}
+    lone = contract("torch-bf16", [], images=31, spearman=0.5, score_distance_max=1.0)
+    assert lone["broken"] == ["score_distance_max"]
     assert contract("torch-bf16", [], images=32, spearman=0.5, flips_beyond=2.0)["broken"] == [
         "spearman",
         "flips_beyond",

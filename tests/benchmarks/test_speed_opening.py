@@ -21,7 +21,7 @@ AOT, PLAN = KNOWN["aotinductor"], KNOWN["tensorrt"]
 
 def subject_in(folder: Path, **files: str) -> Path:
     """Leave a subject in a folder."""
-    Subject(Asked(ckpt="tiny.pt"), {}, 8, 32, 16, 16, 1, (), {"onnx": "model.onnx", **files}).save(folder)
+    Subject(Asked(ckpt="tiny.pt"), {}, 8, 32, 16, 1, (), {"onnx": "model.onnx", **files}).save(folder)
     return folder
 
 

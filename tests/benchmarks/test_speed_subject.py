@@ -26,7 +26,7 @@ def test_the_measured_model_is_kept_and_another_is_not_taken_for_it(
     subject = Subject.load(measured / "model")
     assert subject.asked == Asked(ckpt="tiny.pt")
     images, labels, reference = images_of(measured / "model")
-    assert len(images) == len(labels) == len(reference.score)
+    assert len(images) == len(labels) == len(reference)
     with Worker(measured / "model", measured / "logs/again.log", 1) as worker:
         steps: list[str] = []
         same = {"asked": vars(Asked(ckpt="tiny.pt")), "flavours": ["onnx"], "max_batch": 4, "device": "cpu"}
@@ -48,7 +48,7 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path
     def prepared(batch: int = 4) -> tuple[Subject, Scores]:
         steps.clear()
         subject = prepare(Asked(ckpt=str(checkpoint)), folder, ["onnx"], batch, steps.append)
-        return subject, images_of(folder)[2]
+        return subject, images_of(folder)[2].scores
 
     before, scores = prepared()
     built = [folder / "model.fp32.cpu.pt2", folder / "model.fp16.plan"]
@@ -71,7 +71,7 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_one_before(tmp_path
 
 
 def test_scores_of_another_device_are_not_kept(tmp_path: Path) -> None:
-    subject = Subject(Asked(ckpt="tiny.pt"), {}, 8, 32, 16, 16, 1, (), {}, reference="cpu")
+    subject = Subject(Asked(ckpt="tiny.pt"), {}, 8, 32, 16, 1, (), {}, reference="cpu")
     subject.save(tmp_path)
     assert Subject.kept(tmp_path, subject.asked, {}, 8, "cpu") == subject
     assert Subject.kept(tmp_path, subject.asked, {}, 8, "cuda:0") is None
@@ -148,10 +148,10 @@ def test_random_weights_are_those_of_the_seed_that_is_asked_for(tmp_path: Path) 
     for seed, blocks in ((0, [1, 2]), (1, [1, 2]), (1, [1])):
         file.write_text(toml(config_of(blocks=blocks)), encoding="utf-8")
         prepare(Asked(config=str(file), random_weights=seed), folder, ["onnx"], 4, lambda step: None)
-        scores.append(images_of(folder)[2].score)
+        scores.append(images_of(folder)[2].scores.score)
     assert np.abs(scores[1] - scores[0]).max() > 1e-4
     assert np.abs(scores[2] - scores[1]).max() > 1e-4
     # A checkpoint that lies there itself makes no room for what is made of it.
     prepare(Asked(ckpt=str(folder / RANDOM)), folder, ["onnx"], 4, lambda step: None)
     assert (folder / RANDOM).exists()
-    np.testing.assert_array_equal(images_of(folder)[2].score, scores[2])
+    np.testing.assert_array_equal(images_of(folder)[2].scores.score, scores[2])

@@ -95,10 +95,10 @@ def test_by_default_only_the_reference_is_measured(
 def test_one_that_breaks_its_contract_is_told_and_does_not_fail_the_export(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_its_place(monkeypatch, 3e-4)
+    in_its_place(monkeypatch, 3e-3)
     ran = export(capsys, checkpoint, tmp_path, "--backends", "openvino,onnxruntime")
     assert ran.code == 0, ran.err
-    assert "openvino: batch 32: map error, largest: 0.0003" in ran.out
+    assert "openvino: batch 32: map error, worst pixel / PyTorch's own: " in ran.out
     assert "openvino: breaks its contract (fp32) and is not certified; qfae-run does not take it" in ran.out
     manifest = Manifest.load(tmp_path / "tiny.json")
     assert [(entry.backend, entry.passed) for entry in manifest.certificate] == [

@@ -6,6 +6,7 @@ All engines are real ones of ONNX Runtime, their files retyped (test_retype.py h
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,13 @@ import tests.export.tiny
 from qfae_export.bisect import MOST_TRIALS, Bisected, bisect
 from qfae_export.graph import InferenceGraph
 from qfae_export.halves import CompletedHalf
-from qfae_export.parity import ROUNDED, ParityError, ParityReport, link, measure, reference_scores, scale_of
+from qfae_export.parity import measure
+from qfae_export.parity_report import ROUNDED, ParityError, ParityReport, link
 from qfae_export.precision import FP16, Precision
+from qfae_export.reference import reference_of
 from qfae_export.retype import Retyper
 from qfae_export.rounded import RoundedEngine
+from qfae_runtime.agreement import Reference
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.base import Engine, Scores
@@ -64,12 +68,11 @@ class Case:
 
     path: Path
     graph: InferenceGraph
-    reference: Scores
+    reference: Reference
     failed: ParityReport
 
     def bisect(self, opener: Callable[[Path], Engine] = open_engine, **options: Any) -> Bisected:
-        scale = scale_of(self.failed.images, self.reference)
-        return bisect(self.graph, self.failed, self.reference, scale, opener, self.path, **options)
+        return bisect(self.graph, self.failed, self.reference, opener, self.path, **options)
 
     def measured(self, kept: tuple[str, ...], path: Path) -> ParityReport:
         """Measure a policy apart from any bisection."""
@@ -81,7 +84,7 @@ class Case:
 def case_of(folder: Path, *faults: Fault) -> Case:
     scorer, images = planted(*faults), parity_images()
     graph, path = InferenceGraph(scorer), folder / "tiny.fp16.onnx"
-    reference = reference_scores(scorer, images.pixels)
+    reference = reference_of(scorer, graph, images).reference
     write_untraced(graph.at(FP16), path)
     with open_engine(path) as engine:
         return Case(path, graph, reference, measure(engine, images, reference, CONTRACTS["fp16"]))
@@ -154,14 +157,15 @@ def test_a_model_that_passes_needs_no_bisection(tmp_path: Path) -> None:
 
 def test_says_that_fp16_is_not_at_fault_where_fp32_does_not_cure(tmp_path: Path) -> None:
     case = case_of(tmp_path, overflow_in_perceptual_2)
-    other = reference_scores(planted(), parity_images().pixels)
+    whole = planted()
+    other = reference_of(whole, InferenceGraph(whole), parity_images()).reference
     case = replace(case, reference=other)
     with pytest.raises(ParityError) as caught:
         case.bisect()
     text = str(caught.value)
     assert text.startswith(
         "tiny.fp16.onnx: FP16 is not at fault: with every stage in FP32 the contract is broken all the same "
-        "(batch 1: score error, p99.9 / IQR: "
+        "(all images: score error as distance, mean: "
     )
     assert text.endswith("; leave out --fp16 and --bisect, and see which step breaks it")
     assert not caught.value.report
@@ -172,7 +176,7 @@ def test_says_each_trial_in_one_line(tmp_path: Path) -> None:
     case_of(tmp_path, overflow_in_perceptual_2).bisect(say=steps.append)
     assert steps[0] == "tracing the graph for trials"
     assert steps[1].startswith(
-        "trial 1: FP32 in encoder, qformer, decoder, perceptual: passes on 12 images: score error, p99.9 / IQR "
+        "trial 1: FP32 in encoder, qformer, decoder, perceptual: passes on 12 images: score error as distance, mean "
     )
     assert (
         "trial 6: FP32 in perceptual.2.fc2: fails on 8 images: "
@@ -232,14 +236,14 @@ def test_an_answer_that_fails_in_full_gives_way_to_whole_blocks(tmp_path: Path) 
 def test_what_the_engine_hides_is_found_by_rounding(tmp_path: Path) -> None:
     """ONNX Runtime on a CPU leaves rounding out; here an engine that leaves out all of it."""
     case = case_of(tmp_path, overflow_in_perceptual_2)
-    images, scale = case.failed.images, scale_of(case.failed.images, case.reference)
+    images = case.failed.images
 
     def exact(path: Path) -> Engine:
         return RoundedEngine(case.graph, Precision("fp16", tuple(case.graph.units())), max_batch=6)
 
     rounded = RoundedEngine(case.graph, FP16, 12).run(images.pixels)
-    broken = link("graph FP32", ROUNDED, case.reference, rounded, "fp16", scale, images.labels)
-    report = measure(exact(case.path), images, case.reference, CONTRACTS["fp16"], scale)
+    broken = link("graph FP32", ROUNDED, case.reference, rounded, "fp16", images.labels, len(images))
+    report = measure(exact(case.path), images, case.reference, CONTRACTS["fp16"])
     assert report
     case.failed = replace(report, links=(broken,))
     found = case.bisect(exact)
@@ -260,7 +264,7 @@ def test_half_a_graph_is_bisected_by_its_engine_alone(tmp_path: Path, monkeypatc
     def half(path: Path) -> Engine:
         return CompletedHalf(path, "reconstruction", other, SIZE, max_batch=6)
 
-    reference = reference_scores(scorer, images.pixels)
+    reference = reference_of(scorer, InferenceGraph(scorer), images).reference
     with half(retyper.write(FP16, path)[0]) as engine:
         failed = measure(engine, images, reference, CONTRACTS["fp16"])
     found = Case(path, graph, reference, failed).bisect(half)
@@ -307,9 +311,10 @@ def test_an_export_goes_on_with_what_was_found(
     assert precision["kept_fp32"] == ["decoder.1.norm2", "decoder.1.fc1"]
     assert precision["bisected"]["kept_fp32"] == precision["kept_fp32"]
     assert precision["bisected"]["minimal"] is True
+    bounds = CONTRACTS["fp16"].bounds
     for measured in (precision["bisected"]["engine"], precision["bisected"]["rounded"]):
-        assert measured["before"]["measured"]["score_iqr"] > 0.01
-        assert measured["after"]["measured"]["score_iqr"] < 0.01
+        for name in ("score_distance", "map_angle"):
+            assert measured["before"]["measured"][name] > bounds[name] > measured["after"]["measured"][name], name
     assert set(precision["bisected"]["cost"]) == {
         "operations_fp32",
         "operations",
@@ -319,7 +324,7 @@ def test_an_export_goes_on_with_what_was_found(
     }
     [certificate] = [one for one in manifest["certificate"] if one["engine"] == "tiny.fp16.onnx"]
     assert certificate["passed"]
-    assert certificate["measured"]["score_iqr"] == precision["bisected"]["engine"]["after"]["measured"]["score_iqr"]
+    assert certificate["measured"] == precision["bisected"]["engine"]["after"]["measured"]
     assert sorted(file.name for file in out.iterdir()) == [
         "tiny.fp16.onnx",
         "tiny.golden.npz",
@@ -330,10 +335,10 @@ def test_an_export_goes_on_with_what_was_found(
     shown = " ".join(ran.out.split())
     assert f"bisected in {precision['bisected']['trials']} trials: FP32 stays in 2 places" in shown
     assert "decoder 1.norm2, 1.fc1 operations in FP32 2 of 82 matrix products in FP32 " in shown
-    assert " engine, before score error, p99.9 / IQR " in shown
-    assert " engine, after reconstruction, p99.9 grey levels 1 (≤ 2); score error, p99.9 / IQR 0.0" in shown
-    assert " rounding alone, before " in shown
-    assert " rounding alone, after reconstruction, p99.9 grey levels 1 (≤ 2); " in shown
+    for what in ("engine", "rounding alone"):
+        for when in ("before", "after"):
+            start = rf" {what}, {when} (score|map|reconstruction|stress images:|flips)[^(]* [\d.e-]+ \([≤≥] [\d.]+\); "
+            assert re.search(start, shown), shown
     assert MOST_TRIALS > precision["bisected"]["trials"] > 3
 
 

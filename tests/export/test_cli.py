@@ -8,16 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import qfae_export.chain
 import qfae_export.export
+from qfae_export import reference
 from qfae_export.cli import main
 from qfae_export.export import Exported
-from qfae_export.parity import reference_scores
-from qfae_runtime.engines.base import Scores
+from qfae_export.reference import Measured64
 from qfae_runtime.manifest import Manifest
 from tests.export.tiny import checkpoint_file, picture_folder
 
@@ -57,12 +58,12 @@ def test_another_process_writes_the_same_bytes(exported: Exported, checkpoint: P
     assert engine.read_bytes() == exported.engine.read_bytes()
     assert done.stderr.splitlines() == [
         "qfae-export: reading the checkpoint",
-        "qfae-export: scoring 32 images with PyTorch float32, the reference",
+        "qfae-export: scoring 46 images with PyTorch in FP64 and FP32, the reference",
         "qfae-export: writing tiny.onnx",
         "qfae-export: comparing tiny.onnx in ONNX Runtime with PyTorch",
     ]
     lines = done.stdout.splitlines()
-    assert "on 32 images, contract fp32" in lines[0]
+    assert "against PyTorch FP64 on 32 images and 14 stress images, contract fp32" in lines[0]
     assert any("graph FP32 →" in line for line in lines)
     assert "measured on: validation images stored in tiny.pt" in lines
     assert lines[-1] == f"next: qfae-run IMAGES --engine '{engine}' --out results/"
@@ -75,7 +76,16 @@ def test_success_shows_table_files_and_next_command(
     folder = picture_folder(tmp_path / "scans", 32)
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--parity-images", folder, "--max-batch", 5)
     assert ran.code == 0
-    for text in ("batch 1", "batch 3", "batch 5", "score error, relative", "reconstruction, grey levels", "≤ 0.0001"):
+    for text in (
+        "PyTorch FP32",
+        "all images",
+        "batch 1",
+        "batch 2 to 5, worst",
+        "score error, typical / PyTorch's own",
+        "reconstruction, grey levels",
+        "≤ 3.5",
+        "and 14 stress images: constants, ramps, noise, colours, bright corners and borders",
+    ):
         assert text in ran.out
     assert "measured on: 32 of the 32 images in scans/" in ran.out
     assert "largest batch" not in ran.out  # it was asked for
@@ -92,8 +102,8 @@ def test_default_folder_is_the_checkpoints_and_a_capped_batch_is_told(
     ran = run(capsys, "--ckpt", checkpoint_file(tmp_path / "tiny.pt"))
     assert ran.code == 0
     assert (tmp_path / "tiny.onnx").is_file()
-    assert Manifest.load(tmp_path / "tiny.json").max_batch == 32
-    assert "largest batch 32, the number of images measured on; for a larger one pass --parity-images" in ran.out
+    assert Manifest.load(tmp_path / "tiny.json").max_batch == 32 + 14
+    assert "largest batch 46, the number of images measured on; for a larger one pass --parity-images" in ran.out
     again = run(capsys, "--ckpt", tmp_path / "tiny.pt")
     assert again.code == 1
     assert fault_of(again).endswith("pass --overwrite to replace it, or another --out or --name")
@@ -104,17 +114,16 @@ def test_default_folder_is_the_checkpoints_and_a_capped_batch_is_told(
 def test_disagreement_shows_the_table_and_exits_1(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shifted(scorer: object, images: object) -> Scores:
-        scores = reference_scores(scorer, images)  # type: ignore[arg-type]
-        scores.anomaly_map[3, 10, 20] += 2e-4
-        return scores
+    def shifted(*arguments: Any) -> Measured64:
+        measured = reference.reference_of(*arguments)
+        measured.reference.scores.anomaly_map[3, 10, 20] += 2e-3
+        return measured
 
-    monkeypatch.setattr(qfae_export.chain, "reference_scores", shifted)
+    monkeypatch.setattr(qfae_export.chain, "reference_of", shifted)
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path / "out")
     assert ran.code == 1
-    assert "on 32 images, contract fp32" in ran.err
-    # 2e-4 and the engine's own rounding
-    said = r"map error, largest: 0\.000(2|20\d|19\d) exceeds 0\.0001, worst at image 3, y 10, x 20 "
+    assert "on 32 images and 14 stress images, contract fp32" in ran.err
+    said = r"map error, worst pixel / PyTorch's own: [\d.e+]+ exceeds \d+, worst at image 3, y 10, x 20 "
     assert re.search(said + r"\(image 3 stored in tiny\.pt\): expected", ran.err)
     assert "next:" not in ran.out
     assert not (tmp_path / "out").exists()
@@ -160,8 +169,8 @@ def test_all_usage_faults_at_once(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_too_large_a_batch_and_a_missing_folder(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--max-batch", 33)
-    assert (ran.code, fault_of(ran)[:61]) == (1, "--max-batch 33: the largest batch is measured with 33 differe")
+    ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--max-batch", 47)
+    assert (ran.code, fault_of(ran)[:61]) == (1, "--max-batch 47: the largest batch is measured with 47 differe")
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--parity-images", tmp_path / "nowhere")
     assert (ran.code, "no such folder" in fault_of(ran)) == (1, True)
 

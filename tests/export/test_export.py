@@ -20,12 +20,13 @@ from qfae_export.export import Exported, Options, ParityError, export
 from qfae_export.layers import Linear
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import is_plain_name
+from qfae_export.stress import stress_images
 from qfae_runtime.engines import open_engine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, UsageError
 from qfae_runtime.manifest import Manifest
 from qfae_runtime.selftest import self_test
 from qfae_train.checkpoint import build_scorer, load
-from tests.export.tiny import checkpoint_file, picture_folder, pictures
+from tests.export.tiny import SIZE, checkpoint_file, picture_folder, pictures
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -58,11 +59,14 @@ def test_engine_opens_passes_its_self_test_and_scores_like_pytorch(
     with open_engine(exported.engine, threads=2) as opened:
         assert opened.certificate is not None
         assert opened.certificate.batches == (1, 2, 4, 8, 16, 32)
-        assert opened.certificate.images == 32
+        assert (opened.certificate.images, opened.certificate.stress_images) == (32, 14)
+        assert opened.certificate.reference == "PyTorch FP64"
+        assert opened.certificate.pytorch is not None
+        assert 0.2 < (opened.certificate.pytorch["map_typical"] or 0) < 2
         assert opened.certificate.contract.name == "fp32"
         assert [link.target for link in opened.certificate.links] == ["graph FP32", "ONNX FP32"]
         verdict = self_test(opened, force=True, cache=tmp_path)
-        assert (verdict.status, verdict.images) == ("passed", 16)
+        assert (verdict.status, verdict.images) == ("passed", 18 + 14)
         got = opened.engine.run(images)
     import torch
 
@@ -84,12 +88,20 @@ def test_manifest_says_where_the_engine_comes_from(exported: Exported, checkpoin
     assert {path.name for path in exported.files} == {"tiny.onnx", "tiny.golden.npz", "tiny.json"}
 
 
-def test_golden_file_holds_the_stored_images_from_low_to_high(exported: Exported) -> None:
+def test_golden_file_holds_stored_images_from_low_to_high_and_stress_images(exported: Exported) -> None:
+    chain = exported.chain
+    assert chain is not None
+    assert chain.reference.yardstick is not None
     with np.load(exported.engine.with_name("tiny.golden.npz")) as golden:
         stored = {image.tobytes() for image in pictures(32)}
-        assert len(golden["images"]) == 16
-        assert {image.tobytes() for image in golden["images"]} < stored
-        assert np.all(np.diff(golden["score"]) >= 0)
+        assert golden["stress"].tolist() == [0] * 18 + [1] * 14
+        assert {image.tobytes() for image in golden["images"][:18]} < stored
+        np.testing.assert_array_equal(golden["images"][18:], stress_images(SIZE, pictures(32))[0])
+        assert np.all(np.diff(golden["score"][:18]) >= 0)
+        numbers = [[one.tobytes() for one in chain.images.pixels].index(one.tobytes()) for one in golden["images"]]
+        np.testing.assert_array_equal(golden["score"], chain.reference.scores.score[numbers])
+        np.testing.assert_array_equal(golden["own"], chain.reference.yardstick.own[numbers])
+        np.testing.assert_array_equal(golden["unit"], chain.reference.yardstick.unit[numbers])
 
 
 def test_nothing_else_is_left_in_the_folder(exported: Exported) -> None:
@@ -118,9 +130,9 @@ def test_a_changed_weight_is_caught_and_leaves_nothing(
     assert error.value.exit_code == 1
     assert not error.value.report
     lines = str(error.value).splitlines()
-    assert lines[0] == ("tiny.onnx: onnxruntime does not compute what PyTorch FP32 computes, so nothing was written:")
-    assert any("batch 32: map error, largest: " in line and ", y " in line for line in lines)
-    assert lines[-2] == "the step at fault: graph FP32 -> ONNX FP32"
+    assert lines[0] == ("tiny.onnx: onnxruntime does not compute what PyTorch FP64 computes, so nothing was written:")
+    assert any("batch 32: map error, worst pixel / PyTorch's own: " in line and ", y " in line for line in lines)
+    assert lines[-2] == "the first step that is beyond its bounds: graph FP32 -> ONNX FP32"
     assert listing(tmp_path / "out") == {}
 
 
@@ -219,7 +231,7 @@ def test_a_changed_half_is_caught(checkpoint: Path, tmp_path: Path, part: str, m
         return write_onnx(graph, path)
 
     monkeypatch.setattr(qfae_export.export, "write_onnx", write)
-    with pytest.raises(ParityError, match="the step at fault: PyTorch FP32 -> ONNX FP32"):
+    with pytest.raises(ParityError, match="the first step that is beyond its bounds: PyTorch FP32 -> ONNX FP32"):
         export(Options(checkpoint, tmp_path, part=part))
     assert listing(tmp_path) == {}
 

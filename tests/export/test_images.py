@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from qfae_export.errors import ExportError
-from qfae_export.images import from_checkpoint, from_folder, from_slices, largest_batch, spread
+from qfae_export.images import calibration, choose, from_checkpoint, from_folder, from_slices, largest_batch
+from qfae_export.stress import stress_images
+from qfae_runtime.coverage import spread
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image
 from tests.export.tiny import picture_folder, pictures
@@ -21,7 +23,7 @@ def test_folder_images_are_preprocessed_as_for_scoring(tmp_path: Path) -> None:
     images = from_folder(folder, SPEC, limit=32)
     assert images.names[:3] == ("00.png", "01.png", "02.png")
     assert images.origin == "32 of the 32 images in good/"
-    assert images.coloured == 0  # they have colours of their own
+    assert (images.added, images.stress) == (0, ())
     np.testing.assert_array_equal(images.pixels[3], preprocess(read_image(folder / "03.png").pixels, SPEC).image)
 
 
@@ -51,7 +53,7 @@ def test_copies_do_not_keep_a_large_folder_from_being_measured_on(tmp_path: Path
 def test_a_coloured_mark_on_grey_images_is_no_colour() -> None:
     grey = np.repeat(pictures(32)[..., :1], 3, axis=3)
     grey[:, 0, :4] = (200, 30, 30)
-    assert from_checkpoint(grey, SPEC, "demo.pt").coloured == 4
+    assert from_checkpoint(grey, SPEC, "demo.pt").with_colours().added == 4
 
 
 def test_every_unreadable_image_is_named(tmp_path: Path) -> None:
@@ -93,17 +95,50 @@ def test_a_few_stored_images_are_joined_by_slices() -> None:
     stored = pictures(7)
     stored[6] = stored[0]
     images = from_checkpoint(stored, SPEC, "small.pt")
-    assert (len(images), images.coloured, images.stands_in) == (32, 0, False)
+    assert (len(images), images.added, images.stands_in) == (32, 0, False)
     assert images.origin == "6 validation images stored in small.pt, and 26 brain slices that come with qfae"
     assert images.names[5:7] == ("image 5 stored in small.pt", "brain slice 0 of qfae")
     assert images.labels[5:9] == (None, False, True, False)
     assert from_checkpoint(stored[:0], SPEC, "small.pt").origin == "32 brain slices that come with qfae"
 
 
+def test_what_is_measured_on_ends_with_stress_images(tmp_path: Path) -> None:
+    stored = pictures(33)
+    folder = picture_folder(tmp_path / "scans", 34)
+    for images, real in (
+        (choose(None, SPEC, 4, stored, "demo.pt"), 33),
+        (choose(folder, SPEC, 4), 32),
+        (choose(folder, SPEC, 4, count=34), 34),
+        (choose(None, SPEC, 4), 32),
+    ):
+        assert (len(images), images.real, images.added) == (real + 14, real, 14)
+        assert images.stress == tuple(range(real, real + 14))
+        pixels, names = stress_images(SPEC.image_size, images.pixels[:real])
+        np.testing.assert_array_equal(images.pixels[real:], pixels)
+        assert images.names[real:] == names
+        assert images.labels[real:] == (None,) * 14
+        assert len(images.names) == len(images.labels) == len(set(images.names)) == real + 14
+
+
+def test_stress_images_are_none_of_those_that_are_taken_from_somewhere(tmp_path: Path) -> None:
+    folder = picture_folder(tmp_path / "scans", 33)
+    for images in (from_folder(folder, SPEC, 32), from_slices(SPEC), from_checkpoint(pictures(32), SPEC, "demo.pt")):
+        assert (images.added, images.real, images.stress) == (0, len(images), ())
+    assert not any(name.startswith("stress") for name in calibration(folder, SPEC).names)
+
+
+def test_scales_are_taken_from_grey_images_and_coloured_copies(tmp_path: Path) -> None:
+    slices = calibration(None, SPEC)
+    assert (len(slices), slices.real, slices.added) == (36, 32, 4)
+    assert slices.names[32] == "brain slice 0 of qfae in false colours"
+    colourful = calibration(picture_folder(tmp_path / "scans", 33), SPEC)
+    assert (len(colourful), colourful.added) == (32, 0)  # they have colours of their own
+
+
 def test_grey_images_get_coloured_copies() -> None:
     grey = np.repeat(pictures(32)[..., :1], 3, axis=3)
-    images = from_checkpoint(grey, SPEC, "demo.pt")
-    assert (len(images), images.real, images.coloured) == (36, 32, 4)
+    images = from_checkpoint(grey, SPEC, "demo.pt").with_colours()
+    assert (len(images), images.real, images.added) == (36, 32, 4)
     assert images.names[-4:] == tuple(
         f"image {number} stored in demo.pt in false colours" for number in (0, 10, 21, 31)
     )
@@ -117,12 +152,12 @@ def test_grey_images_get_coloured_copies() -> None:
 
 def test_slices_stand_in_where_there_are_no_images() -> None:
     slices = from_slices(SPEC)
-    assert (len(slices), slices.real) == (36, 32)
-    assert slices.pixels.shape == (36, 32, 32, 3)
+    assert (len(slices), slices.real) == (32, 32)
+    assert slices.pixels.shape == (32, 32, 32, 3)
     assert slices.stands_in
     assert (slices.origin, slices.names[5]) == ("32 brain slices that come with qfae", "brain slice 5 of qfae")
     assert slices.labels[:4] == (False, True, False, True)  # every second one has a lesion
-    assert len({image.tobytes() for image in slices.pixels}) == 36
+    assert len({image.tobytes() for image in slices.pixels}) == 32
     assert not from_checkpoint(pictures(32), SPEC, "demo.pt").stands_in
 
 

@@ -21,13 +21,13 @@ import qfae_export.int8
 from qfae_export.describe import bytes_in_int8, bytes_of
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
-from qfae_export.images import from_slices
+from qfae_export.images import calibration
 from qfae_export.int8 import calibrated_on, int8_graph
 from qfae_export.layers import Linear
 from qfae_export.onnx_file import write_onnx
-from qfae_export.parity import pytorch_scores
 from qfae_export.precision import INT8
 from qfae_export.qdq import activation_scale, add_qdq, misfits, weight_scales
+from qfae_export.reference import pytorch_scores
 from qfae_runtime.engines import onnxruntime, openvino
 from tests.export.tiny import SIZE, config_of, pictures, scorer_of, vit
 
@@ -300,7 +300,7 @@ def test_processors_without_vnni_do_not_overflow() -> None:
 def test_images_that_prove_little_are_told() -> None:
     """Calibrated on what is measured on, and on images of another kind."""
     spec = config_of().preprocess_spec()
-    slices = from_slices(spec)
+    slices = calibration(None, spec)
     others = replace(slices, pixels=pictures(36), stands_in=False)
     assert calibrated_on(others, slices) == ({"images": 36, "from": slices.origin, "measured_on_too": 0}, None)
     entry, told = calibrated_on(slices, replace(others, pixels=np.concatenate([pictures(30), slices.pixels[:6]])))

@@ -23,7 +23,7 @@ from qfae_export.errors import ExportError
 from qfae_export.export import Exported, Options, ParityError, export
 from qfae_export.graph import InferenceGraph
 from qfae_export.int8 import int8_graph
-from qfae_export.parity import ROUNDED
+from qfae_export.parity_report import ROUNDED
 from qfae_export.verify import verify
 from qfae_runtime import open_engine
 from qfae_runtime.engines import openvino
@@ -93,9 +93,9 @@ def test_scales_that_cut_off_are_caught(checkpoint: Path, tmp_path: Path, monkey
         export(Options(checkpoint, out=tmp_path / "out", int8=True))
     lines = str(refused.value).splitlines()
     assert lines[0] == (
-        "tiny.int8.onnx: onnxruntime does not compute what PyTorch FP32 computes, so nothing was written:"
+        "tiny.int8.onnx: onnxruntime does not compute what PyTorch FP64 computes, so nothing was written:"
     )
-    assert "the step at fault: ONNX FP32 -> ONNX INT8" in lines
+    assert "the first step that is beyond its bounds: ONNX FP32 -> ONNX INT8" in lines
     assert lines[-1].startswith(
         "INT8 rounds more than this model bears, or its scales come from images of another kind:"
     )
@@ -316,7 +316,8 @@ def test_too_few_pairs_for_a_bound_of_auroc_are_told(
     ran = run(capsys, *arguments, "--int8")
     assert said in ran.out.splitlines()
     assert "AUROC" not in run(capsys, *arguments).out, "FP32 scores are bounded one by one"
-    monkeypatch.setattr("qfae_runtime.contract.MIN_PAIRS", 256)
+    monkeypatch.setattr("qfae_runtime.contract.min_pairs", lambda precision: 256)
+    monkeypatch.setattr("qfae_export.parity_report.min_pairs", lambda precision: 256)
     ran = run(capsys, *arguments, "--int8")
     assert ran.code == 0, ran.err
     assert "AUROC, change" in ran.out
@@ -397,4 +398,4 @@ def test_a_product_of_half_the_size_is_caught(
     monkeypatch.setattr(qfae_export.export, "write_onnx", copying(everywhere.folder, halved))
     with pytest.raises(ParityError, match=r"reconstruction, p99\.9 grey levels: ") as refused:
         export(options)
-    assert "the step at fault: ONNX FP32 -> ONNX INT8" in str(refused.value).splitlines()
+    assert "the first step that is beyond its bounds: ONNX FP32 -> ONNX INT8" in str(refused.value).splitlines()

@@ -46,7 +46,7 @@ def test_from_the_authors_checkpoint_to_scores(made: MadeUp, tmp_path: Path) -> 
     assert exported.returncode == 0, exported.stderr
     assert (
         "measured on: 32 brain slices that come with qfae\n"
-        "and 4 of them in false colours, which grey images cannot stand for\n"
+        "and 14 stress images: constants, ramps, noise, colours, bright corners and borders\n"
         "warning: these are not images of your kind"
     ) in exported.stdout
     scored = run("qfae-run", "scans", "--engine", "engine/two.onnx", "--out", "results", cwd=tmp_path)

@@ -17,10 +17,10 @@ from onnx import numpy_helper
 from qfae_export.errors import ExportError
 from qfae_export.export import Exported
 from qfae_export.graph import InferenceGraph
+from qfae_export.images import ParityImages
 from qfae_export.onnx_file import OPSETS, save, trace, write_onnx
-from qfae_export.parity import pytorch_scores
 from qfae_export.precision import FP16, FP16_RULES, FP32, Precision
-from qfae_runtime.agreement import Scale, measure_agreement
+from qfae_export.reference import pytorch_scores, reference_of
 from qfae_runtime.contract import CONTRACTS, Contract
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_train.autoencoder import AnomalyScorer, Result
@@ -32,7 +32,6 @@ def attentions(model: ir.Model) -> list[str]:
 
 
 TYPES = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
-SCALE = Scale(score_iqr=0.05, map_p999=0.5, threshold=0.5, threshold_from="made up")
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +230,11 @@ def test_every_option_runs_at_every_batch(
     [path] = save(rich_model, tmp_path / "rich.onnx")
     images = pictures(batch)
     with OnnxRuntimeEngine(path, SIZE, 64, threads=2) as engine:
-        agreement = measure_agreement(pytorch_scores(rich_scorer, images), engine.run(images), scale=SCALE)
+        got = engine.run(images)
+    given = ParityImages(images, tuple(map(str, range(batch))), "pictures", (None,) * batch)
+    measured = reference_of(rich_scorer, InferenceGraph(rich_scorer), given)
     bounds = {name: bound for name, bound in CONTRACTS["fp32"].bounds.items() if name != "spearman" or batch > 1}
-    assert Contract("fp32", bounds).failures(agreement) == []
+    assert Contract("fp32", bounds).failures(measured.reference.compare(got)) == []
 
 
 def test_reconstruction_is_clipped_and_rounded_as_torch_does_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import qfae_export.plans
 from qfae_export.errors import ExportError
 from qfae_export.export import Exported, export
 from qfae_export.options import Options
-from qfae_export.parity import ParityError
+from qfae_export.parity_report import ParityError
 from qfae_export.plans import wanted
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines import open_engine
@@ -188,7 +188,7 @@ def test_a_plan_that_computes_something_else_is_not_kept(here: Path, monkeypatch
     assert lines[0] == (
         "tiny.rtx.plan: tensorrt-rtx does not compute what tiny.onnx in ONNX Runtime computes, so nothing was written:"
     )
-    assert lines[-2] == "the step at fault: ONNX FP32 -> plan"
+    assert lines[-2] == "the first step that is beyond its bounds: ONNX FP32 -> plan"
     assert lines[-1].startswith("the ONNX file it was built from keeps its contract: try another TensorRT")
     assert (here / "tiny.json").read_text() == before
     assert not (here / "tiny.rtx.plan").exists()
@@ -221,7 +221,7 @@ def test_an_overflow_that_the_cpu_does_not_show_is_refused(tmp_path: Path) -> No
         export(Options(path, tmp_path / "out", fp16=True))
     text = str(caught.value)
     assert "graph FP16: rounded as FP16 rounds, the graph gives values that are not finite" in text
-    assert "the step at fault: graph FP32 -> graph FP16" in text
+    assert "the first step that is beyond its bounds: graph FP32 -> graph FP16" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from qfae_export import reference
 from qfae_export.cli import main
 from qfae_export.export import Exported, Options, export
 from qfae_export.graph import InferenceGraph
 from qfae_export.parity import measure
 from qfae_export.precision import FP16, Precision
+from qfae_export.reference import Measured64
 from qfae_export.rounded import RoundedEngine
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.cli import main as run_main
@@ -54,9 +57,10 @@ def spoil(folder: Path, factor: float) -> None:
 def test_from_the_golden_images_alone(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     ran = verify(capsys, "--engine", here / "tiny.onnx")
     assert ran.code == 0, ran.err
-    assert "measured on: the 16 golden images and PyTorch's outputs on them" in ran.out
+    assert "measured on: the 32 golden images and PyTorch's outputs on them" in ran.out
+    assert "on 18 images and 14 stress images, contract fp32" in ran.out
     assert ran.out.endswith("the engine keeps its contract (fp32)\n")
-    assert "Spearman" not in ran.out  # 16 images are too few for ranks
+    assert "Spearman" not in ran.out  # 18 images are too few for ranks
 
 
 def test_from_the_checkpoint_and_into_the_manifest(
@@ -86,7 +90,7 @@ def test_a_changed_engine_is_found_out(
     extra = ("--ckpt", checkpoint, "--record") if with_checkpoint else ()
     ran = verify(capsys, "--engine", here / "tiny.onnx", *extra)
     assert ran.code == 1
-    assert "map error, largest: " in ran.err
+    assert "map error, worst image / PyTorch's own: " in ran.err
     assert "the engine breaks its contract on this machine; do not use its scores" in ran.err
     if not with_checkpoint:
         assert (here / "tiny.json").read_text() == before
@@ -233,3 +237,59 @@ def test_decisions_are_compared_at_the_threshold_of_the_calibration(
     assert "made with another engine" in ran.err
     [entry] = Manifest.load(here / "tiny.json").certificate
     assert entry.scale.threshold_from != "calibrated"
+
+
+@pytest.fixture
+def two_levels_off(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Move one pixel of the reference by two grey levels, as if the engine were wrong there; and PyTorch FP32 too?"""
+
+    def plant(*, pytorch_as_well: bool) -> None:
+        def moved(*arguments: Any) -> Measured64:
+            measured = reference.reference_of(*arguments)
+            pixels = measured.reference.scores.reconstruction
+            pixels[3, 4, 5, 1] += 2 if pixels[3, 4, 5, 1] < 128 else -2
+            if not pytorch_as_well:
+                return measured
+            values = {**measured.pytorch.values, "reconstruction_levels": 2.0}
+            return replace(measured, pytorch=replace(measured.pytorch, values=values))
+
+        monkeypatch.setattr("qfae_export.chain.reference_of", moved)
+
+    return plant
+
+
+def test_a_certificate_is_taken_away_where_pytorch_keeps_the_bound(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, two_levels_off: Any
+) -> None:
+    two_levels_off(pytorch_as_well=False)
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 1
+    assert "reconstruction, grey levels: 2 exceeds 1, worst at image 3, y 4, x 5, channel 1 (image 3 stored" in ran.err
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert not entry.passed
+
+
+def test_and_stays_where_pytorch_breaks_it_too(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, two_levels_off: Any
+) -> None:
+    two_levels_off(pytorch_as_well=True)
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 0, ran.err
+    told = "PyTorch FP32 itself breaks these bounds on these images, so they are left out: reconstruction, grey levels"
+    assert told in ran.out.splitlines()
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert entry.passed
+    with open_engine(here / "tiny.onnx") as opened:
+        assert opened.certificate is not None
+
+
+def test_a_bound_that_pytorch_breaks_excuses_no_other(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, two_levels_off: Any
+) -> None:
+    spoil(here, 1.01)
+    two_levels_off(pytorch_as_well=True)
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 1
+    assert "map error, worst image / PyTorch's own: " in ran.err
+    [entry] = Manifest.load(here / "tiny.json").certificate
+    assert not entry.passed

@@ -171,14 +171,14 @@ def test_one_that_fails_its_self_test_is_passed_over_and_not_tried_again(backend
     assert backend == "openvino"
     said = candidates["openvino-bf16"].not_taken
     assert said is not None
-    assert said.startswith("self-test failed: score error, ")
+    assert said.startswith("self-test failed: score error as distance, ")
     backends.opened.clear()
     with open_engine(path) as opened:
         backend, candidates = chosen(opened)
     assert (backend, backends.opened) == ("openvino", ["openvino"])
     said = candidates["openvino-bf16"].not_taken
     assert said is not None
-    assert said.startswith("self-test failed before: score error, ")
+    assert said.startswith("self-test failed before: score error as distance, ")
     # Named, it is tested again, whatever was remembered.
     with open_engine(path, backend="openvino-bf16") as named, pytest.raises(SelfTestError, match="self-test failed on"):
         self_test(named)
@@ -278,13 +278,13 @@ def test_a_backend_or_device_that_does_not_run_the_file(path: Path) -> None:
 def test_a_named_backend_that_broke_its_contract_is_refused_with_the_numbers(tmp_path: Path) -> None:
     path = export_tiny(tmp_path / "engine")
     entry = json.loads(path.with_suffix(".json").read_text())["certificate"][0]
-    measured = {**entry["measured"], "map_cosine_p1": -0.2, "spearman": 0.5, "map_share": 0.3, "score_iqr": None}
+    measured = {**entry["measured"], "map_cosine_p1": -0.2, "spearman": 0.5, "map_angle": 0.3, "score_distance": None}
     certify_too(path, "openvino-bf16", passed=False, measured=measured)
     with pytest.raises(EngineError) as caught:
         open_engine(path, backend="openvino-bf16")
     assert str(caught.value) == (
-        f"{path}: its comparison with PyTorch failed on openvino-bf16, cpu (score error, p99.9 / IQR undefined; "
-        "score ranks, Spearman 0.5, bound 0.999; map error, p99.9 / p99.9 of maps 0.3, bound 0.01 and 1 more); "
+        f"{path}: its comparison with PyTorch failed on openvino-bf16, cpu (score error as distance, mean "
+        "undefined; score ranks, Spearman 0.5, bound 0.999; map error as angle, mean 0.3, bound 0.001); "
         "name another backend"
     )
 

@@ -21,13 +21,14 @@ from qfae_runtime.geometry import Geometry
 from qfae_runtime.golden import Golden
 from qfae_runtime.manifest import Manifest
 from qfae_runtime.preprocess import Prepared
+from qfae_runtime.quantities import OF_ALL_IMAGES
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
 
 from .doubles.tensorrt import SIZE as PLAN_SIZE
 from .doubles.tensorrt import FakeTensorRt, batch_of, check_scores
 from .doubles.tensorrt import expected_scores as plan_scores
 from .doubles.tensorrt import open_engine as open_plan
-from .tiny import SIZE, edit_manifest, export_tiny
+from .tiny import SIZE, edit_manifest, export_tiny, yardstick_of
 
 GOLDEN = 5
 Fault = Callable[["Small", UInt8, Scores], None]
@@ -73,12 +74,13 @@ def golden_set() -> Golden:
     """Images that no picture is like: each has a pixel of 255, the others of its own number."""
     images = np.stack([np.full((2, 2, 3), number, np.uint8) for number in range(GOLDEN)])
     images[:, 0, 0, 0] = 255
-    return Golden(images, right(images))
+    return Golden(images, right(images), yardstick_of(right(images)))
 
 
 def canary_of(golden: Golden) -> Canary:
-    contract = CONTRACTS["fp32"].without(NOT_ON_FEW_IMAGES)
-    return Canary(golden, lambda numbers, got: row_failures(golden, numbers, got, contract, Scale.of(golden.scores)))
+    contract = CONTRACTS["fp32"].without((*OF_ALL_IMAGES, *NOT_ON_FEW_IMAGES))
+    reference = golden.reference(Scale.of(golden.scores))
+    return Canary(golden, lambda numbers, got: row_failures(reference, numbers, got, contract))
 
 
 def scorer_of(engine: Any, batch_size: int, *, canary: bool = True) -> Scorer:
@@ -298,7 +300,7 @@ def plan_manifest(tmp_path: Path) -> Manifest:
 
 def plan_canary() -> Canary:
     images = batch_of(3, seed=9)
-    return canary_of(Golden(images, plan_scores(images)))
+    return canary_of(Golden(images, plan_scores(images), yardstick_of(plan_scores(images))))
 
 
 def watched(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -20,7 +20,7 @@ from qfae_runtime.errors import ManifestError
 from qfae_runtime.golden import MAX_IMAGES, Golden, load_golden, save_golden
 from qfae_runtime.selftest import self_test
 
-from .tiny import SIZE
+from .tiny import SIZE, yardstick_of
 
 S = SIZE
 HEADERS = {
@@ -28,8 +28,19 @@ HEADERS = {
     "score": "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }",
     "anomaly_map": f"{{'descr': '<f4', 'fortran_order': False, 'shape': (2, {S}, {S}), }}",
     "reconstruction": f"{{'descr': '|u1', 'fortran_order': False, 'shape': (2, {S}, {S}, 3), }}",
+    "stress": "{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }",
+    "own": "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 4), }",
+    "unit": "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 4), }",
 }
-BYTES = {"images": 2 * S * S * 3, "score": 8, "anomaly_map": 2 * S * S * 4, "reconstruction": 2 * S * S * 3}
+BYTES = {
+    "images": 2 * S * S * 3,
+    "score": 8,
+    "anomaly_map": 2 * S * S * 4,
+    "reconstruction": 2 * S * S * 3,
+    "stress": 2,
+    "own": 2 * 4 * 8,
+    "unit": 2 * 4 * 8,
+}
 
 
 def npy(header: str, content: bytes, version: tuple[int, int] = (1, 0)) -> bytes:
@@ -51,11 +62,12 @@ def golden(
     return file.getvalue()
 
 
-def refusal(content: bytes) -> str:
+def refusal(content: bytes, form: str = "not a golden file") -> str:
     with pytest.raises(ManifestError) as caught:
         load_golden(content, "g.npz", S)
     text = str(caught.value)
-    assert text.startswith(f"g.npz: not a golden file for images of {S} px: ")
+    if form == "not a golden file":
+        assert text.startswith(f"g.npz: not a golden file for images of {S} px: ")
     assert text.endswith("; export the engine again")
     assert "\n" not in text
     return text
@@ -68,10 +80,19 @@ def test_what_numpy_writes_is_read(tmp_path: Path) -> None:
         assert all(array.flags.writeable for array in (read.images, *read.scores))
     rng = np.random.default_rng(1)
     scores = read.scores._replace(score=rng.random(2, np.float32), anomaly_map=rng.random((2, S, S), np.float32))
-    save_golden(tmp_path / "g.npz", Golden(rng.integers(0, 256, (2, S, S, 3), np.uint8), scores))
+    images, yardstick = rng.integers(0, 256, (2, S, S, 3), np.uint8), yardstick_of(scores)
+    save_golden(tmp_path / "g.npz", Golden(images, scores, yardstick, (1,)))
     again = load_golden((tmp_path / "g.npz").read_bytes(), "g.npz", S)
-    for mine, theirs in zip(scores, again.scores, strict=True):
+    for mine, theirs in zip((*scores, *yardstick), (*again.scores, *again.yardstick), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+    assert (again.stress, again.real) == ((1,), [0])
+
+
+@pytest.mark.parametrize("error", [-1e-9, np.inf, np.nan])
+@pytest.mark.parametrize("name", ["own", "unit"])
+def test_errors_of_pytorch_that_are_none_are_refused(name: str, error: float) -> None:
+    said = refusal(golden({name: npy(HEADERS[name], np.array([[1e-6] * 3 + [error]] * 2).tobytes())}), form="own")
+    assert said == "g.npz: PyTorch's own errors must be finite and not below 0; export the engine again"
 
 
 UNWRITTEN = 'expected a header as numpy.savez writes it for numbers, got "{'
@@ -83,7 +104,7 @@ UNWRITTEN = 'expected a header as numpy.savez writes it for numbers, got "{'
         ("images", f"({2**40}, {S}, {S}, 3)", f"expected 1..{MAX_IMAGES} images, got {2**40}"),
         ("images", f"({2**63}, {S}, {S}, 3)", f"expected 1..{MAX_IMAGES} images, got {2**63}"),
         ("images", f"(0, {S}, {S}, 3)", f"expected 1..{MAX_IMAGES} images, got 0"),
-        ("images", f"(17, {S}, {S}, 3)", f"expected 1..{MAX_IMAGES} images, got 17"),
+        ("images", f"(33, {S}, {S}, 3)", f"expected 1..{MAX_IMAGES} images, got 33"),
         ("images", f"({2**70}, {S}, {S}, 3)", UNWRITTEN),
         ("images", f"(-1, {S}, {S}, 3)", UNWRITTEN),
         ("images", f"(True, {S}, {S}, 3)", UNWRITTEN),
@@ -144,7 +165,7 @@ def test_headers_that_contradict_the_size_of_their_entry() -> None:
 def test_entries_that_numpy_would_not_write() -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         twice = golden(twice="score")
-    assert "holds 'anomaly_map.npy', 'images.npy', 'reconstruction.npy', 'score.npy', 'score.npy'; ex" in refusal(twice)
+    assert "'reconstruction.npy', 'score.npy', 'score.npy', 'stress.npy', 'unit.npy'; ex" in refusal(twice)
     assert "'../x.npy', 'anomaly_map.npy'" in refusal(golden({"../x": b""}))
     assert "is encrypted or packed in a way that numpy.savez does not use" in refusal(
         golden(compression=zipfile.ZIP_LZMA)
@@ -160,7 +181,7 @@ def test_entries_that_numpy_would_not_write() -> None:
 def test_a_bomb_is_not_unpacked() -> None:
     bomb = golden({"images": npy(HEADERS["images"], bytes(2**26))})
     assert len(bomb) < 2**20
-    assert "more than 16 images need" in refusal(bomb)
+    assert f"more than {MAX_IMAGES} images need" in refusal(bomb)
 
 
 @pytest.mark.parametrize("field", ["file_size", "compress_size", "CRC", "flag_bits", "compress_type", "header_offset"])

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qfae_runtime.agreement import QUANTITIES
 from qfae_runtime.errors import ManifestError
 from qfae_runtime.manifest import Manifest, find_manifest
+from qfae_runtime.quantities import QUANTITIES
 
 from .tiny import export_tiny
 
@@ -106,7 +106,12 @@ def drop(*keys: Any) -> Change:
         (put("inputs", 0, "shape", value=[1, 32]), "key 'inputs.0.shape': expected"),
         (put("certificate", 0, "images", value=0), "key 'certificate.0.images': expected a whole number in 1.."),
         (drop("certificate", 0, "measured", "map_abs"), "key 'certificate.0.measured.map_abs' is missing"),
-        (put("certificate", 0, "measured", "score_abs", value=0.5), "key 'certificate.0.passed': expected false"),
+        (put("certificate", 0, "measured", "score_worst", value=26), "key 'certificate.0.passed': expected false"),
+        (
+            put("certificate", 0, "stress_images", value=-1),
+            "key 'certificate.0.stress_images': expected a whole number",
+        ),
+        (put("certificate", 0, "pytorch", value={}), "key 'certificate.0.pytorch.score_typical' is missing"),
         (put("certificate", 0, "images", value=31), "key 'certificate.0.images': expected 32 or more"),
         (put("certificate", 0, "reference", value=3), "key 'certificate.0.reference': expected"),
         (
@@ -123,8 +128,8 @@ def drop(*keys: Any) -> Change:
             "'certificate.0.contract.name': expected one of fp32",
         ),
         (
-            put("certificate", 0, "contract", "bounds", "score_abs", value=0.5),
-            "key 'certificate.0.contract.bounds': expected bounds at least as strict as {'score_iqr': 0.01",
+            put("certificate", 0, "contract", "bounds", "score_worst", value=26),
+            "key 'certificate.0.contract.bounds': expected bounds at least as strict as {'score_typical': 3.5",
         ),
         (drop("certificate", 0, "contract", "bounds", "spearman"), "bounds at least as strict as"),
         (
@@ -133,7 +138,11 @@ def drop(*keys: Any) -> Change:
         ),
         (put("certificate", 0, "links", value=[{}]), "key 'certificate.0.links.0.source' is missing"),
         (put("certificate", 0, "batches", value=[]), "key 'certificate.0.batches': expected a list of batch sizes"),
-        (put("certificate", 0, "scale", "map_p999", value="high"), "expected a finite number, got 'high'"),
+        (put("certificate", 0, "scale", "score_iqr", value="high"), "expected a finite number, got 'high'"),
+        (
+            put("certificate", 0, "scale", "factors", value=0),
+            "key 'certificate.0.scale.factors': expected a whole number",
+        ),
     ],
 )
 def test_hostile_manifests_are_refused(engine_path: Path, change: Change, says: str) -> None:

@@ -24,7 +24,7 @@ from qfae_runtime.writers.colours import colour_table, overlay
 from qfae_runtime.writers.heatmap import ColourScale, Figure, draw, heatmap_names, is_ours, read_panels, save, thumbnail
 
 from .conftest import write_png
-from .tiny import SIZE
+from .tiny import SIZE, yardstick_of
 
 
 def test_colour_table_rises_in_lightness() -> None:
@@ -48,7 +48,12 @@ def test_overlay_leaves_normal_pixels_alone() -> None:
 def test_scale_comes_from_the_golden_images() -> None:
     maps = np.linspace(0, 0.4, 2 * SIZE * SIZE, dtype=np.float32).reshape(2, SIZE, SIZE)
     images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
-    scale = ColourScale.of(Golden(images, Scores(maps.max(axis=(1, 2)), maps, images)))
+    scores = Scores(maps.max(axis=(1, 2)), maps, images)
+    scale = ColourScale.of(Golden(images, scores, yardstick_of(scores)))
+    # Stress images are brighter than anything that is scored, and say nothing about it.
+    more = Scores.joined([scores, scores._replace(score=scores.score * 9, anomaly_map=maps * 9)])
+    stressed = Golden(np.concatenate([images, images]), more, yardstick_of(more), (2, 3))
+    assert ColourScale.of(stressed) == scale
     assert (scale.low, round(scale.high, 4)) == (0.0, 0.3996)
     assert scale.origin == "0 to the 99.9th percentile on the engine's 2 golden images"
     assert ColourScale.of(None).high == 1.0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qfae_export.parity import pytorch_scores
+from qfae_export.reference import pytorch_scores
 from qfae_train import fit as fit_module
 from qfae_train.evaluate import evaluate
 
