@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages
 from qfae_export.parity import measure
@@ -21,7 +19,7 @@ from qfae_runtime.certificate import Link
 from qfae_runtime.contract import demanded, owed
 from qfae_runtime.coverage import spread
 from qfae_runtime.engines.base import Engine, Scores
-from qfae_runtime.yardstick import errors_of, steps_of
+from qfae_runtime.yardstick import errors_of, steps_of, typical_ratios
 from qfae_train.autoencoder import AnomalyScorer
 
 MODULES, GRAPH = "PyTorch FP32", "graph FP32"
@@ -165,7 +163,7 @@ def beyond_rounding(truth: Scores, rounded: Scores, got: Scores) -> list[str]:
     if incomparable(truth, rounded) or incomparable(truth, got):
         return []
     steps = steps_of(truth)
-    ratios = np.exp(np.log((errors_of(truth, got) + steps) / (errors_of(truth, rounded) + steps)).mean(axis=0))
+    ratios = typical_ratios(errors_of(truth, got), errors_of(truth, rounded), steps)
     return [
         f"{name} errors are {ratio:.3g} times what FP16's rounding costs this model in PyTorch ({len(truth.score)} "
         f"images), at most {_ROUNDING_RATIO:g} expected"

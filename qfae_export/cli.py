@@ -135,9 +135,9 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
     """Export a checkpoint to an engine that is proven to score like PyTorch.
 
     Writes NAME.onnx, NAME.json (the manifest, with the certificate) and NAME.golden.npz, after comparing scores, maps
-    and reconstructions with PyTorch's on real images at batch 1, an odd batch and the largest batch. If one bound of
-    the contract is broken, nothing is written. With --fp16 there is NAME.fp16.onnx too, measured in the same way, and
-    with --int8 NAME.int8.onnx.
+    and reconstructions with PyTorch's in FP64, on real images and on stress images, at every batch size that the engine
+    will be run with. If one bound of the contract is broken, nothing is written. With --fp16 there is NAME.fp16.onnx
+    too, measured in the same way, and with --int8 NAME.int8.onnx.
     """
     warnings.filterwarnings("ignore", module="torch")  # what matters about a checkpoint is said in a sentence
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)

@@ -14,7 +14,7 @@ import numpy as np
 
 from qfae_runtime.engines.base import OUTPUT_NAMES, Scores
 from qfae_runtime.quantities import QUANTITIES
-from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of
+from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of, typical_ratios
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ def _against_own(
     if yardstick is None:
         return
     errors, steps = errors_of(reference, got), steps_of(reference)
-    logs = np.log((errors + steps) / (yardstick.own + steps))
     # Apart, for a fault may spare one kind.
-    ratios = np.exp(np.max([logs[kind].mean(axis=0) for kind in kinds if kind], axis=0))
+    apart = [typical_ratios(errors[kind], yardstick.own[kind], steps[kind]) for kind in kinds if kind]
+    ratios = np.max(apart, axis=0)
     values |= {name: float(ratios[column]) for name, column in typical.items()}
     shares = errors / np.maximum(yardstick.unit, steps)
     for column, name in enumerate(largest):
