@@ -235,19 +235,19 @@ def from_slices(spec: PreprocessSpec) -> ParityImages:
 
 
 def largest_batch(asked: int | None, default: int, images: ParityImages) -> int:
-    """Return the engine's largest batch, which must be measured with that many images and so cannot exceed them.
+    """Return the engine's largest batch, measured with that many images: stress images do not count, being alike.
 
     Raises:
         ExportError: a batch was asked for that these images cannot fill.
 
     """
     if asked is None:
-        return min(default, len(images))
-    if asked > len(images):
+        return min(default, images.real)
+    if asked > images.real:
         raise ExportError(
             f"--max-batch {asked}: the largest batch is measured with {asked} different images, but there are "
-            f"{len(images)} ({images.origin}); pass --parity-images DIR with {asked} or more, "
-            f"or --max-batch {len(images)}"
+            f"{images.real} ({images.origin}); pass --parity-images DIR with {asked} or more, "
+            f"or --max-batch {images.real}"
         )
     return asked
 

@@ -12,7 +12,7 @@ from qfae_runtime.engines.backends import NOT_INSTALLED, lacking, reference_of
 from qfae_runtime.manifest import FORMATS
 from qfae_train.weight_files import WeightFiles
 
-DEFAULT_MAX_BATCH = 32
+DEFAULT_MAX_BATCH = 16
 MOST_PARITY_IMAGES = 100_000
 PARTS = ("full", "reconstruction", "scorer")
 REFERENCE = reference_of("onnx").name

@@ -28,7 +28,7 @@ from qfae_runtime.engines.backends import lacking, reference_of
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.engines.tensorrt import TensorRtEngine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, cure_of_writing
-from qfae_runtime.golden import golden_bytes, load_golden
+from qfae_runtime.golden import golden_beside
 from qfae_runtime.manifest import FileEntry, Manifest, find_manifest
 from qfae_runtime.yardstick import Yardstick
 
@@ -219,9 +219,8 @@ def _against_fp32(options: Options, manifest: Manifest, onnx: Path, say: Say) ->
 def _reference_of(opened: OpenedEngine, images: ParityImages, scores: Scores) -> Reference:
     """Return the outputs of a certified engine as a reference; PyTorch's own errors are what the golden file says."""
     assert opened.certificate is not None
-    content = golden_bytes(opened)
-    assert content is not None
-    golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
+    golden = golden_beside(opened)
+    assert golden is not None
     groups, known = (
         [int(number in one.stress) for number in range(count)]
         for one, count in ((images, len(images)), (golden, len(golden.images)))

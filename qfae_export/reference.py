@@ -27,7 +27,7 @@ from qfae_runtime.agreement import Agreement, Reference, Scale
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.coverage import spread
 from qfae_runtime.engines.base import Scores
-from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of
+from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of, typical_ratios
 from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.float32 import whole_float32
 
@@ -193,9 +193,9 @@ def _refuse_other_graph(truth: Scores, graph: Scores, own: Float64) -> None:
         ExportError: by how much they differ.
 
     """
-    steps = steps_of(truth)
-    ratios = (errors_of(truth, graph) + steps) / (own + steps)
-    score, maps = float(np.exp(np.log(ratios[:, 0]).mean())), float(ratios[:, 1].max())
+    errors, steps = errors_of(truth, graph), steps_of(truth)
+    score = float(typical_ratios(errors, own, steps)[0])
+    maps = float(((errors + steps) / (own + steps))[:, 1].max())
     if not (score <= _GRAPH_SCORE and maps <= _GRAPH_MAP):
         raise ExportError(
             "the inference graph does not compute what the training modules do: in FP64, where hardly anything is "

@@ -21,7 +21,7 @@ from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, beyond_pytorc
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import card_of
 from qfae_runtime.errors import CalibrationError, ManifestError, OutputError, cure_of_writing
-from qfae_runtime.golden import golden_bytes, load_golden
+from qfae_runtime.golden import golden_beside
 from qfae_runtime.manifest import Manifest, find_manifest
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
 from qfae_train.checkpoint import build_scorer
@@ -86,12 +86,11 @@ def verify(
 
 
 def _golden(opened: OpenedEngine) -> tuple[ParityImages, Reference]:
-    content = golden_bytes(opened)
-    if content is None:
+    golden = golden_beside(opened)
+    if golden is None:
         raise ExportError(
             f"{opened.path}: its manifest names no golden images to measure on; pass --ckpt, the checkpoint it is from"
         )
-    golden = load_golden(content, opened.manifest.golden or "", opened.manifest.image_size)
     # Real images first, as everywhere.
     order = [*golden.real, *golden.stress]
     count = len(order)

@@ -17,7 +17,7 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import Contract, owed
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.opened import OpenedEngine
-from qfae_runtime.golden import Golden, golden_bytes, load_golden
+from qfae_runtime.golden import Golden, golden_beside
 from qfae_runtime.quantities import OF_ALL_IMAGES
 from qfae_runtime.selftest import contract_for
 
@@ -41,7 +41,7 @@ class Canary:
             ManifestError: the golden file is missing, damaged, or not the one the manifest names.
 
         """
-        golden = golden_of(opened)
+        golden = golden_beside(opened)
         if golden is None:
             return None
         entry = opened.certificate
@@ -59,18 +59,6 @@ class Canary:
         """Return a golden image, uint8 (S, S, 3)."""
         image: UInt8 = self._images[number]
         return image
-
-
-def golden_of(opened: OpenedEngine) -> Golden | None:
-    """Return the golden images of an opened engine; None if it is uncertified and has none.
-
-    Raises:
-        ManifestError: the golden file is missing, damaged, or not the one the manifest names.
-
-    """
-    content = golden_bytes(opened)
-    manifest = opened.manifest
-    return None if content is None else load_golden(content, manifest.golden or "", manifest.image_size)
 
 
 def row_failures(reference: Reference, numbers: Sequence[int], got: Scores, contract: Contract) -> list[str]:

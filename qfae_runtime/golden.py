@@ -83,9 +83,16 @@ def _kinds(size: int) -> dict[str, Kind]:
     }
 
 
-def golden_bytes(opened: OpenedEngine) -> bytes | None:
-    """Read the golden file beside an engine; see read_golden."""
-    return read_golden(opened.manifest, opened.directory, certified=opened.certificate is not None)
+def golden_beside(opened: OpenedEngine) -> Golden | None:
+    """Return the golden images of an opened engine; None if it is uncertified and has none.
+
+    Raises:
+        ManifestError: the golden file is missing, damaged, or not the one the manifest names.
+
+    """
+    manifest = opened.manifest
+    content = read_golden(manifest, opened.directory, certified=opened.certificate is not None)
+    return None if content is None else load_golden(content, manifest.golden or "", manifest.image_size)
 
 
 def read_golden(manifest: Manifest, directory: Path, *, certified: bool) -> bytes | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -210,11 +209,11 @@ def test_no_telemetry_is_sent_or_left_behind(tmp_path: Path, monkeypatch: pytest
 
 def test_a_changed_engine_fails_its_self_test_with_the_numbers(tmp_path: Path) -> None:
     path = export_tiny(tmp_path / "engine")
-    measured = json.loads(path.with_suffix(".json").read_text())["certificate"][0]["measured"]
-    certify_too(path, "openvino", measured={**measured, "map_rel": 5e-4})  # as it sums in another order
+    certify_too(path, "openvino")
     write_png(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
     words = (tmp_path / "a.png", "--engine", path, "--backend", "openvino", "--quiet", "--out")
-    assert qfae_run(*words, tmp_path / "before").exit_code == 0
+    ran = qfae_run(*words, tmp_path / "before")
+    assert ran.exit_code == 0, ran.stderr
     path.write_bytes(model_bytes(scale=2.1))
     before, after = (hashlib.sha256(model_bytes(scale=scale)).hexdigest() for scale in (2.0, 2.1))
     manifest = path.with_suffix(".json")
@@ -222,5 +221,5 @@ def test_a_changed_engine_fails_its_self_test_with_the_numbers(tmp_path: Path) -
     ran = qfae_run(*words, tmp_path / "after")
     assert ran.exit_code == 1
     assert f"self-test failed on openvino {module.version()}, cpu: 5 golden images do not give PyTorch's" in ran.stderr
-    assert "score error, largest: " in ran.stderr
+    assert "score error, typical / PyTorch's own: " in ran.stderr
     assert not (tmp_path / "after").exists()

@@ -120,7 +120,8 @@ def test_an_engine_that_goes_wrong_ends_the_run(
     assert shown.exit_code == 1
     [line] = [line for line in shown.stderr.splitlines() if "canary" in line]
     assert line.startswith(
-        "qfae-run: canary: a golden image in a batch no longer gives PyTorch's outputs (score error, p99.9 / IQR: "
+        "qfae-run: canary: a golden image in a batch no longer gives PyTorch's outputs (score error, worst image / "
+        "PyTorch's own: "
     )
     assert line.endswith(
         f"); do not trust the scores from row {untrusted} of {out}/scores.jsonl on; the rows before it stand, and "
