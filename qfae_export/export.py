@@ -249,14 +249,14 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
         int8 = int8_graph(graph, images.pixels, int8_policy)
         engines[name + INT8_SUFFIX] = _write(int8, folder / (name + INT8_SUFFIX), say)
         del int8
-        _let_go()
+        let_go()
     if options.fp16:
         if chain is not None:
             say("rounding the graph as FP16 rounds")
             chain.round(graph, FP16)
         engines[name + FP16_SUFFIX] = _write(graph.cast(FP16), folder / (name + FP16_SUFFIX), say)
     del graph
-    _let_go()
+    let_go()
     return _Written(engines, chain, other)
 
 
@@ -287,7 +287,7 @@ def _opened(path: Path, source: _Source, part: str, other: InferenceGraph | None
     return CompletedHalf(path, part, other, size, source.max_batch)
 
 
-def _let_go() -> None:
+def let_go() -> None:
     """Return to the system what nobody holds any more: an engine of full size needs the memory."""
     gc.collect()
     if sys.platform == "linux":

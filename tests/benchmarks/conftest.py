@@ -1,27 +1,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.speed.rows import Row, read
 from tests.commands import run
 from tests.export.tiny import checkpoint_file
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models of a few thousand weights are computed by one thread, here and in processes: others only wait for it."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one small measurement, made by the command in a process of its own."""
     folder = tmp_path_factory.mktemp("bench")

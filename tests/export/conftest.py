@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 import qfae_export.export
 from qfae_export.export import Exported, Options, export
@@ -20,11 +19,6 @@ from qfae_train.checkpoint import build_scorer, load
 from tests.commands import ROOT
 from tests.export.in_torch import BATCH, Answer, Judge, Torch, remembered
 from tests.export.tiny import checkpoint_file
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def fault_of(ran: Ran) -> str:
 
 
 def test_another_process_writes_the_same_bytes(exported: Exported, checkpoint: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-m", "qfae_export.cli", "--ckpt", checkpoint, "--out", tmp_path / "my engines"],
         env=environment,

@@ -289,7 +289,7 @@ def test_a_further_backend_that_breaks_its_contract_is_not_certified(
     monkeypatch.setattr(qfae_export.backends, "load_onnx", load)
     ran = run(capsys, "--ckpt", checkpoint, "--out", tmp_path, "--int8", "--backends", "onnxruntime,openvino")
     assert ran.code == 0, ran.err
-    assert "openvino: batch 32: map cosine, p1: " in ran.out
+    assert "openvino: batch 16: map cosine, p1: " in ran.out
     assert "openvino: breaks its contract (int8) and is not certified; qfae-run does not take it" in ran.out
     manifest = Manifest.load(tmp_path / "tiny.json")
     assert manifest.certified("tiny.int8.onnx", "onnxruntime", "cpu") is not None

@@ -262,7 +262,7 @@ def test_what_a_large_models_other_images_are_held_against(
     exact, mine, all_of_it = list(large.exact), large.reference.yardstick, of_tiny.reference.yardstick
     assert mine is not None
     assert all_of_it is not None
-    np.testing.assert_array_equal(mine.own[exact], all_of_it.own[exact])
+    np.testing.assert_allclose(mine.own[exact], all_of_it.own[exact], rtol=1e-6)  # FP64 in other batches
     others = [number for number in range(REAL + 14) if number not in exact]
     np.testing.assert_array_equal(mine.own[others], mine.unit[others])
     # What is usual, from a dozen images, is what was measured on the others, within a small factor.

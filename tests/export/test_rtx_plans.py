@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qfae_export.builders import available
+from qfae_export.export import let_go
 from qfae_export.graph import InferenceGraph
 from qfae_export.onnx_facts import read_facts
 from qfae_export.onnx_file import write_onnx
@@ -72,6 +73,7 @@ def test_brats_at_full_size(tmp_path: Path) -> None:
     finally:
         onnx.unlink(missing_ok=True)
         out.unlink(missing_ok=True)
+        let_go()  # or the process keeps gigabytes to its end
 
 
 _BRATS = {"encoder": 23, "qformer": 1, "decoder": 6, "perceptual": 60}
