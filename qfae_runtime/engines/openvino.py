@@ -23,6 +23,7 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, check_images, check_signature, one_line
 from qfae_runtime.engines.batches import run_split, sizes_up_to
 from qfae_runtime.engines.external import refuse_scattered
+from qfae_runtime.engines.signal_stack import kept_signal_stack
 from qfae_runtime.errors import EngineError
 
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
@@ -85,7 +86,8 @@ def has_bf16() -> bool:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux: OpenVINO's own word
-        return "BF16" in import_library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        with kept_signal_stack():
+            return "BF16" in import_library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
     return any(flag in flags for flag in _BF16_FLAGS)
 
@@ -132,7 +134,8 @@ class OpenVinoEngine:
             read = core.read_model(model if isinstance(model, bytes) else str(model))
             # Integer products are right in a file that says so, and nowhere else.
             integers = _INTEGERS if any("Quantize" in one.get_type_name() for one in read.get_ops()) else set()
-            compiled = core.compile_model(read, "CPU", _settings(PRECISIONS[backend], threads))
+            with kept_signal_stack():
+                compiled = core.compile_model(read, "CPU", _settings(PRECISIONS[backend], threads))
             inputs, outputs = _signature(compiled.inputs), _signature(compiled.outputs)
             computed = _computed_in(compiled)
             self._request: Any = compiled.create_infer_request()

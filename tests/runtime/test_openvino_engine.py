@@ -207,6 +207,29 @@ def test_no_telemetry_is_sent_or_left_behind(tmp_path: Path, monkeypatch: pytest
     assert not list((tmp_path / "home").rglob("*"))
 
 
+CLOSED_ELSEWHERE = """
+import gc, os, signal, sys, threading
+from qfae_runtime.engines.openvino import OpenVinoEngine
+
+engines = [OpenVinoEngine(sys.argv[1], 32, 4)]
+end = threading.Thread(target=lambda: (engines.clear(), gc.collect()))
+end.start()
+end.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_an_engine_was_closed_in_another_thread(tmp_path: Path) -> None:
+    """OpenVINO leaves the first thread a stack for signal handlers that is unmapped by then."""
+    (tmp_path / "m.onnx").write_bytes(model_bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED_ELSEWHERE, str(tmp_path / "m.onnx")],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 def test_a_changed_engine_fails_its_self_test_with_the_numbers(tmp_path: Path) -> None:
     path = export_tiny(tmp_path / "engine")
     certify_too(path, "openvino")
