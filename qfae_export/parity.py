@@ -17,11 +17,10 @@ from qfae_export.parity_report import Measured, ParityReport
 from qfae_runtime.agreement import Agreement, Reference
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import Contract, beyond_pytorch
-from qfae_runtime.coverage import calls_of, spread
+from qfae_runtime.coverage import agreement_at, calls_of, spread
 from qfae_runtime.engines.base import UNWRITTEN, Engine, Poisonable, Scores
 from qfae_runtime.errors import EngineError
 from qfae_runtime.golden import MAX_IMAGES, Golden
-from qfae_runtime.quantities import OF_ALL_IMAGES
 
 
 def measure(
@@ -33,8 +32,8 @@ def measure(
 ) -> ParityReport:
     """Run every image once at least, and some at every size that the engine's backend is called with.
 
-    At each size there are images from the lowest to the highest score, and the one with the highest in every place of
-    the batch. Bounds that `pytorch`, PyTorch FP32 on these images, breaks itself are left out.
+    Which images at which size, see coverage.calls_of. Bounds that `pytorch`, PyTorch FP32 on these images, breaks
+    itself are left out.
 
     Raises:
         EngineError: the backend failed.
@@ -45,13 +44,13 @@ def measure(
     rows: list[Measured] = []
     seen = _FirstOutputs(len(images))
     sizes = [min(size, engine.max_batch) for size in engine.batches]  # a plan fills its largest size up
-    for size, calls in calls_of(reference.scores.score, sizes).items():
+    for size, calls in calls_of(reference.scores.score, sizes, reference.stress).items():
         outputs = [engine.run(images.pixels[numbers]) for numbers in calls]
         if not rows:
             _refuse_unwritten(engine, images.pixels[calls[0]], outputs[0].reconstruction)
         numbers = [number for call in calls for number in call]
         seen.keep(numbers, joined := Scores.joined(outputs))
-        agreement = _placed(reference.of(numbers).compare(joined), numbers)
+        agreement = _placed(agreement_at(reference, numbers, joined), numbers)
         rows.append(Measured(size, len(set(numbers)), agreement))
     whole, of_all = None, seen.complete()
     if of_all is not None:
@@ -128,8 +127,7 @@ def _refuse_unwritten(engine: Engine, images: UInt8, reconstruction: UInt8) -> N
 
 
 def _placed(agreement: Agreement, numbers: Sequence[int]) -> Agreement:
-    """Say of some images which of all they are, and leave out what says little about few."""
+    """Say of some images which of all they are."""
     worst = {name: replace(one, index=(numbers[one.index[0]], *one.index[1:])) for name, one in agreement.worst.items()}
-    values = {name: None if name in OF_ALL_IMAGES else value for name, value in agreement.values.items()}
     image = agreement.fault_image
-    return replace(agreement, worst=worst, values=values, fault_image=None if image is None else numbers[image])
+    return replace(agreement, worst=worst, fault_image=None if image is None else numbers[image])

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from qfae_export.errors import ExportError
 from qfae_export.images import ParityImages
-from qfae_runtime.agreement import Agreement, Reference
+from qfae_runtime.agreement import TYPICAL, Agreement, Reference
 from qfae_runtime.certificate import PYTORCH, CertificateEntry, Link
 from qfae_runtime.contract import (
     AUROC_CHANGE,
@@ -25,6 +25,7 @@ from qfae_runtime.contract import (
     min_pairs,
     pairs,
 )
+from qfae_runtime.coverage import bounds_at
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.layout import GOOD, UNGOOD
 from qfae_runtime.quantities import OF_ALL_IMAGES, QUANTITIES
@@ -193,14 +194,15 @@ class ParityReport:
         agreements = [agreement for _, agreement in batches]
         faulty = next((one for one in agreements if one.fault is not None), None)
         heading = f"batch {batches[0][0]} to {batches[-1][0]}, worst"
-        yield heading, faulty or _worst_of(agreements), self.contract.without(OF_ALL_IMAGES)
+        worst = faulty or _worst_of(agreements, every=True)
+        yield heading, worst, bounds_at(self.contract, worst)
 
     def _columns(self) -> Iterator[tuple[str, Agreement, Contract]]:
         """Yield what was measured under each heading, and what it is held against: few images cannot show all."""
         if self.whole is not None:
             yield "all images", self.whole, self.contract
         for row in self.rows:
-            yield f"batch {row.batch}", row.agreement, self.contract.without(OF_ALL_IMAGES)
+            yield f"batch {row.batch}", row.agreement, bounds_at(self.contract, row.agreement)
 
 
 def link(
@@ -269,11 +271,12 @@ def _broken(link: Link) -> str:
     return f"{link.target}: rounded as FP16 rounds, the graph breaks the contract: {', '.join(said)}"
 
 
-def _worst_of(agreements: list[Agreement]) -> Agreement:
-    """Return the first, which is of all images, with the worst of what few images show as well."""
+def _worst_of(agreements: list[Agreement], *, every: bool = False) -> Agreement:
+    """Return the first, which is of all images unless `every`, with the worst of what few images show as well."""
     values: dict[str, float | None] = {}
     for name, quantity in QUANTITIES.items():
-        measured = [one.values[name] for one in (agreements[:1] if name in OF_ALL_IMAGES else agreements)]
+        few = every or name not in OF_ALL_IMAGES or name in TYPICAL
+        measured = [one.values[name] for one in (agreements if few else agreements[:1])]
         known = [value for value in measured if value is not None]
         pick = min if quantity.larger_is_better else max
         values[name] = pick(known) if known else None

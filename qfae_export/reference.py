@@ -38,7 +38,7 @@ LARGE_PARAMETERS = 50_000_000
 as long as FP32, and all images would double the time of an export."""
 
 EXACT_IMAGES = 12
-"""A third of them stress images; each kind spread over its scores, the lowest and the highest among them."""
+"""Half of them stress images; each kind spread over its scores, the lowest and the highest among them."""
 
 _GRAPH_IMAGES = 3
 """Images on which the graph is compared in FP64: there a fault of the rewriting does not hide behind rounding."""
@@ -57,7 +57,7 @@ class Measured64:
     exact      numbers of the images that were scored in FP64
     modules    the training modules' FP32 outputs on all images
     graph      the inference graph's FP32 outputs on the images `exact`
-    pytorch    the training modules in FP32 against FP64, on the images `exact`
+    pytorch    the training modules in FP32 against the reference, which they are themselves where there is no FP64
     """
 
     reference: Reference
@@ -102,8 +102,7 @@ def reference_of(
     yardstick = Yardstick.measured(scores, forms, exact, groups)
     scale = scale_of(images, scores, threshold, factors_of(scorer))
     reference = Reference(scores, scale, yardstick, images.stress)
-    labels = [images.labels[number] for number in exact]
-    pytorch = reference.of(exact).compare(modules.of(exact), labels)
+    pytorch = reference.compare(modules, images.labels)
     # Of the modules alone: a fault of the graph is in its own FP32 outputs, too.
     alone = Yardstick.measured(scores, forms[:1], exact, groups).unit[[exact[place] for place in few]]
     _refuse_other_graph(truth.of(few), graph64, alone)
@@ -169,8 +168,8 @@ def _exact(scorer: AnomalyScorer, images: ParityImages, scores: Scores) -> list[
     stress = set(images.stress)
     chosen: list[int] = []
     for group, count in (
-        ([number for number in numbers if number not in stress], EXACT_IMAGES - EXACT_IMAGES // 3),
-        ([number for number in numbers if number in stress], EXACT_IMAGES // 3),
+        ([number for number in numbers if number not in stress], EXACT_IMAGES - EXACT_IMAGES // 2),
+        ([number for number in numbers if number in stress], EXACT_IMAGES // 2),
     ):
         by_score = sorted(group, key=lambda number: float(scores.score[number]))
         chosen += [by_score[place] for place in spread(len(by_score), count)]

@@ -35,7 +35,7 @@ def stress_images(size: int, like: UInt8) -> tuple[UInt8, tuple[str, ...]]:
         "colour ramps": np.stack([across, down, 255 - across], axis=2),
         "saturated colours": _colours(size),
         "noise in colours": rng.integers(0, 256, (size, size, 3), dtype=np.uint8),
-        "bright squares on grey": _squares(size),
+        "bright coloured squares on grey": _squares(size),
         "a parity image with bright marks in two corners": _marked(first, ((0, 0), (2, 2))),
         "a parity image with bright marks in the other corners": _marked(middle, ((0, 2), (2, 0))),
         "a parity image with bright marks at the upper and left border": _marked(last, ((0, 1), (1, 0))),
@@ -65,10 +65,13 @@ def _colours(size: int) -> UInt8:
 
 
 def _squares(size: int) -> UInt8:
-    """Return grey with two bright squares below: of all that was tried, what scores highest with most models."""
+    """Return grey with two bright squares below: of all that was tried, what scores highest with most models.
+
+    They have colours, for this is the image that runs in every place of a batch.
+    """
     side = max(1, size // 7)
     image = np.full((size, size, 3), _GREY, np.uint8)
-    image[-side:, :side], image[-side:, -side:] = _WHITE, _WHITE - 55
+    image[-side:, :side], image[-side:, -side:] = (_WHITE, _WHITE, 0), (0, _WHITE, 180)
     return image
 
 

@@ -124,6 +124,13 @@ class Agreement:
         )
 
 
+FLIP_REACH = 3.5
+"""A decision may change where the score is no farther from the threshold than so many times PyTorch's own error."""
+
+TYPICAL = {"score_typical": 0, "map_typical": 1, "reconstruction_typical": 3}
+"""Quantities of what is typical in units of PyTorch's own error, and the yardstick's column of each."""
+
+
 def measure_agreement(
     reference: Scores,
     got: Scores,
@@ -147,6 +154,7 @@ def measure_agreement(
     _against_own(reference, got, [real, sorted(left_out)], yardstick, values, worst)
     known = [labels[number] for number in real] if len(labels) else []
     _scores(reference, got, real, known, scale, values, worst)
+    _flips_beyond(reference, got, real, scale, yardstick, values)
     _maps(reference, got, real, scale, values, worst)
     _reconstruction(reference, got, real, values, worst)
     _stress(reference, got, list(stress), scale, values, worst)
@@ -198,16 +206,12 @@ def _against_own(
     values: dict[str, float | None],
     worst: dict[str, Worst],
 ) -> None:
-    typical = dict(zip(("score_typical", "map_typical", "reconstruction_typical"), (0, 1, 3), strict=True))
     largest = ("score_worst", "map_worst", "map_pixel", "reconstruction_worst")
-    values |= dict.fromkeys((*typical, *largest))
+    values |= dict.fromkeys((*TYPICAL, *largest))
     if yardstick is None:
         return
     errors, steps = errors_of(reference, got), steps_of(reference)
-    # Apart, for a fault may spare one kind.
-    apart = [typical_ratios(errors[kind], yardstick.own[kind], steps[kind]) for kind in kinds if kind]
-    ratios = np.max(apart, axis=0)
-    values |= {name: float(ratios[column]) for name, column in typical.items()}
+    values |= _typical(errors, steps, kinds, yardstick)
     shares = errors / np.maximum(yardstick.unit, steps)
     for column, name in enumerate(largest):
         number = int(shares[:, column].argmax())
@@ -216,6 +220,18 @@ def _against_own(
         want, have = (np.asarray(getattr(one, output)[number], np.float64) for one in (reference, got))
         place = _worst(np.abs(have - want), want, have)
         worst[name] = replace(place, error=share, index=(number, *place.index))
+
+
+def _typical(errors: Float64, steps: Float64, kinds: Sequence[list[int]], yardstick: Yardstick) -> dict[str, float]:
+    """Return how far outputs typically are from the reference, on the images where PyTorch was measured, if any.
+
+    By kind of image, and the worst of the kinds, for a fault may spare one.
+    """
+    known = yardstick.known
+    own = yardstick.own if known.any() else yardstick.unit
+    of_kinds = [[number for number in kind if known[number] or not known.any()] for kind in kinds]
+    ratios = np.max([typical_ratios(errors[kind], own[kind], steps[kind]) for kind in of_kinds if kind], axis=0)
+    return {name: float(ratios[column]) for name, column in TYPICAL.items()}
 
 
 def _scores(
@@ -231,7 +247,7 @@ def _scores(
     worst["score_abs"] = _worst(np.abs(every[1] - every[0]), *every)
     values["score_abs"] = worst["score_abs"].error
     values |= dict.fromkeys(("score_p999", "score_iqr", "spearman", "auroc_change"))
-    values |= dict.fromkeys(("score_distance", "score_distance_max", "flips", "flips_share", "flips_beyond"), 0.0)
+    values |= dict.fromkeys(("score_distance", "score_distance_max", "flips", "flips_share"), 0.0)
     if not real:
         return
     want, have = every[0][real], every[1][real]
@@ -245,8 +261,25 @@ def _scores(
     values["spearman"] = _spearman(want, have)
     flipped = (want >= scale.threshold) != (have >= scale.threshold)
     values["flips"], values["flips_share"] = float(flipped.sum()), float(flipped.mean())
-    values["flips_beyond"] = float((flipped & (np.abs(want - scale.threshold) > p999)).sum())
     values["auroc_change"] = _auroc_change(want, have, labels)
+
+
+def _flips_beyond(
+    reference: Scores,
+    got: Scores,
+    real: list[int],
+    scale: Scale,
+    yardstick: Yardstick | None,
+    values: dict[str, float | None],
+) -> None:
+    """Count decisions that changed although rounding is not what changed them."""
+    values["flips_beyond"] = None
+    if yardstick is None:
+        return
+    want, have = (one.score.astype(np.float64)[real] for one in (reference, got))
+    flipped = (want >= scale.threshold) != (have >= scale.threshold)
+    reach = FLIP_REACH * yardstick.unit[real, 0]
+    values["flips_beyond"] = float((flipped & (np.abs(want - scale.threshold) > reach)).sum())
 
 
 def _maps(

@@ -81,21 +81,24 @@ class Portion(NamedTuple):
 
 
 def portions(
-    images: int, canary: bool, batch_size: int, sizes: Sequence[int], device: str, *, fill: bool
+    images: int, canary: bool, batch_size: int, sizes: Sequence[int], device: str, *, fill: bool, steady: bool = False
 ) -> list[Portion]:
     """Return the calls for a group: at most `batch_size` images, or that many and the golden one of the last batch.
 
     Where the golden image makes them no size of the engine, the smaller parts come first: it rides in the largest,
-    with most of the images, and nothing comes after it. `fill`: golden images take the places that would be black.
+    with most of the images, and nothing comes after it. `steady`: as many images come again and again, so it rides in
+    a call of a size that they have without it, and one image runs alone; of a single image, it is alone itself. `fill`:
+    golden images take the places that would be black.
     """
     if not fills_up(device):
         if not canary:
             return [Portion(images, 0)]
-        *before, last = sorted(cut([size for size in sizes if size <= batch_size], images + 1))
+        known = [size for size in sizes if size <= batch_size]
+        *before, last = sorted((*cut(known, images), 1) if steady else cut(known, images + 1))
         return [*(Portion(size, 0) for size in before), Portion(last - 1, 1)]
     parts = [Portion(images, int(canary))]
-    if images + canary > batch_size:
-        parts = [Portion(images + 1 - batch_size, 0), Portion(batch_size - 1, 1)]
+    if canary and (images >= batch_size or (steady and images in sizes)):
+        parts = [Portion(1, 0), Portion(images - 1, 1)]
     if not fill:
         return parts
     filled = [min(next_size(sizes, one + golden), batch_size) if one + golden else 0 for one, golden in parts]

@@ -33,7 +33,7 @@ QUANTITIES = {
     "spearman": Quantity("score ranks, Spearman", larger_is_better=True),
     "flips": Quantity("decisions flipped"),
     "flips_share": Quantity("decisions flipped / images"),
-    "flips_beyond": Quantity("flips beyond the score error"),
+    "flips_beyond": Quantity("flips beyond PyTorch's own error"),
     "auroc_change": Quantity("AUROC, change"),
     "map_typical": Quantity("map error, typical / PyTorch's own"),
     "map_worst": Quantity("map error, worst image / PyTorch's own"),
@@ -55,8 +55,8 @@ QUANTITIES = {
 
 Errors are absolute differences from the reference, in float64. pN is the Nth percentile: of the images for scores and
 for the cosines of their maps, of all pixels for reconstructions. IQR is the interquartile range of the reference's
-scores. A decision is score >= threshold; a flip lies beyond the score error if the reference is farther from the
-threshold than score_p999.
+scores. A decision is score >= threshold; a flip lies beyond PyTorch's own error if the reference is more than 3.5 times
+that far from the threshold (agreement.FLIP_REACH).
 
 / PyTorch's own: the geometric mean of error / PyTorch's own error over the real or over the stress images, whichever is
 larger (typical), and the largest error in that unit (worst). A map's error is the RMS over its pixels; `map_pixel` is

@@ -159,7 +159,8 @@ class Scorer:
         due = self.canary is not None and rows >= IMAGES_PER_CANARY * (canaries + 1)
         end = rows + len(images)
         results: list[Scored] = []
-        for call in self._of_group([(image, None) for image in images], canaries + 1 if due else 0, end):
+        turn = canaries + 1 if due else 0
+        for call in self._of_group([(image, None) for image in images], turn, end, steady=True):
             results += self._read(call, self._run(call, maps), maps, trusted)
             trusted = call.end if call.numbers else trusted
         self._batches = Start(end, end, canaries + due, trusted)
@@ -191,7 +192,9 @@ class Scorer:
         if waiting or unread:
             yield from closed(last=True)
 
-    def _of_group(self, pictures: list[tuple[UInt8 | None, Tag]], turn: int, end: int) -> Iterator[_Call[Tag]]:
+    def _of_group(
+        self, pictures: list[tuple[UInt8 | None, Tag]], turn: int, end: int, *, steady: bool = False
+    ) -> Iterator[_Call[Tag]]:
         """Compose the calls for the pictures of one group, which ends at row `end` of the run.
 
         The golden image of a `turn` rides along, the highest-scoring first; 0: none, and any in what would be black.
@@ -205,6 +208,7 @@ class Scorer:
             self.engine.batches,
             self.engine.device,
             fill=self.canary is not None,
+            steady=steady,
         )
         rest, row = iter(pictures), end - len(pictures)
         for number, part in enumerate(parts):

@@ -21,7 +21,7 @@ from qfae_runtime.agreement import Scale
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, Contract, owed
-from qfae_runtime.coverage import calls_of
+from qfae_runtime.coverage import agreement_at, bounds_at, calls_of
 from qfae_runtime.engines.base import Engine, Scores
 from qfae_runtime.engines.batches import chosen_batch
 from qfae_runtime.engines.files import EngineFile
@@ -112,11 +112,12 @@ def self_test(
     verdict = Verdict(PASSED, agreement.summary(), len(golden.images), seconds, False, batch, rate)
     names = [f"golden image {number}" for number in range(len(golden.images))]
     shown = contract.failures(agreement, names)
-    for numbers, outputs in calls:
-        in_batch = contract.without(OF_ALL_IMAGES).failures(
-            reference.of(numbers).compare(outputs), [names[number] for number in numbers]
-        )
-        shown += [f"batch {len(numbers)}: {failure}" for failure in in_batch]
+    for size in sorted({len(numbers) for numbers, _ in calls}, reverse=True):
+        some = [call for call in calls if len(call[0]) == size]
+        numbers = [number for call, _ in some for number in call]
+        at_size = agreement_at(reference, numbers, Scores.joined(outputs for _, outputs in some))
+        in_batch = bounds_at(contract, at_size).failures(at_size, [names[number] for number in numbers])
+        shown += [f"batch {size}: {failure}" for failure in in_batch]
     if shown := shown[:_SHOWN_FAILURES]:
         # Remembered only so that --backend auto need not find it out again; this test is always run again.
         remember(environment, replace(verdict, status=FAILED, summary=shown[0], images_per_second=None), cache)
@@ -192,7 +193,7 @@ def _run_golden(engine: Engine, golden: Golden, batch_size: int) -> tuple[Calls,
     sizes = [size for size in engine.batches if size <= batch_size] or [batch_size]
     calls: Calls = []
     seconds = 0.0
-    for size, batches in calls_of(golden.scores.score, sizes).items():
+    for size, batches in calls_of(golden.scores.score, sizes, golden.stress).items():
         for numbers in batches:
             start = time.perf_counter()
             calls.append((numbers, engine.run(golden.images[numbers])))

@@ -8,7 +8,7 @@ Letters: N images, M of them scored in FP64 as well, S pixels per side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,13 +33,18 @@ reconstruction's values that differ at all (most do not, since they are rounded 
 class Yardstick(NamedTuple):
     """PyTorch FP32's own error on each image: float64 (N, 4), its columns COLUMNS.
 
-    own   as it was measured, against FP64; where it was not, `unit`
+    own   as it was measured, against FP64; NaN where it was not
     unit  what single images are held against: `own`, or what is usual for the image's height where that is more, since
-          PyTorch may be right by chance
+          PyTorch may be right by chance; where nobody measured it, the most that it came to on an image of that height
     """
 
     own: Float64
     unit: Float64
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Of which images PyTorch's own error was measured, bool (N,)."""
+        return np.logical_not(np.isnan(self.own).all(axis=1))
 
     def of(self, images: slice | list[int]) -> Yardstick:
         """Return that of some of the images, in the order given."""
@@ -52,14 +57,17 @@ class Yardstick(NamedTuple):
         """Return the yardstick of N images from errors (M, 4) of several FP32 forms on those numbered `exact`.
 
         Images of one number in `groups` (N) are alike: what is usual is the median of own error / height over those of
-        them that were measured. Of a group without any, it is that of all.
+        them that were measured, and the most its maximum. Of a group without any, it is that of all.
         """
         heights, numbers, kinds = heights_of(reference), list(exact), np.asarray(groups)
-        own = np.sqrt(np.mean([one**2 for one in errors], axis=0))
-        unit = heights * _usual(own / np.maximum(heights[numbers], LEAST_ERROR), kinds[numbers], kinds)
-        full = unit.copy()
-        full[numbers] = own
-        return cls(full, np.maximum(full, unit))
+        error = np.sqrt(np.mean([one**2 for one in errors], axis=0))
+        shares = error / np.maximum(heights[numbers], LEAST_ERROR)
+        unit = heights * _of_groups(np.max, shares, kinds[numbers], kinds)
+        usual = heights * _of_groups(np.median, shares, kinds[numbers], kinds)
+        unit[numbers] = np.maximum(error, usual[numbers])
+        own = np.full_like(unit, np.nan)
+        own[numbers] = error
+        return cls(own, unit)
 
     @classmethod
     def estimated(
@@ -70,19 +78,24 @@ class Yardstick(NamedTuple):
         known_scores: Scores,
         known_groups: Sequence[int],
     ) -> Yardstick:
-        """Return what is usual on N images where nobody measured PyTorch, from other images of which it is `known`."""
-        shares = known.own / np.maximum(heights_of(known_scores), LEAST_ERROR)
-        unit = heights_of(reference) * _usual(shares, np.asarray(known_groups), np.asarray(groups))
-        return cls(unit, unit)
+        """Return the yardstick of N images on which nobody measured PyTorch, from others of which it is `known`."""
+        measured = known.known
+        shares = (known.own / np.maximum(heights_of(known_scores), LEAST_ERROR))[measured]
+        unit = heights_of(reference) * _of_groups(
+            np.max, shares, np.asarray(known_groups)[measured], np.asarray(groups)
+        )
+        return cls(np.full_like(unit, np.nan), unit)
 
 
-def _usual(shares: Float64, of: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]) -> Float64:
-    """Return for images of these groups the median share of their group, (N, 4); where it has none, that of all."""
-    usual = np.empty((len(groups), shares.shape[1]))
+def _of_groups(
+    statistic: Callable[..., Float64], shares: Float64, of: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]
+) -> Float64:
+    """Return for images of these groups a statistic of their group's shares, (N, 4); where it has none, of all."""
+    found = np.empty((len(groups), shares.shape[1]))
     for group in np.unique(groups):
         mine = of == group
-        usual[groups == group] = np.median(shares[mine] if mine.any() else shares, axis=0)
-    return usual
+        found[groups == group] = statistic(shares[mine] if mine.any() else shares, axis=0)
+    return found
 
 
 def heights_of(scores: Scores) -> Float64:

@@ -196,14 +196,11 @@ def test_a_contract_is_kept_or_says_which_bounds_are_broken() -> None:
 
 
 def test_few_images_say_nothing_of_ranks() -> None:
-    few = contract("torch-bf16", [], images=31, spearman=0.5, flips_beyond=2.0)
+    few = contract("torch-bf16", [], images=31, spearman=0.5)
     assert few == {"name": "bf16", "kept": True, "broken": [], "not_bounded": ["auroc_change"]}
     lone = contract("torch-bf16", [], images=31, spearman=0.5, score_distance_max=1.0)
     assert lone["broken"] == ["score_distance_max"]
-    assert contract("torch-bf16", [], images=32, spearman=0.5, flips_beyond=2.0)["broken"] == [
-        "spearman",
-        "flips_beyond",
-    ]
+    assert contract("torch-bf16", [], images=32, spearman=0.5)["broken"] == ["spearman"]
 
 
 def test_int8_owes_the_auroc_where_labels_tell_it() -> None:

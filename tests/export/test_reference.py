@@ -28,8 +28,11 @@ from qfae_export.reference import (
     reference_of,
     scale_of,
 )
+from qfae_runtime.agreement import Reference, Scale
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.yardstick import Yardstick, errors_of
 from qfae_train.autoencoder import AnomalyScorer
 from tests.export.test_graph import CONFIGS
 from tests.export.tiny import config_of, pictures, scorer_of, vit
@@ -239,9 +242,9 @@ def test_of_a_large_model_a_dozen_images_are_scored_in_double_precision(
     exact = list(large.exact)
     assert (len(exact), exact) == (EXACT_IMAGES, sorted(set(exact)))
     of_stress = [number for number in exact if number >= REAL]
-    assert len(of_stress) == 4
+    assert len(of_stress) == 6
     scores = large.modules.score
-    for group, chosen in ((range(REAL), exact[:8]), (range(REAL, REAL + 14), of_stress)):
+    for group, chosen in ((range(REAL), exact[:6]), (range(REAL, REAL + 14), of_stress)):
         ranks = sorted(sorted(group, key=lambda number: scores[number]).index(number) for number in chosen)
         assert (ranks[0], ranks[-1]) == (0, len(group) - 1), "the lowest and the highest score"
         assert max(np.diff(ranks)) <= 1 + len(group) / (len(chosen) - 1), "and evenly between"
@@ -250,7 +253,10 @@ def test_of_a_large_model_a_dozen_images_are_scored_in_double_precision(
         got = getattr(large.reference.scores, output)
         np.testing.assert_array_equal(got[exact], getattr(of_tiny.reference.scores, output)[exact])
         np.testing.assert_array_equal(got[others], getattr(large.modules, output)[others])
-    assert large.pytorch.images == EXACT_IMAGES
+    assert large.pytorch.images == len(images)
+    assert large.pytorch.values["map_typical"] == pytest.approx(
+        of_tiny.reference.of(exact).compare(large.modules.of(exact)).values["map_typical"], rel=0.3
+    )
     assert len(large.graph.score) == EXACT_IMAGES
 
 
@@ -264,10 +270,36 @@ def test_what_a_large_models_other_images_are_held_against(
     assert all_of_it is not None
     np.testing.assert_allclose(mine.own[exact], all_of_it.own[exact], rtol=1e-6)  # FP64 in other batches
     others = [number for number in range(REAL + 14) if number not in exact]
-    np.testing.assert_array_equal(mine.own[others], mine.unit[others])
-    # What is usual, from a dozen images, is what was measured on the others, within a small factor.
-    ratios = mine.own[others, 1] / all_of_it.own[others, 1]
-    assert 1 / 3 < np.median(ratios) < 3
+    assert mine.known.nonzero()[0].tolist() == exact
+    # The most that it came to on a dozen images holds on the others, give or take; nor is it many times too much.
+    ratios = mine.unit[others, :3] / all_of_it.own[others, :3]
+    assert ratios.min() > 0.2
+    assert np.median(ratios) < 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sound_engine_of_a_large_model_passes_where_errors_differ_from_image_to_image(seed: int) -> None:
+    """As on trained models: an error is anything from a millionth of a score to a ten-thousandth."""
+    rng = np.random.default_rng(seed)
+    count, exact = 46, [0, 6, 12, 18, 25, 31, 32, 34, 37, 40, 43, 45]
+    maps = np.exp(rng.normal(0, 1.5, (count, 1, 1))) * rng.uniform(0.2, 1, (count, 8, 8))
+    truth = Scores(maps.max((1, 2)), maps, np.zeros((count, 8, 8, 3), np.uint8))
+    shares = np.exp(rng.normal(np.log(1e-5), 1.2, count))
+
+    def form() -> Scores:
+        errors = maps * shares[:, None, None] * rng.normal(size=maps.shape)
+        return Scores((maps + errors).max((1, 2)), maps + errors, truth.reconstruction)
+
+    modules, graph, engine = form(), form(), form()
+    groups = [int(number >= 32) for number in range(count)]
+    reference = modules.of(list(range(count)))
+    for mine, exactly in zip(reference[:2], truth[:2], strict=True):
+        mine[exact] = exactly[exact]
+    errors = [errors_of(truth.of(exact), one.of(exact)) for one in (modules, graph)]
+    yardstick = Yardstick.measured(reference, errors, exact, groups)
+    scale = Scale.of(reference.of(slice(32)))
+    measured = Reference(reference, scale, yardstick, tuple(range(32, count))).compare(engine)
+    assert not CONTRACTS["fp32"].failures(measured)
 
 
 def test_the_choice_does_not_hang_on_the_size_alone(tiny: AnomalyScorer, monkeypatch: pytest.MonkeyPatch) -> None:

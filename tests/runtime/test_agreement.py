@@ -49,7 +49,7 @@ def test_equal_outputs() -> None:
     assert list(values) == list(QUANTITIES)
     undefined = {name for name, value in values.items() if value is None}
     # Nobody said which are anomalous, nor what PyTorch's own error is.
-    assert undefined == {"auroc_change", *OWN, *OWN_OF_PIXELS}
+    assert undefined == {"auroc_change", "flips_beyond", *OWN, *OWN_OF_PIXELS}
     for name in set(values) - undefined:
         assert values[name] == pytest.approx(1.0 if QUANTITIES[name].larger_is_better else 0.0, abs=1e-12)
 
@@ -105,7 +105,7 @@ def test_every_quantity_against_another_computation() -> None:
         "spearman": spearmanr(want.score, got.score).statistic,
         "flips": flipped.sum(),
         "flips_share": flipped.mean(),
-        "flips_beyond": (flipped & (np.abs(want.score - threshold) > np.percentile(error, 99.9))).sum(),
+        "flips_beyond": (flipped & (np.abs(want.score - threshold) > 3.5 * yardstick.unit[real, 0])).sum(),
         "auroc_change": abs(roc_auc_score(labels, want.score) - roc_auc_score(labels, got.score)),
         "map_typical": typical[1],
         "map_worst": largest[1],
@@ -138,13 +138,13 @@ def test_a_flip_is_seen_and_near_ones_are_told_from_far_ones() -> None:
     reference = scores()
     scale = Scale.of(reference, threshold=float(reference.score[3]) - 1e-4)
     near = changed(reference, "score", (3,), float(reference.score[3]) - 2e-4)
-    values = measure_agreement(reference, near, scale=scale).values
+    own = np.full((12, 4), 1e-4)
+    values = measure_agreement(reference, near, scale=scale, yardstick=Yardstick(own, own)).values
     assert (values["flips"], values["flips_beyond"]) == (1.0, 0.0)
-    # Its own error is the largest of all; only an error above the 99.9th percentile can flip a decision from afar.
-    many = reference.of([number for number in range(12) for _ in range(200)])
-    far = changed(many, "score", (5,), float(scale.threshold) - 0.1 if many.score[5] >= scale.threshold else 9.0)
-    values = measure_agreement(many, far, scale=scale).values
+    own = own / 4  # the score is as far from the threshold as four times that
+    values = measure_agreement(reference, near, scale=scale, yardstick=Yardstick(own, own)).values
     assert (values["flips"], values["flips_beyond"]) == (1.0, 1.0)
+    assert measure_agreement(reference, near, scale=scale).values["flips_beyond"] is None
 
 
 def test_the_scale_is_the_references_or_a_larger_measurements() -> None:
@@ -214,22 +214,22 @@ def test_pytorchs_own_error_is_the_rms_of_its_forms_and_never_below_what_is_usua
     found = Yardstick.measured(truth, forms, exact, groups)
     own = 1e-6 * shares * heights[exact]
     np.testing.assert_allclose(found.own[exact], own)
-    # Of group 0 the median share is 2 millionths, of group 1 it is its only one.
-    usual = 2e-6 * heights
-    np.testing.assert_allclose(found.own[[3, 4]], usual[[3, 4]])
-    np.testing.assert_allclose(found.unit[:5], np.maximum(found.own, usual)[:5])
+    assert found.known.tolist() == [True, True, True, False, False, True]
+    # Of group 0 the median share is 2 millionths and the largest 3, of group 1 it is its only one.
+    np.testing.assert_allclose(found.unit[:3], np.maximum(own[:3], 2e-6 * heights[:3]))
+    np.testing.assert_allclose(found.unit[3:5], 3e-6 * heights[3:5])
     np.testing.assert_allclose(found.unit[5], own[3])
     others = scores(3, seed=9)
     guessed = Yardstick.estimated(others, [0, 0, 1], found, truth, groups)
-    np.testing.assert_allclose(guessed.unit[0, 0], 2e-6 * float(others.score[0]), rtol=1e-6)
+    np.testing.assert_allclose(guessed.unit[0, 0], 3e-6 * float(others.score[0]), rtol=1e-6)
     np.testing.assert_allclose(guessed.unit[2, 0], 4e-5 * float(others.score[2]), rtol=1e-6)
-    np.testing.assert_array_equal(guessed.own, guessed.unit)
+    assert not guessed.known.any()
 
 
 def test_a_group_of_which_nothing_was_measured_has_what_is_usual_of_all() -> None:
     truth = scores(4)
     found = Yardstick.measured(truth, [np.full((2, 4), 1e-6)], [0, 1], [0, 0, 1, 1])
-    expected = np.median(1e-6 / truth.score[:2].astype(float)) * truth.score[2:].astype(float)
+    expected = np.max(1e-6 / truth.score[:2].astype(float)) * truth.score[2:].astype(float)
     np.testing.assert_allclose(found.unit[2:, 0], expected)
 
 

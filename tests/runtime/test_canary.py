@@ -15,7 +15,7 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.canary import Canary, row_failures
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.engines.base import Scores
-from qfae_runtime.engines.batches import run_split, sizes_up_to
+from qfae_runtime.engines.batches import cut, run_split, sizes_up_to
 from qfae_runtime.errors import CanaryError, EngineError
 from qfae_runtime.geometry import Geometry
 from qfae_runtime.golden import Golden
@@ -388,3 +388,23 @@ def test_an_uncertified_engine_without_golden_images_has_no_canary(tmp_path: Pat
     edit_manifest(path, golden="tiny.golden.npz")
     with open_engine(path, allow_uncertified=True) as opened:
         assert Scorer.of(opened).canary is not None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_a_service_is_told_about_the_batches_it_sends(count: int) -> None:
+    """An engine that is wrong at one of the sizes that so many images take is seen; one at another size is not met."""
+
+    def wrong(engine: Small, images: UInt8, scores: Scores) -> None:
+        if len(images) == max(cut(engine.batches, count)):
+            scores.score[:] *= np.float32(1.01)
+
+    scorer = scorer_of(Small(8, wrong), 8)
+    with pytest.raises(CanaryError):
+        for _ in range(200):
+            scorer.score_batch(list(pictures(count)))
+    engine = Small(8)
+    scorer = scorer_of(engine, 8)
+    for _ in range(200):
+        scorer.score_batch(list(pictures(count)))
+    assert scorer.canaries_read >= count
+    assert {len(call) for call in engine.calls} == {*cut(engine.batches, count), 1}
