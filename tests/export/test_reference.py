@@ -282,12 +282,12 @@ def test_a_sound_engine_of_a_large_model_passes_where_errors_differ_from_image_t
     """As on trained models: an error is anything from a millionth of a score to a ten-thousandth."""
     rng = np.random.default_rng(seed)
     count, exact = 46, [0, 6, 12, 18, 25, 31, 32, 34, 37, 40, 43, 45]
-    maps = np.exp(rng.normal(0, 1.5, (count, 1, 1))) * rng.uniform(0.2, 1, (count, 8, 8))
+    maps: Any = np.exp(rng.normal(0, 1.5, (count, 1, 1))) * rng.uniform(0.2, 1, (count, 8, 8))
     truth = Scores(maps.max((1, 2)), maps, np.zeros((count, 8, 8, 3), np.uint8))
     shares = np.exp(rng.normal(np.log(1e-5), 1.2, count))
 
     def form() -> Scores:
-        errors = maps * shares[:, None, None] * rng.normal(size=maps.shape)
+        errors: Any = maps * shares[:, None, None] * rng.normal(size=maps.shape)
         return Scores((maps + errors).max((1, 2)), maps + errors, truth.reconstruction)
 
     modules, graph, engine = form(), form(), form()

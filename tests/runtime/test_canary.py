@@ -398,13 +398,15 @@ def test_a_service_is_told_about_the_batches_it_sends(count: int) -> None:
         if len(images) == max(cut(engine.batches, count)):
             scores.score[:] *= np.float32(1.01)
 
-    scorer = scorer_of(Small(8, wrong), 8)
-    with pytest.raises(CanaryError):
+    def sent(engine: Small) -> Scorer:
+        scorer = scorer_of(engine, 8)
         for _ in range(200):
             scorer.score_batch(list(pictures(count)))
+        return scorer
+
+    with pytest.raises(CanaryError):
+        sent(Small(8, wrong))
     engine = Small(8)
-    scorer = scorer_of(engine, 8)
-    for _ in range(200):
-        scorer.score_batch(list(pictures(count)))
+    scorer = sent(engine)
     assert scorer.canaries_read >= count
     assert {len(call) for call in engine.calls} == {*cut(engine.batches, count), 1}
