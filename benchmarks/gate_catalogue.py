@@ -292,4 +292,59 @@ def outputs() -> list[Fault]:
     ]
 
 
-FAULTS = [*weights(), *constants(), *precision(), *geometry(), *batch(), *ranges(), *content(), *colour(), *outputs()]
+def in_part() -> list[Fault]:
+    """Return faults of images of one kind at one batch size, or in one place."""
+
+    def of_size(size: int, change: Any) -> Any:
+        return lambda images: change(images) if len(images) == size else images
+
+    def reversed_at(place: int) -> Any:
+        def change(images: Any) -> Any:
+            images[place] = images[place, ..., ::-1]
+            return images
+
+        return change
+
+    def alike(size: int, hit: Any, factor: float) -> Any:
+        change = where(hit, factor)
+        return lambda images, got, state: change(images, got, state) if len(images) == size else None
+
+    def in_window(images: Any, got: Any, state: Any) -> None:
+        weaken(got, (got.score > 0.95) & (got.score < 1.65), 0)
+
+    def bordered(images: Any) -> Any:
+        inner = np.zeros_like(images)
+        inner[:, 2:-2, 2:-2] = images[:, 2:-2, 2:-2]
+        return inner
+
+    bgr = [("BGR taken for RGB", size, lambda images: images[..., ::-1]) for size in (1, 2, 4, 8, 16)]
+    places = [(f"BGR taken for RGB at place {place}", size, reversed_at(place)) for size, place in ((16, 15), (8, 5))]
+    border = ("a border of two pixels left out", 2, bordered)
+    found = [
+        Fault("part", f"{said} in batches of {size}", before=of_size(size, change))
+        for said, size, change in (*bgr, *places, border)
+    ]
+    hits = (
+        ("bright images times 0.0001", lambda image: image.mean() > 100, 1e-4),
+        ("NaN for a constant image", lambda image: np.ptp(image) == 0, np.nan),
+    )
+    found += [
+        Fault("part", f"{said} in batches of {size}", after=alike(size, hit, factor))
+        for said, hit, factor in hits
+        for size in (1, 4)
+    ]
+    return [*found, Fault("part", "scores from 0.95 to 1.65 are 0", after=in_window)]
+
+
+FAULTS = [
+    *weights(),
+    *constants(),
+    *precision(),
+    *geometry(),
+    *batch(),
+    *ranges(),
+    *content(),
+    *colour(),
+    *outputs(),
+    *in_part(),
+]

@@ -28,7 +28,7 @@ from benchmarks.speed.torch_engine import TorchEngine
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, from_checkpoint, from_folder
 from qfae_export.onnx_file import write_onnx
-from qfae_export.parity import golden_of, measure, run_in_batches
+from qfae_export.parity import golden_of, measure
 from qfae_export.reference import Measured64, reference_of
 from qfae_runtime.agreement import Agreement, Reference, Scale
 from qfae_runtime.arrays import UInt8
@@ -143,7 +143,7 @@ def used(backend: str, checkpoint: Path, onnx: Path, threads: int, sets: Sets) -
     size = next(iter(sets.values()))[0].pixels.shape[1]
     with _engine(backend, checkpoint, onnx, size, threads) as engine:
         return {
-            name: shares_of(measured.reference.compare(run_in_batches(engine, images.pixels, RUN_BATCH), images.labels))
+            name: shares_of(measure(engine, images, measured.reference, CONTRACTS["fp32"]).worst)
             for name, (images, measured) in sets.items()
         }
 

@@ -15,7 +15,7 @@ from qfae_export.precision import FP16, Precision
 from qfae_export.reference import reference_of
 from qfae_export.rounded import RoundedEngine
 from qfae_runtime.agreement import Agreement, Reference, incomparable
-from qfae_runtime.certificate import Link
+from qfae_runtime.certificate import PYTORCH, Link
 from qfae_runtime.contract import demanded, owed
 from qfae_runtime.coverage import spread
 from qfae_runtime.engines.base import Engine, Scores
@@ -37,6 +37,7 @@ class Chain:
 
     pytorch  PyTorch FP32, measured against the reference
     numbers  the images that the last step ran; `last` is its name, `outputs` what it gave
+    against  the reference in words
     few      the images on which FP16's rounding is emulated; `of_graph` what the graph gave on them, `of_rounded` what
              it gives rounded
     """
@@ -50,6 +51,7 @@ class Chain:
     numbers: list[int]
     of_graph: Scores
     few: list[int]
+    against: str = PYTORCH
     rounded: Link | None = None
     of_rounded: Scores | None = None
 
@@ -81,6 +83,8 @@ class Chain:
         )
         if graph.part == "full":
             chain._add(GRAPH, "fp32", measured.graph, exact)
+        if len(exact) < len(images):
+            chain.against = f"{PYTORCH} ({len(exact)} images) and FP32 (the others)"
         chosen = spread(len(exact), _ROUNDED_IMAGES)
         chain.few, chain.of_graph = [exact[place] for place in chosen], measured.graph.of(chosen)
         return chain
@@ -133,7 +137,7 @@ class Chain:
 
     def _measured(self, engine: Engine, contract: str) -> ParityReport:
         bounds = demanded(contract, self.images.labels[: self.images.real])
-        return measure(engine, self.images, self.reference, bounds, self.pytorch)
+        return replace(measure(engine, self.images, self.reference, bounds, self.pytorch), reference=self.against)
 
     def _rounded(self, precision: str) -> tuple[Link, ...]:
         return (self.rounded,) if self.rounded is not None and self.rounded.contract == precision else ()

@@ -298,3 +298,16 @@ def test_a_folder_below_a_file_is_told_with_its_cure(checkpoint: Path, tmp_path:
     )
     with pytest.raises(OutputError, match=said):
         export(Options(checkpoint, tmp_path / "file" / "out"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_large_models_certificate_says_what_was_compared_with_fp64(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qfae_export.reference.LARGE_PARAMETERS", 1000)
+    made = export(Options(checkpoint, tmp_path))
+    [entry] = made.manifest.certificate
+    assert entry.reference == "PyTorch FP64 (12 images) and FP32 (the others)"
+    assert entry.passed
+    with open_engine(made.engine) as opened:
+        assert self_test(opened).status == "passed"
