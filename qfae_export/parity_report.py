@@ -37,8 +37,8 @@ _ALWAYS_SHOWN = ("score_abs", "map_abs")
 """Quantities that tables show beside the bounded ones, in the scores' own unit."""
 
 _CURES = {
-    "fp32": "PyTorch FP32 keeps these bounds where it was compared with FP64, and this engine does not: try other versions of "
-    "torch, onnxscript or onnxruntime, and report these lines",
+    "fp32": "PyTorch FP32 keeps these bounds where it was compared with FP64, and this engine does not: try other "
+    "versions of torch, onnxscript or onnxruntime, and report these lines",
     "fp16": "FP16 rounds more than this model bears; pass --bisect to find what must stay FP32, or leave out --fp16",
     "int8": "INT8 rounds more than this model bears, or its scales come from images of another kind: pass "
     "--calibration-images DIR with normal images of yours, or keep more in FP32 with --int8-keep, or leave out --int8",
