@@ -15,7 +15,7 @@ from qfae_export.parity import measure
 from qfae_export.parity_report import ParityReport, certificate_of
 from qfae_export.precision import FP16, Precision
 from qfae_runtime import calibration
-from qfae_runtime.agreement import Reference, Scale
+from qfae_runtime.agreement import Reference
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, beyond_pytorch, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
@@ -97,8 +97,8 @@ def _golden(opened: OpenedEngine) -> tuple[ParityImages, Reference]:
     names = tuple(f"golden image {number}" for number in order)
     origin = f"the {count} golden images and PyTorch's outputs on them"
     images = ParityImages(golden.images[order], names, origin, (None,) * count, len(golden.stress))
-    scale = opened.certificate.scale if opened.certificate is not None else Scale.of(golden.scores.of(golden.real))
-    return images, golden.reference(scale).of(order)
+    reference = golden.reference(opened.certificate.scale if opened.certificate is not None else None)
+    return images, reference.of(order)
 
 
 def _for_few_images(contract: Contract) -> Contract:

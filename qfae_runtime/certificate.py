@@ -19,6 +19,9 @@ PYTORCH = "PyTorch FP64"
 """The training modules in float64: the reference. Where a large model was scored so on some images alone, the others'
 is PyTorch FP32."""
 
+MAX_FACTORS = 64
+"""Most cosine distances that a score may multiply."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -182,7 +185,7 @@ def _read_scale(fields: Fields) -> Scale:
         score_iqr=fields.number("score_iqr"),
         threshold=fields.number("threshold"),
         threshold_from=fields.text("threshold_from"),
-        factors=fields.whole("factors", 1, 64),
+        factors=fields.whole("factors", 1, MAX_FACTORS),
     )
     fields.finish()
     return scale
