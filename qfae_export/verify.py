@@ -23,6 +23,7 @@ from qfae_runtime.engines.base import card_of
 from qfae_runtime.errors import CalibrationError, ManifestError, OutputError, cure_of_writing
 from qfae_runtime.golden import golden_beside
 from qfae_runtime.manifest import Manifest, find_manifest
+from qfae_runtime.quantities import QUANTITIES
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
 from qfae_train.checkpoint import build_scorer
 from qfae_train.config import load as load_config
@@ -152,11 +153,12 @@ def _calibrated(opened: OpenedEngine, say: Callable[[str], None]) -> float | Non
     return threshold
 
 
-def _laxer(entry: CertificateEntry, before: CertificateEntry) -> bool:
-    """Say whether a measurement of the same bytes asks less than the one it would replace, of what PyTorch keeps."""
-    same = entry.engine_sha256 == before.engine_sha256
+def _laxer(entry: CertificateEntry, before: CertificateEntry) -> list[str]:
+    """Return the bounds that a measurement of the same bytes lacks of the one it would replace and PyTorch keeps."""
+    if entry.engine_sha256 != before.engine_sha256 or not entry.passed:
+        return []
     asked = before.contract.without(beyond_pytorch(before.contract, entry.pytorch or {}))
-    return same and entry.passed and not entry.contract.is_as_strict_as(asked)
+    return [name for name in asked.bounds if not asked.allows(name, entry.contract.bounds.get(name))]
 
 
 def _stands(entry: CertificateEntry, before: CertificateEntry) -> bool:
@@ -176,16 +178,18 @@ def _record(opened: OpenedEngine, report: ParityReport) -> None:
     entries = [one for one in manifest.certificate if one not in before]
     if report.worst.fault is None:
         entry = certificate_of(opened.path, engine, report)
-        if any(_laxer(entry, one) for one in before):
+        if lost := {name: one for one in before for name in _laxer(entry, one)}:
             raise ExportError(
-                f"--record: {opened.path.name} was measured on {max(one.images for one in before)} images, with "
-                f"bounds that {entry.images} images cannot show (AUROC); pass --parity-images DIR and --parity-count N "
-                "with as many"
+                f"--record: {opened.path.name} was measured on {max(one.images for one in lost.values())} images, with "
+                f"bounds that these {entry.images} do not show: {', '.join(QUANTITIES[name].title for name in lost)}; "
+                "pass --parity-images DIR and --parity-count N with as many images and labels"
             )
         if any(_stands(entry, one) for one in before):
             return
         # The steps of the export are those of the same bytes; measuring the engine again says nothing new of them.
         links = next((one.links for one in before if one.engine_sha256 == entry.engine_sha256), entry.links)
+        # What excused a step there may not excuse it here.
+        links = tuple(one if one.keeps(entry.pytorch) else replace(one, passed=False) for one in links)
         entries.append(replace(entry, links=links) if entry.passed else entry)
     manifest = replace(manifest, certificate=tuple(entries))
     path = find_manifest(opened.path)
