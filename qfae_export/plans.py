@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from qfae_export.builders import available, current_gpu
 from qfae_export.errors import ExportError
+from qfae_export.file_precision import read_types, refuse_other_precision
 from qfae_export.handover import put_in_place, temporary_inside
 from qfae_export.images import ParityImages, choose
 from qfae_export.options import FP16_SUFFIX, Options
@@ -182,6 +183,7 @@ def _exported(onnx: Path, kind: str) -> tuple[Manifest, Path]:
     if entry is None or (entry.role, entry.format) != ("engine", "onnx"):
         raise ManifestError(f"{onnx}: {path.name} does not list it as an ONNX engine; copy both again")
     manifest.verify_files(onnx.parent, [name for name in manifest.files if name in (onnx.name, f"{onnx.name}.data")])
+    refuse_other_precision(manifest, onnx.name, read_types(onnx))
     return manifest, path
 
 
