@@ -183,8 +183,8 @@ def test_a_step_is_not_blamed_for_a_bound_that_pytorch_breaks_itself(
 
 def test_what_rounding_breaks_is_told_without_what_pytorch_breaks(images: ParityImages, reference: Reference) -> None:
     scores = reference.scores
-    off = scores._replace(reconstruction=scores.reconstruction ^ 8, score=scores.score * 2)
-    pytorch = reference.compare(scores._replace(reconstruction=scores.reconstruction ^ 4), images.labels)
+    off = scores._replace(reconstruction=scores.reconstruction ^ np.uint8(8), score=scores.score * 2)
+    pytorch = reference.compare(scores._replace(reconstruction=scores.reconstruction ^ np.uint8(4)), images.labels)
     broken = link("graph FP32", ROUNDED, reference, off, "fp16", images.labels, COUNT, pytorch)
     report = replace(report_of(images, reference, right, "fp16"), links=(broken,))
     [text] = report.failures()
