@@ -39,7 +39,7 @@ def written(path: Path, nodes: list[onnx.NodeProto], functions: tuple[onnx.Funct
         "small",
         [helper.make_tensor_value_info("x", SINGLE, ["batch"])],
         [helper.make_tensor_value_info("y", SINGLE, ["batch"])],
-        [numpy_helper.from_array(np.float32(1), "one"), numpy_helper.from_array(np.array(True), "yes")],
+        [numpy_helper.from_array(np.array(1, np.float32), "one"), numpy_helper.from_array(np.array(True), "yes")],
         value_info=[helper.make_tensor_value_info("narrow", SINGLE, ["batch"])],
     )
     onnx.save(helper.make_model(graph, functions=functions), path)

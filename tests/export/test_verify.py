@@ -145,7 +145,7 @@ def test_one_idle_eight_bit_operation_makes_no_int8_engine(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path
 ) -> None:
     model = onnx.load(here / "tiny.onnx")
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "one"))
     model.graph.node.append(onnx.helper.make_node("QuantizeLinear", ["score", "one"], ["idle"], name="idle"))
     onnx.save(model, here / "tiny.onnx")
     call_it(here, "tiny.onnx", "int8")
