@@ -155,7 +155,7 @@ class Chain:
     ) -> Link:
         start = replace(self.reference.of(numbers), scores=before)
         labels = [self.images.labels[number] for number in numbers]
-        return link(source, target, start, after, precision, labels, len(self.images))
+        return link(source, target, start, after, precision, labels, len(self.images), self.pytorch)
 
 
 def beyond_rounding(truth: Scores, rounded: Scores, got: Scores) -> list[str]:

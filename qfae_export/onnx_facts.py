@@ -70,16 +70,7 @@ def read_facts(path: Path) -> OnnxFacts:
         ExportError: it is missing, no ONNX file, or none of this project.
 
     """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
-        raise ExportError(
-            f"{path}: cannot be read ({error.strerror or error}); name the ONNX file that qfae-export wrote"
-        ) from None
-    except (DecodeError, ValueError) as error:
-        raise ExportError(
-            f"{path}: is no ONNX file ({error}); name the ONNX file that qfae-export wrote, or copy it again"
-        ) from None
+    model = load_model(path)
     opset = next((one.version for one in model.opset_import if one.domain == ""), 0)
     precision = next((name for name, version in OPSETS.items() if version == opset), None)
     if model.producer_name != PRODUCER or precision is None:
@@ -103,6 +94,25 @@ def read_facts(path: Path) -> OnnxFacts:
             operand = product.input[0] if product is not None and product.op_type == "MatMul" else ""
             written_out.append(Attention(node.name, widths.get(operand, 0)))
     return OnnxFacts(precision, tuple(attentions), tuple(written_out))
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """Return the model of a file without the weights that lie in a file of their own.
+
+    Raises:
+        ExportError: it is missing, or no ONNX file.
+
+    """
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ExportError(
+            f"{path}: cannot be read ({error.strerror or error}); name the ONNX file that qfae-export wrote"
+        ) from None
+    except (DecodeError, ValueError) as error:
+        raise ExportError(
+            f"{path}: is no ONNX file ({error}); name the ONNX file that qfae-export wrote, or copy it again"
+        ) from None
 
 
 def _last_dimension(value: onnx.ValueInfoProto) -> int:

@@ -180,7 +180,6 @@ class Options:
             ("--preset or --config", self.config is not None),
             ("--fp16", self.fp16),
             ("--int8", self.int8),
-            ("--parity-count", self.parity_count is not None),
             ("--part", self.part != "full"),
             ("--bisect", self.bisect),
             ("--backends", self.backends != (REFERENCE,)),

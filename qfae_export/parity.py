@@ -72,7 +72,7 @@ def golden_of(images: ParityImages, reference: Reference) -> Golden:
     numbers = [*(int(by_score[place]) for place in parity), *stress]
     chosen = reference.of(numbers)
     assert chosen.yardstick is not None
-    return Golden(images.pixels[numbers], chosen.scores, chosen.yardstick, chosen.stress)
+    return Golden(images.pixels[numbers], chosen.scores, chosen.yardstick, reference.scale.factors, chosen.stress)
 
 
 class _FirstOutputs:

@@ -21,6 +21,7 @@ from qfae_runtime.contract import (
     FLIPS_SHARE,
     Contract,
     beyond_pytorch,
+    demanded,
     min_images,
     min_pairs,
     pairs,
@@ -102,7 +103,7 @@ class ParityReport:
     def failures(self) -> list[str]:
         """Say which bound was broken at which batch size, image and pixel, and by how much; and what rounding broke."""
         rounding = [one for one in self.links if one.target == ROUNDED and not one.passed]
-        return [*(_broken(one) for one in rounding), *self.faults] + [
+        return [*(_broken(one, self.pytorch) for one in rounding), *self.faults] + [
             f"{heading}: {sentence}"
             for heading, agreement, contract in self._columns()
             for sentence in contract.failures(agreement, self.images.names)
@@ -110,8 +111,9 @@ class ParityReport:
 
     def untold(self) -> list[str]:
         """Say which bounds of the precision these images cannot show, and which PyTorch FP32 breaks on them itself."""
-        name, bounds = self.contract.name, self.contract.bounds
-        said = []
+        name = self.contract.name
+        beyond = _beyond(demanded(name, self.images.labels[: self.images.real]), self.pytorch)
+        bounds, said = {*self.contract.bounds, *beyond}, []
         if name in FLIPS_SHARE and "flips_share" not in bounds:
             least = min_images(name)
             said.append(
@@ -125,7 +127,7 @@ class ParityReport:
                 f"pairs of a normal and an anomalous one, expected {least:,} or more; pass --parity-images DIR with "
                 f"folders {GOOD} and {UNGOOD}, and --parity-count {enough} or more, half of them of each kind"
             )
-        if self.pytorch is not None and (beyond := beyond_pytorch(CONTRACTS[name], self.pytorch.values)):
+        if beyond:
             titles = ", ".join(QUANTITIES[one].title for one in beyond)
             said.append(f"PyTorch FP32 itself breaks these bounds on these images, so they are left out: {titles}")
         return said
@@ -213,13 +215,16 @@ def link(
     precision: str,
     labels: Sequence[bool | None],
     of: int,
+    pytorch: Agreement | None = None,
 ) -> Link:
     """Measure one step of the chain; `precision` names the contract it is held against.
 
     `reference` holds the step's own beginning, on some of the `of` images, with the yardstick of the whole measurement:
-    links add up to what the engine is held against.
+    links add up to what the engine is held against. Bounds that `pytorch`, PyTorch FP32 in that measurement, breaks
+    itself are left out, as they are for the engine.
     """
-    agreement, contract = reference.compare(got, labels), CONTRACTS[precision]
+    agreement = reference.compare(got, labels)
+    contract = CONTRACTS[precision].without(_beyond(CONTRACTS[precision], pytorch))
     if len(reference) < of:
         contract = contract.without(OF_ALL_IMAGES)
     nothing = dict.fromkeys(QUANTITIES)
@@ -262,8 +267,14 @@ def certificate_of(path: Path, engine: Engine, report: ParityReport) -> Certific
     )
 
 
-def _broken(link: Link) -> str:
+def _beyond(contract: Contract, pytorch: Agreement | None) -> list[str]:
+    """Return the bounds that PyTorch FP32 breaks itself; none where it was not measured."""
+    return [] if pytorch is None else beyond_pytorch(contract, pytorch.values)
+
+
+def _broken(link: Link, pytorch: Agreement | None) -> str:
     contract = CONTRACTS[link.contract].without(OF_ALL_IMAGES)  # it is of a few images
+    contract = contract.without(_beyond(contract, pytorch))
     if all(value is None for value in link.measured.values()):
         return f"{link.target}: rounded as FP16 rounds, the graph gives values that are not finite"
     bounds = (name for name in contract.bounds if not contract.allows(name, link.measured[name]))

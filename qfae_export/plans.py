@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from qfae_export.builders import available, current_gpu
 from qfae_export.errors import ExportError
+from qfae_export.file_precision import read_types, refuse_other_precision
 from qfae_export.handover import put_in_place, temporary_inside
 from qfae_export.images import ParityImages, choose
 from qfae_export.options import FP16_SUFFIX, Options
@@ -22,7 +23,7 @@ from qfae_export.reference import scale_of
 from qfae_export.tensorrt_plan import Plan, build_plan
 from qfae_runtime.agreement import Reference
 from qfae_runtime.certificate import Link
-from qfae_runtime.contract import CONTRACTS
+from qfae_runtime.contract import demanded
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.backends import lacking, reference_of
 from qfae_runtime.engines.base import Engine, Scores
@@ -182,6 +183,7 @@ def _exported(onnx: Path, kind: str) -> tuple[Manifest, Path]:
     if entry is None or (entry.role, entry.format) != ("engine", "onnx"):
         raise ManifestError(f"{onnx}: {path.name} does not list it as an ONNX engine; copy both again")
     manifest.verify_files(onnx.parent, [name for name in manifest.files if name in (onnx.name, f"{onnx.name}.data")])
+    refuse_other_precision(manifest, onnx.name, read_types(onnx))
     return manifest, path
 
 
@@ -198,15 +200,16 @@ def _against_fp32(options: Options, manifest: Manifest, onnx: Path, say: Say) ->
             f"{fp32}: not there; the plan is measured against this certified engine: copy it beside the "
             f"{onnx.name} (its .data too, where it has one)"
         )
-    images = choose(options.parity_images, manifest.preprocess, manifest.max_batch)
+    images = choose(options.parity_images, manifest.preprocess, manifest.max_batch, count=options.parity_count)
     say(f"scoring {len(images)} images with {fp32.name}, the certified reference")
     with open_engine(fp32, backend=None) as opened:
         scores = run_in_batches(opened.engine, images.pixels, min(8, opened.engine.max_batch))
         reference = _reference_of(opened, images, scores)
     precision = manifest.files[onnx.name].precision or "fp32"
+    contract = demanded(precision, images.labels[: images.real])
 
     def measured(engine: Engine, file: str) -> ParityReport:
-        report = measure(engine, images, reference, CONTRACTS[precision])
+        report = measure(engine, images, reference, contract)
         links: tuple[Link, ...] = ()
         if report.outputs is not None:
             count = len(images)

@@ -9,13 +9,15 @@ from pathlib import Path
 from qfae_export.chain import Chain
 from qfae_export.describe import refuse_other_checkpoint
 from qfae_export.errors import ExportError
+from qfae_export.file_precision import FileTypes, read_types, refuse_other_policy, refuse_other_precision
 from qfae_export.graph import InferenceGraph
 from qfae_export.images import ParityImages, choose
 from qfae_export.parity import measure
 from qfae_export.parity_report import ParityReport, certificate_of
 from qfae_export.precision import FP16, Precision
+from qfae_export.reference import scale_of
 from qfae_runtime import calibration
-from qfae_runtime.agreement import Reference, Scale
+from qfae_runtime.agreement import Reference
 from qfae_runtime.certificate import CertificateEntry
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, beyond_pytorch, owed
 from qfae_runtime.engines import OpenedEngine, open_engine
@@ -23,11 +25,15 @@ from qfae_runtime.engines.base import card_of
 from qfae_runtime.errors import CalibrationError, ManifestError, OutputError, cure_of_writing
 from qfae_runtime.golden import golden_beside
 from qfae_runtime.manifest import Manifest, find_manifest
+from qfae_runtime.quantities import QUANTITIES
 from qfae_runtime.selftest import NOT_ON_FEW_IMAGES
 from qfae_train.checkpoint import build_scorer
 from qfae_train.config import load as load_config
 from qfae_train.official import open_checkpoint
 from qfae_train.weight_files import WeightFiles
+
+_DECISIONS = ("flips_share", "flips_beyond")
+"""Quantities that a threshold decides."""
 
 
 def verify(
@@ -47,10 +53,13 @@ def verify(
     A kept contract makes it a certificate; a broken one takes the certificate back that was there.
 
     `backend` None: the one that the file is exported for. With a checkpoint, decisions are compared at the threshold of
-    the calibration beside the engine, if there is one for it.
+    the calibration beside the engine, if there is one for it, and at that of the images.
+
+    Of an ONNX file, the precision that chooses the contract is read from the file. That of a plan is the manifest's.
 
     Raises:
         ExportError: the checkpoint is another than the engine's, or there is nothing to measure with.
+        ManifestError: the file computes in other types than the manifest says.
         EngineError, ManifestError, CheckpointError: a file is missing, damaged, or does not fit the others.
 
     """
@@ -62,6 +71,12 @@ def verify(
                 f"{opened.manifest.name}.json: {engine.name} is {precision} in 'files' and {policy} in 'precision'; "
                 "export the engine again"
             )
+        types = None
+        if opened.manifest.files[engine.name].format == "onnx":
+            types = read_types(opened.path)
+            refuse_other_precision(opened.manifest, engine.name, types)
+        else:
+            say(f"{engine.name}: that it is {precision} is the manifest's word, for a plan cannot be looked into")
         contract = CONTRACTS[owed(precision, opened.engine.backend)]
         comparing = (
             f"comparing {engine.name} on {opened.engine.backend} {opened.engine.version}, {opened.engine.device}"
@@ -77,9 +92,9 @@ def verify(
             report = measure(opened.engine, images, reference, _for_few_images(contract))
         else:
             say("reading the checkpoint")
-            chain = _anew(opened, ckpt, config, weights or WeightFiles(), parity_images, parity_count, say)
+            chain = _anew(opened, types, ckpt, config, weights or WeightFiles(), parity_images, parity_count, say)
             say(comparing)
-            report = chain.measure(opened.engine, contract.name)
+            report = _decided_too(chain, chain.measure(opened.engine, contract.name))
         if record:
             _record(opened, report)
     return report
@@ -97,8 +112,8 @@ def _golden(opened: OpenedEngine) -> tuple[ParityImages, Reference]:
     names = tuple(f"golden image {number}" for number in order)
     origin = f"the {count} golden images and PyTorch's outputs on them"
     images = ParityImages(golden.images[order], names, origin, (None,) * count, len(golden.stress))
-    scale = opened.certificate.scale if opened.certificate is not None else Scale.of(golden.scores.of(golden.real))
-    return images, golden.reference(scale).of(order)
+    reference = golden.reference(opened.certificate.scale if opened.certificate is not None else None)
+    return images, reference.of(order)
 
 
 def _for_few_images(contract: Contract) -> Contract:
@@ -110,6 +125,7 @@ def _for_few_images(contract: Contract) -> Contract:
 
 def _anew(
     opened: OpenedEngine,
+    types: FileTypes | None,
     ckpt: Path,
     config: str | None,
     weights: WeightFiles,
@@ -127,15 +143,33 @@ def _anew(
             f"{'; '.join(difference)}; export the engine again"
         )
     images = choose(folder, spec, opened.engine.max_batch, stored, ckpt.name, count)
-    say(f"scoring {len(images)} images with PyTorch in FP64 and FP32, the reference")
     scorer = build_scorer(checkpoint, weights)
     graph = InferenceGraph(scorer)
+    if types is not None:
+        refuse_other_policy(opened.manifest, opened.path.name, types, graph)
+    say(f"scoring {len(images)} images with PyTorch in FP64 and FP32, the reference")
     chain = Chain.begin(scorer, graph, images, _calibrated(opened, say))
     policy = Precision.described(opened.manifest.precision[opened.path.name])
     if policy.name == FP16.name:
         say("rounding the graph as FP16 rounds")
         chain.round(graph, policy)
     return chain
+
+
+def _decided_too(chain: Chain, report: ParityReport) -> ParityReport:
+    """Compare decisions at the threshold of the images, too, where they were compared at a calibrated one.
+
+    A calibration lies beside the engine: a threshold that no score comes near would flip nothing.
+    """
+    images, reference = chain.images, chain.reference
+    own = scale_of(images, reference.scores, factors=reference.scale.factors)
+    if own.threshold == reference.scale.threshold or report.outputs is None:
+        return report
+    bounds = {name: bound for name, bound in report.contract.bounds.items() if name in _DECISIONS}
+    again = replace(reference, scale=own).compare(report.outputs, images.labels)
+    said = replace(report.contract, bounds=bounds).failures(again, images.names)
+    faults = tuple(f"at {own.threshold:.7g}, {own.threshold_from}: {one}" for one in said)
+    return replace(report, faults=(*report.faults, *faults))
 
 
 def _calibrated(opened: OpenedEngine, say: Callable[[str], None]) -> float | None:
@@ -152,11 +186,12 @@ def _calibrated(opened: OpenedEngine, say: Callable[[str], None]) -> float | Non
     return threshold
 
 
-def _laxer(entry: CertificateEntry, before: CertificateEntry) -> bool:
-    """Say whether a measurement of the same bytes asks less than the one it would replace, of what PyTorch keeps."""
-    same = entry.engine_sha256 == before.engine_sha256
+def _laxer(entry: CertificateEntry, before: CertificateEntry) -> list[str]:
+    """Return the bounds that a measurement of the same bytes lacks of the one it would replace and PyTorch keeps."""
+    if entry.engine_sha256 != before.engine_sha256 or not entry.passed:
+        return []
     asked = before.contract.without(beyond_pytorch(before.contract, entry.pytorch or {}))
-    return same and entry.passed and not entry.contract.is_as_strict_as(asked)
+    return [name for name in asked.bounds if not asked.allows(name, entry.contract.bounds.get(name))]
 
 
 def _stands(entry: CertificateEntry, before: CertificateEntry) -> bool:
@@ -176,16 +211,18 @@ def _record(opened: OpenedEngine, report: ParityReport) -> None:
     entries = [one for one in manifest.certificate if one not in before]
     if report.worst.fault is None:
         entry = certificate_of(opened.path, engine, report)
-        if any(_laxer(entry, one) for one in before):
+        if lost := {name: one for one in before for name in _laxer(entry, one)}:
             raise ExportError(
-                f"--record: {opened.path.name} was measured on {max(one.images for one in before)} images, with "
-                f"bounds that {entry.images} images cannot show (AUROC); pass --parity-images DIR and --parity-count N "
-                "with as many"
+                f"--record: {opened.path.name} was measured on {max(one.images for one in lost.values())} images, with "
+                f"bounds that these {entry.images} do not show: {', '.join(QUANTITIES[name].title for name in lost)}; "
+                "pass --parity-images DIR and --parity-count N with as many images and labels"
             )
         if any(_stands(entry, one) for one in before):
             return
         # The steps of the export are those of the same bytes; measuring the engine again says nothing new of them.
         links = next((one.links for one in before if one.engine_sha256 == entry.engine_sha256), entry.links)
+        # What excused a step there may not excuse it here.
+        links = tuple(one if one.keeps(entry.pytorch) else replace(one, passed=False) for one in links)
         entries.append(replace(entry, links=links) if entry.passed else entry)
     manifest = replace(manifest, certificate=tuple(entries))
     path = find_manifest(opened.path)

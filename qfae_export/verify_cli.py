@@ -64,12 +64,14 @@ def verify_command(rest: tuple[str, ...], **given: Any) -> None:
         fail(PROGRAM, error)
     print_wide(out, report.table())
     out.print(f"measured on: {report.images.origin}", soft_wrap=True, markup=False)
+    out.print(f"at batch sizes: {', '.join(map(str, report.batches))}", soft_wrap=True, markup=False)
     for sentence in report.untold():
         out.print(sentence, soft_wrap=True, markup=False)
     if not report:
         for failure in report.failures():
             err.print(f"{PROGRAM}: {failure}", soft_wrap=True, markup=False)
-        err.print(f"{PROGRAM}: the engine breaks its contract on this machine; do not use its scores", soft_wrap=True)
+        broken = f"the engine breaks its contract ({report.contract.name}) on this machine; do not use its scores"
+        err.print(f"{PROGRAM}: {broken}", soft_wrap=True)
         raise click.exceptions.Exit(1)
     out.print(f"the engine keeps its contract ({report.contract.name})")
 

@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from qfae_runtime.agreement import Reference, Scale
+from qfae_runtime.agreement import Reference
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import Contract, owed
 from qfae_runtime.engines.base import Scores
@@ -47,8 +47,7 @@ class Canary:
         entry = opened.certificate
         precision = opened.manifest.files[opened.path.name].precision or "fp32"
         contract = contract_for(entry, owed(precision, opened.engine.backend)).without(OF_ALL_IMAGES)
-        scale = entry.scale if entry is not None else Scale.of(golden.scores)
-        reference = golden.reference(scale)
+        reference = golden.reference(entry.scale if entry is not None else None)
         return cls(golden, lambda numbers, got: row_failures(reference, numbers, got, contract))
 
     def numbers(self, first: int, count: int) -> list[int]:

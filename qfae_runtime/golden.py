@@ -12,6 +12,7 @@ import numpy as np
 
 from qfae_runtime.agreement import Reference, Scale
 from qfae_runtime.arrays import UInt8
+from qfae_runtime.certificate import MAX_FACTORS
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.opened import OpenedEngine
 from qfae_runtime.errors import ManifestError
@@ -26,16 +27,32 @@ _RECOMPUTE = "export the engine again"
 class Golden(NamedTuple):
     """`images` uint8 (n, S, S, 3), 1 <= n <= 32, and the reference `scores` on them, FP64's as far as there are any.
 
-    `yardstick` is PyTorch FP32's own error on them; `stress` are the numbers of the stress images.
+    `yardstick` is PyTorch FP32's own error on them; `factors` (1..64) how many cosine distances their scores multiply;
+    `stress` are the numbers of the stress images, at least one is none.
     """
 
     images: UInt8
     scores: Scores
     yardstick: Yardstick
+    factors: int
     stress: tuple[int, ...] = ()
 
-    def reference(self, scale: Scale) -> Reference:
-        """Return what an engine's outputs on these images are compared with."""
+    def reference(self, scale: Scale | None = None) -> Reference:
+        """Return what an engine's outputs on these images are compared with.
+
+        `scale` is that of the engine's certificate; None, where it has none: that of the images here.
+
+        Raises:
+            ManifestError: the certificate is of scores that multiply another number of distances.
+
+        """
+        if scale is None:
+            scale = Scale.of(self.scores.of(self.real), factors=self.factors)
+        elif scale.factors != self.factors:
+            raise ManifestError(
+                f"the certificate is of scores that multiply {scale.factors} distances, the golden file's multiply "
+                f"{self.factors}; {_RECOMPUTE}"
+            )
         return Reference(self.scores, scale, self.yardstick, self.stress)
 
     @property
@@ -45,12 +62,13 @@ class Golden(NamedTuple):
 
 
 def save_golden(path: Path, golden: Golden) -> None:
-    """Write a golden file; the keys are `images`, `stress`, the names of the outputs and those of a yardstick."""
+    """Write a golden file; the keys are `images`, `stress`, `factors`, the names of the outputs and of a yardstick."""
     stress = np.zeros(len(golden.images), np.uint8)
     stress[list(golden.stress)] = 1
+    factors = np.full(len(golden.images), golden.factors, np.uint8)
     with path.open("wb") as file:
         arrays = {**golden.scores._asdict(), **golden.yardstick._asdict()}
-        np.savez_compressed(file, images=golden.images, stress=stress, **arrays)
+        np.savez_compressed(file, images=golden.images, stress=stress, factors=factors, **arrays)
 
 
 def load_golden(content: bytes, name: str, image_size: int) -> Golden:
@@ -70,7 +88,18 @@ def load_golden(content: bytes, name: str, image_size: int) -> Golden:
             raise ManifestError(f"{name}: PyTorch's own errors must be finite and not below 0; {_RECOMPUTE}")
     scores = Scores(*(arrays[name] for name in Scores._fields))
     stress = tuple(int(number) for number in np.flatnonzero(arrays["stress"]))
-    return Golden(arrays["images"], scores, yardstick, stress)
+    if len(stress) == len(scores.score):
+        raise ManifestError(
+            f"{name}: all of its {len(stress)} images are marked as stress images, expected others too, whose scores "
+            f"errors are compared with; {_RECOMPUTE}"
+        )
+    factors = sorted({int(one) for one in arrays["factors"]})
+    if len(factors) != 1 or not 1 <= factors[0] <= MAX_FACTORS:
+        raise ManifestError(
+            f"{name}: scores multiply {', '.join(map(str, factors))} distances, expected one number in "
+            f"1..{MAX_FACTORS}; {_RECOMPUTE}"
+        )
+    return Golden(arrays["images"], scores, yardstick, factors[0], stress)
 
 
 def _kinds(size: int) -> dict[str, Kind]:
@@ -80,6 +109,7 @@ def _kinds(size: int) -> dict[str, Kind]:
         "anomaly_map": Kind(np.dtype(np.float32), (size, size)),
         "reconstruction": Kind(np.dtype(np.uint8), (size, size, 3)),
         "stress": Kind(np.dtype(np.uint8), ()),
+        "factors": Kind(np.dtype(np.uint8), ()),
         **{name: Kind(np.dtype(np.float64), (len(COLUMNS),)) for name in Yardstick._fields},
     }
 

@@ -243,7 +243,8 @@ class _Run:
                 error.first,
                 of="row",
                 where=f" of {folder.jsonl}",
-                cure="; the rows before it stand, and --resume takes back the others and scores them again",
+                cure="; the rows before it were followed by a right golden image, which excludes a fault that lasts, "
+                "not one that came and went; --resume keeps them, and takes back the others and scores them again",
             ) from None
         except BaseException:
             self._stopped(ledger, FAILED, counts)

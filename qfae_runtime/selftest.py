@@ -105,7 +105,7 @@ def self_test(
             f"{opened.path}: self-test failed: the certificate's scale (interquartile range {scale.score_iqr:g}) is "
             "beyond what its golden images span; export the engine again"
         )
-    reference = golden.reference(scale or Scale.of(golden.scores.of(golden.real)))
+    reference = golden.reference(scale)
     calls, rate = _run_golden(opened.engine, golden, batch)
     agreement = reference.compare(_first_outputs(calls, len(golden.images)))
     seconds = round(time.perf_counter() - start, 3)

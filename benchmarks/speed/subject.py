@@ -322,7 +322,7 @@ def _of_engine(asked: Asked, folder: Path, sources: dict[str, str], max_batch: i
         _clear(folder, sources)
     golden = load_golden(path.read_bytes(), path.name, manifest.image_size)
     scale = next((one.scale for one in manifest.certificate if one.engine == file.path.name), None)
-    reference = golden.reference(scale or Scale.of(golden.scores.of(golden.real)))
+    reference = golden.reference(scale)
     _save_images(folder, golden.images, [None] * len(golden.images), reference)
     products: tuple[Product, ...] = ()
     if file.format == "onnx":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -15,8 +16,11 @@ from qfae_export.parity import measure
 from qfae_export.parity_report import ROUNDED, ParityError, ParityReport, accepted, certificate_of, link
 from qfae_export.wide import print_wide
 from qfae_runtime.agreement import Agreement, Reference
+from qfae_runtime.certificate import read_certificate
+from qfae_runtime.checked import Fields
 from qfae_runtime.contract import CONTRACTS, demanded
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.errors import ManifestError
 from tests.export.echo import COUNT, OWN, Echo, Fault, made_up, made_up_images, spoil
 
 BY = 30 * OWN
@@ -159,6 +163,38 @@ def test_a_step_of_few_images_is_not_judged_by_what_few_say_little_about(
     assert not link("a", "b", part, worse, "fp32", labels, COUNT).passed
 
 
+def test_a_step_is_not_blamed_for_a_bound_that_pytorch_breaks_itself(
+    images: ParityImages, reference: Reference
+) -> None:
+    scores = reference.scores
+    moved = scores._replace(reconstruction=scores.reconstruction.copy())
+    moved.reconstruction[2, 1, 1, 2] ^= 2
+    worse = moved._replace(score=scores.score + np.float32(BY))
+    levels = reference.compare(moved, images.labels)  # PyTorch FP32, two levels off itself
+    blamed, excused, still = (
+        link("graph FP32", "ONNX FP32", reference, got, "fp32", images.labels, COUNT, pytorch)
+        for got, pytorch in ((moved, pytorch_of(reference)), (moved, levels), (worse, levels))
+    )
+    assert (blamed.passed, excused.passed, still.passed) == (False, True, False)
+    assert replace(report_of(images, reference, right), links=(excused, still)).guilty() == "graph FP32 -> ONNX FP32"
+    assert replace(report_of(images, reference, right), links=(excused,)).guilty() is None
+    assert [excused.keeps(one) for one in (None, pytorch_of(reference).values, levels.values)] == [False, False, True]
+
+
+def test_what_rounding_breaks_is_told_without_what_pytorch_breaks(images: ParityImages, reference: Reference) -> None:
+    scores = reference.scores
+    off = scores._replace(reconstruction=scores.reconstruction ^ np.uint8(8), score=scores.score * 2)
+    pytorch = reference.compare(scores._replace(reconstruction=scores.reconstruction ^ np.uint8(4)), images.labels)
+    broken = link("graph FP32", ROUNDED, reference, off, "fp16", images.labels, COUNT, pytorch)
+    report = replace(report_of(images, reference, right, "fp16"), links=(broken,))
+    [text] = report.failures()
+    assert "reconstruction, p99.9 grey levels" in text
+    assert "score error as distance" in text
+    [text] = replace(report, pytorch=pytorch).failures()
+    assert "reconstruction" not in text
+    assert "score error as distance" in text
+
+
 # --- refusing ---
 
 
@@ -285,7 +321,42 @@ def test_bounds_that_pytorch_breaks_itself_are_told(images: ParityImages, refere
     assert report_of(images, reference, right, pytorch=pytorch_of(reference)).untold() == []
 
 
+def test_a_bound_that_pytorch_breaks_is_not_said_to_lack_images() -> None:
+    images = many(60, 30)
+    reference = made_up(images)
+    scores = reference.scores
+    flipped = scores._replace(score=scores.score[::-1].copy())
+    contract = demanded("fp16", images.labels)
+    pytorch = reference.compare(flipped, images.labels)
+    report = measure(Echo(images, scores, right), images, reference, contract, pytorch)
+    assert "flips_share" not in report.contract.bounds
+    said = report.untold()
+    assert not [text for text in said if "flipped decisions are not bounded" in text]
+    assert "decisions flipped / images" in said[-1]
+
+
 # --- certificates ---
+
+
+def test_a_step_that_was_excused_is_read_again_and_one_that_was_not_is_refused(
+    images: ParityImages, reference: Reference, tmp_path: Path
+) -> None:
+    scores = reference.scores
+    moved = scores._replace(reconstruction=scores.reconstruction.copy())
+    moved.reconstruction[2, 1, 1, 2] ^= 2
+    pytorch = reference.compare(moved, images.labels)
+    excused = link("graph FP32", "ONNX FP32", reference, moved, "fp32", images.labels, COUNT, pytorch)
+    engine = Echo(images, scores, right)
+    path = tmp_path / "tiny.onnx"
+    path.write_bytes(b"weights")
+    report = replace(report_of(images, reference, right, pytorch=pytorch), links=(excused,))
+    stored = json.loads(json.dumps(replace(certificate_of(path, engine, report), images=32).to_dict()))
+    [read] = read_certificate(Fields({"certificate": [stored]}, "tiny.json"), "tiny.json")
+    assert read.links == (excused,)
+    stored["pytorch"] = pytorch_of(reference).values
+    stored["contract"]["bounds"] = dict(CONTRACTS["fp32"].bounds)
+    with pytest.raises(ManifestError, match=r"links\.0\.passed.*since a measured quantity breaks its bound"):
+        read_certificate(Fields({"certificate": [stored]}, "tiny.json"), "tiny.json")
 
 
 def test_a_certificate_holds_what_pytorch_itself_was_off_by(images: ParityImages, tmp_path: Path) -> None:

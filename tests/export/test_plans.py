@@ -15,9 +15,11 @@ import torch
 import qfae_export.plans
 from qfae_export.errors import ExportError
 from qfae_export.export import Exported, export
+from qfae_export.fusion import FusionReport
 from qfae_export.options import Options
 from qfae_export.parity_report import ParityError
 from qfae_export.plans import wanted
+from qfae_export.tensorrt_plan import Plan
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines import open_engine
 from qfae_runtime.engines.base import Engine, Scores
@@ -25,7 +27,7 @@ from qfae_runtime.engines.cuda import Gpu
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError
 from qfae_runtime.manifest import Manifest
-from tests.export.tiny import checkpoint_file
+from tests.export.tiny import checkpoint_file, picture_folder
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 has no wheel for this machine")
 
@@ -162,6 +164,34 @@ def test_a_plan_that_runs_is_certified_with_its_link(here: Path, monkeypatch: py
     assert entry.images_from == "32 brain slices that come with qfae"
     assert entry.reference == "tiny.onnx in ONNX Runtime"
     assert [(link.source, link.target) for link in entry.links] == [("ONNX FP32", "plan")]
+
+
+@pytest.mark.parametrize(("count", "bounded"), [(None, False), (49, False), (50, True)])
+def test_a_plans_flips_are_bounded_where_there_are_images_enough(
+    here: Path, monkeypatch: pytest.MonkeyPatch, count: int | None, bounded: bool
+) -> None:
+    monkeypatch.setattr(qfae_export.plans, "build_plan", as_it_is)
+    monkeypatch.setattr(qfae_export.plans, "_open", runs(here / "tiny.fp16.onnx"))
+    folder = picture_folder(here / "scans", 50)
+    export(Options(onnx=here / "tiny.fp16.onnx", format="rtx-plan", parity_images=folder, parity_count=count))
+    [entry] = [one for one in Manifest.load(here / "tiny.json").certificate if one.engine == "tiny.rtx.plan"]
+    assert entry.images == (count or 32)
+    assert entry.contract.bounds.get("flips_share") == (0.02 if bounded else None)
+
+
+def as_it_is(onnx: Path, path: Path, kind: str, max_batch: int, **more: Any) -> Plan:
+    """A plan that was built in no time."""
+    path.write_bytes(b"plan")
+    report = FusionReport({"decoder": 1}, 1, {"fp32": 1}, "nowhere")
+    return Plan(path, kind, "fp16", "none", "1", None, ("SM80",), (1,), (), 0.0, report)
+
+
+def test_an_fp32_file_that_is_called_fp16_makes_no_plan(here: Path) -> None:
+    stored = json.loads((here / "tiny.json").read_text())
+    stored["files"]["tiny.onnx"]["precision"] = "fp16"
+    (here / "tiny.json").write_text(json.dumps(stored))
+    with pytest.raises(ManifestError, match=r"tiny\.onnx is fp16 in 'files', but the file computes in fp32 \("):
+        export(Options(onnx=here / "tiny.onnx", format="rtx-plan"))
 
 
 def test_an_export_goes_through_to_the_plan(checkpoint: Path, half: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

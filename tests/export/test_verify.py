@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,21 @@ from qfae_export.cli import main
 from qfae_export.export import Exported, Options, export
 from qfae_export.graph import InferenceGraph
 from qfae_export.parity import measure
+from qfae_export.parity_report import ParityReport
 from qfae_export.precision import FP16, Precision
 from qfae_export.reference import Measured64
 from qfae_export.rounded import RoundedEngine
+from qfae_export.verify import _decided_too
+from qfae_export.verify import verify as measured_again
+from qfae_runtime.agreement import Scale
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.cli import main as run_main
+from qfae_runtime.contract import Contract
 from qfae_runtime.engines import Scores, open_engine
 from qfae_runtime.errors import EngineError
 from qfae_runtime.hashing import sha256_of
 from qfae_runtime.manifest import Manifest
+from tests.export.echo import made_up, made_up_images
 from tests.export.test_cli import Ran, run
 from tests.export.tiny import checkpoint_file, config_of, picture_folder
 
@@ -81,6 +88,11 @@ def test_from_the_checkpoint_and_into_the_manifest(
     assert entry.images_from == "validation images stored in tiny.pt"
 
 
+def test_it_says_at_which_batch_sizes(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    ran = verify(capsys, "--engine", here / "tiny.onnx")
+    assert "at batch sizes: 1, 2, 4, 8, 16" in ran.out.splitlines()
+
+
 @pytest.mark.parametrize("with_checkpoint", [True, False])
 def test_a_changed_engine_is_found_out(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, with_checkpoint: bool
@@ -91,7 +103,7 @@ def test_a_changed_engine_is_found_out(
     ran = verify(capsys, "--engine", here / "tiny.onnx", *extra)
     assert ran.code == 1
     assert "map error, worst image / PyTorch's own: " in ran.err
-    assert "the engine breaks its contract on this machine; do not use its scores" in ran.err
+    assert "the engine breaks its contract (fp32) on this machine; do not use its scores" in ran.err
     if not with_checkpoint:
         assert (here / "tiny.json").read_text() == before
         return
@@ -99,6 +111,103 @@ def test_a_changed_engine_is_found_out(
     assert not entry.passed  # the certificate that was there is taken back
     with pytest.raises(EngineError, match="its comparison with PyTorch failed on onnxruntime, cpu"):
         open_engine(here / "tiny.onnx")
+
+
+def call_it(folder: Path, engine: str, precision: str, policy: dict[str, Any] | None = None) -> None:
+    """Make the manifest say, twice, that an engine is of this precision."""
+    stored = json.loads((folder / "tiny.json").read_text())
+    stored["files"][engine]["precision"] = precision
+    stored["precision"][engine] = policy or {"policy": precision}
+    stored["files"][engine]["sha256"] = sha256_of(folder / engine)
+    stored["certificate"] = [one for one in stored["certificate"] if one["engine"] != engine]
+    (folder / "tiny.json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("extra", [(), ("--ckpt",), ("--ckpt", "--record")])
+@pytest.mark.parametrize("said", ["int8", "fp16", "bf16"])
+def test_a_spoilt_engine_is_not_given_the_bounds_of_another_precision(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, said: str, extra: tuple[str, ...]
+) -> None:
+    spoil(here, 1.01)
+    call_it(here, "tiny.onnx", said)
+    before = (here / "tiny.json").read_bytes()
+    ran = verify(capsys, "--engine", here / "tiny.onnx", *extra[:1], *([checkpoint] if extra else []), *extra[1:])
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.splitlines()[-1] == (
+        f"qfae-export verify: tiny.json: tiny.onnx is {said} in 'files', but the file computes in fp32 (it has neither "
+        "16-bit floats nor QuantizeLinear), expected the same, for it decides which bounds hold; "
+        "export the engine again"
+    )
+    assert (here / "tiny.json").read_bytes() == before
+
+
+def test_one_idle_eight_bit_operation_makes_no_int8_engine(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path
+) -> None:
+    model = onnx.load(here / "tiny.onnx")
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "one"))
+    model.graph.node.append(onnx.helper.make_node("QuantizeLinear", ["score", "one"], ["idle"], name="idle"))
+    onnx.save(model, here / "tiny.onnx")
+    call_it(here, "tiny.onnx", "int8")
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 1
+    said = ran.err.splitlines()[-1]
+    assert said.startswith("qfae-export verify: tiny.json: of tiny.onnx, ")
+    assert "operations are not what 'precision' says: encoder.2.qkv (fp32, expected int8), " in said
+    assert said.endswith(" and others; export the engine again")
+    # Without a checkpoint nobody knows its operations; what it was judged by stands in the last line.
+    ran = verify(capsys, "--engine", here / "tiny.onnx")
+    assert ran.out.endswith("the engine keeps its contract (int8)\n")
+
+
+def test_a_certificate_with_more_bounds_is_not_replaced_and_they_are_named(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path
+) -> None:
+    stored = json.loads((here / "tiny.json").read_text())
+    entry = stored["certificate"][0]
+    entry["contract"]["bounds"]["flips_share"], entry["images"] = 0.05, 64
+    (here / "tiny.json").write_text(json.dumps(stored))
+    ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 1
+    assert ran.err.splitlines()[-1] == (
+        "qfae-export verify: --record: tiny.onnx was measured on 64 images, with bounds that these 32 do not show: "
+        "decisions flipped / images; pass --parity-images DIR and --parity-count N with as many images and labels"
+    )
+
+
+def test_an_uncertified_engine_is_measured_in_the_unit_of_its_scores(here: Path) -> None:
+    stored = json.loads((here / "tiny.json").read_text())
+    certified = stored["certificate"][0]["scale"]["factors"]
+    stored["certificate"] = None
+    (here / "tiny.json").write_text(json.dumps(stored))
+    report = measured_again(here / "tiny.onnx")
+    assert report.whole is not None
+    assert report.whole.scale is not None
+    assert report.whole.scale.factors == certified == 2
+
+
+def flips(threshold: float | None) -> ParityReport:
+    """An engine that flips a tenth of the decisions at the threshold of the images, measured at this one."""
+    images = made_up_images()
+    reference = made_up(images)
+    scores = reference.scores.score.copy()
+    own = Scale.of(reference.scores, images.labels)
+    number = int(np.argmin(np.where(scores < own.threshold, own.threshold - scores, np.inf)))
+    scores[number] = own.threshold + 1e-3
+    reference = replace(reference, scale=Scale.of(reference.scores, images.labels, threshold))
+    outputs = reference.scores._replace(score=scores)
+    contract = Contract("fp16", {"flips_share": 0.05, "score_worst": 0.0})
+    report = ParityReport((), images, contract, outputs=outputs)
+    chain: Any = SimpleNamespace(images=images, reference=reference)
+    return _decided_too(chain, report)
+
+
+def test_a_made_up_calibration_hides_no_flipped_decision() -> None:
+    assert flips(None).faults == ()  # compared at that threshold anyway
+    [said] = flips(1e6).faults
+    assert "th percentile of the " in said
+    assert said.endswith(": decisions flipped / images: 0.1 exceeds 0.05")
+    assert not flips(1e6)
 
 
 def test_steps_of_the_export_stay_in_the_certificate(
@@ -120,6 +229,22 @@ def test_rounding_is_measured_again(capsys: pytest.CaptureFixture[str], checkpoi
     ran = verify(capsys, "--engine", half.folder / "tiny.fp16.onnx", "--ckpt", checkpoint)
     assert ran.code == 0, ran.err
     assert "qfae-export verify: rounding the graph as FP16 rounds" in ran.err
+
+
+@pytest.mark.parametrize("kept", [["encoder"], ["perceptual.1.residual1"], ["decoder.1.attention", "decoder.1.norm1"]])
+def test_a_policy_that_is_not_the_files_is_refused(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, half: Exported, tmp_path: Path, kept: list[str]
+) -> None:
+    """It would be rounded by it: what overflows in a part that is called FP32 would not be seen."""
+    for file in half.files:
+        shutil.copy(file, tmp_path)
+    call_it(tmp_path, "tiny.fp16.onnx", "fp16", {"policy": "fp16", "kept_fp32": kept})
+    ran = verify(capsys, "--engine", tmp_path / "tiny.fp16.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 1
+    assert "operations are not what 'precision' says: " in ran.err
+    assert f"{kept[0]}" in ran.err
+    assert "(fp16, expected fp32)" in ran.err
+    assert "scoring" not in ran.err, "said before minutes of work"
 
 
 def test_rounding_that_a_processor_leaves_out_is_found(

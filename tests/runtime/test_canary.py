@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from qfae_runtime import Scorer, open_engine
-from qfae_runtime.agreement import Scale
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.canary import Canary, row_failures
 from qfae_runtime.contract import CONTRACTS
@@ -74,12 +73,12 @@ def golden_set() -> Golden:
     """Images that no picture is like: each has a pixel of 255, the others of its own number."""
     images = np.stack([np.full((2, 2, 3), number, np.uint8) for number in range(GOLDEN)])
     images[:, 0, 0, 0] = 255
-    return Golden(images, right(images), yardstick_of(right(images)))
+    return Golden(images, right(images), yardstick_of(right(images)), 1)
 
 
 def canary_of(golden: Golden) -> Canary:
     contract = CONTRACTS["fp32"].without((*OF_ALL_IMAGES, *NOT_ON_FEW_IMAGES))
-    reference = golden.reference(Scale.of(golden.scores))
+    reference = golden.reference()
     return Canary(golden, lambda numbers, got: row_failures(reference, numbers, got, contract))
 
 
@@ -300,7 +299,7 @@ def plan_manifest(tmp_path: Path) -> Manifest:
 
 def plan_canary() -> Canary:
     images = batch_of(3, seed=9)
-    return canary_of(Golden(images, plan_scores(images), yardstick_of(plan_scores(images))))
+    return canary_of(Golden(images, plan_scores(images), yardstick_of(plan_scores(images)), 1))
 
 
 def watched(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from qfae_runtime import open_engine
-from qfae_runtime.errors import ManifestError
+from qfae_runtime.canary import Canary
+from qfae_runtime.errors import ManifestError, SelfTestError
 from qfae_runtime.golden import MAX_IMAGES, Golden, load_golden, save_golden
 from qfae_runtime.selftest import self_test
 
-from .tiny import SIZE, yardstick_of
+from .tiny import SIZE, export_tiny, yardstick_of
 
 S = SIZE
 HEADERS = {
@@ -29,6 +30,7 @@ HEADERS = {
     "anomaly_map": f"{{'descr': '<f4', 'fortran_order': False, 'shape': (2, {S}, {S}), }}",
     "reconstruction": f"{{'descr': '|u1', 'fortran_order': False, 'shape': (2, {S}, {S}, 3), }}",
     "stress": "{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }",
+    "factors": "{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }",
     "own": "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 4), }",
     "unit": "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 4), }",
 }
@@ -38,6 +40,7 @@ BYTES = {
     "anomaly_map": 2 * S * S * 4,
     "reconstruction": 2 * S * S * 3,
     "stress": 2,
+    "factors": 2,
     "own": 2 * 4 * 8,
     "unit": 2 * 4 * 8,
 }
@@ -52,7 +55,8 @@ def golden(
     changed: dict[str, bytes] | None = None, *, compression: int = zipfile.ZIP_DEFLATED, twice: str = ""
 ) -> bytes:
     """Return a golden file of two black images; `changed` entries take the place of its own, or join them."""
-    held = {name: npy(HEADERS[name], bytes(BYTES[name])) for name in HEADERS} | (changed or {})
+    held = {name: npy(HEADERS[name], bytes(BYTES[name])) for name in HEADERS}
+    held |= {"factors": npy(HEADERS["factors"], b"\x03\x03")} | (changed or {})
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in held.items():
@@ -81,11 +85,11 @@ def test_what_numpy_writes_is_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     scores = read.scores._replace(score=rng.random(2, np.float32), anomaly_map=rng.random((2, S, S), np.float32))
     images, yardstick = rng.integers(0, 256, (2, S, S, 3), np.uint8), yardstick_of(scores)
-    save_golden(tmp_path / "g.npz", Golden(images, scores, yardstick, (1,)))
+    save_golden(tmp_path / "g.npz", Golden(images, scores, yardstick, 3, (1,)))
     again = load_golden((tmp_path / "g.npz").read_bytes(), "g.npz", S)
     for mine, theirs in zip((*scores, *yardstick), (*again.scores, *again.yardstick), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    assert (again.stress, again.real) == ((1,), [0])
+    assert (again.stress, again.real, again.factors) == ((1,), [0], 3)
 
 
 @pytest.mark.parametrize("error", [-1e-9, np.inf, np.nan])
@@ -93,6 +97,73 @@ def test_what_numpy_writes_is_read(tmp_path: Path) -> None:
 def test_errors_of_pytorch_that_are_none_are_refused(name: str, error: float) -> None:
     said = refusal(golden({name: npy(HEADERS[name], np.array([[1e-6] * 3 + [error]] * 2).tobytes())}), form="own")
     assert said == "g.npz: PyTorch's own errors must be finite and not below 0; export the engine again"
+
+
+def marks(name: str, *values: int) -> bytes:
+    return golden({name: npy(HEADERS[name], bytes(values))})
+
+
+def test_stress_images_alone_are_refused() -> None:
+    assert refusal(marks("stress", 1, 1), form="own") == (
+        "g.npz: all of its 2 images are marked as stress images, expected others too, whose scores errors are compared "
+        "with; export the engine again"
+    )
+    for one in ((0, 0), (0, 1), (1, 0)):
+        assert load_golden(marks("stress", *one), "g.npz", S).real
+
+
+@pytest.mark.parametrize(("values", "said"), [((0, 0), "0"), ((65, 65), "65"), ((1, 3), "1, 3"), ((255, 255), "255")])
+def test_scores_multiply_one_number_of_distances(values: tuple[int, int], said: str) -> None:
+    assert refusal(marks("factors", *values), form="own") == (
+        f"g.npz: scores multiply {said} distances, expected one number in 1..64; export the engine again"
+    )
+
+
+def uncertified(folder: Path, precision: str, factors: int, ratio: float) -> Path:
+    """An engine without a certificate whose highest golden score is `ratio` times what it computes."""
+    path = export_tiny(folder, certified=False)
+    golden_path, manifest_path = path.with_name("tiny.golden.npz"), path.with_suffix(".json")
+    read = load_golden(golden_path.read_bytes(), "g.npz", S)
+    read.scores.score[read.scores.score.argmax()] *= np.float32(ratio)
+    save_golden(golden_path, read._replace(factors=factors))
+    stored = json.loads(manifest_path.read_text())
+    stored["files"]["tiny.onnx"]["precision"] = precision
+    manifest_path.write_text(json.dumps(stored))
+    point_to(path, hashlib.sha256(golden_path.read_bytes()).hexdigest())
+    return path
+
+
+# A score of 0.89: 2 % more are 0.018 of a distance, and 0.006 of each of three that are multiplied.
+@pytest.mark.parametrize(
+    ("precision", "ratio"), [("fp16", 1.02), ("int8", 1.3)], ids=["2 percent in FP16", "30 percent in INT8"]
+)
+@pytest.mark.parametrize(("factors", "kept"), [(1, False), (3, True)])
+def test_an_uncertified_engine_is_tested_in_the_unit_of_its_scores(
+    tmp_path: Path, precision: str, ratio: float, factors: int, kept: bool
+) -> None:
+    path = uncertified(tmp_path, precision, factors, ratio)
+    with open_engine(path, allow_uncertified=True) as opened:
+        canary = Canary.of(opened)
+        assert canary is not None
+        [number] = canary.numbers(0, 1)
+        said = canary.compare([number], opened.engine.run(canary.image(number)[None]))
+        assert [text.partition(":")[0] for text in said] == ([] if kept else ["score error as distance, largest"])
+        if kept:
+            assert self_test(opened).status == "passed"
+            return
+        with pytest.raises(SelfTestError, match="score error as distance, largest"):
+            self_test(opened)
+
+
+def test_a_certificate_of_scores_in_another_unit_is_refused(engine_path: Path) -> None:
+    path = engine_path.with_suffix(".json")
+    stored = json.loads(path.read_text())
+    stored["certificate"][0]["scale"]["factors"] = 3
+    path.write_text(json.dumps(stored))
+    with open_engine(engine_path) as opened:
+        for use in (self_test, Canary.of):
+            with pytest.raises(ManifestError, match="multiply 3 distances, the golden file's multiply 1; export"):
+                use(opened)
 
 
 UNWRITTEN = 'expected a header as numpy.savez writes it for numbers, got "{'

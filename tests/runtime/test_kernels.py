@@ -115,6 +115,7 @@ OBEYED = (
     "OPENCV_CPU_DISABLE",
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
+    "LD_LIBRARY_PATH",
 )
 
 

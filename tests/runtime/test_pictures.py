@@ -49,10 +49,10 @@ def test_scale_comes_from_the_golden_images() -> None:
     maps = np.linspace(0, 0.4, 2 * SIZE * SIZE, dtype=np.float32).reshape(2, SIZE, SIZE)
     images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
     scores = Scores(maps.max(axis=(1, 2)), maps, images)
-    scale = ColourScale.of(Golden(images, scores, yardstick_of(scores)))
+    scale = ColourScale.of(Golden(images, scores, yardstick_of(scores), 1))
     # Stress images are brighter than anything that is scored, and say nothing about it.
     more = Scores.joined([scores, scores._replace(score=scores.score * 9, anomaly_map=maps * 9)])
-    stressed = Golden(np.concatenate([images, images]), more, yardstick_of(more), (2, 3))
+    stressed = Golden(np.concatenate([images, images]), more, yardstick_of(more), 1, (2, 3))
     assert ColourScale.of(stressed) == scale
     assert (scale.low, round(scale.high, 4)) == (0.0, 0.3996)
     assert scale.origin == "0 to the 99.9th percentile on the engine's 2 golden images"

@@ -124,8 +124,9 @@ def test_an_engine_that_goes_wrong_ends_the_run(
         "PyTorch's own: "
     )
     assert line.endswith(
-        f"); do not trust the scores from row {untrusted} of {out}/scores.jsonl on; the rows before it stand, and "
-        "--resume takes back the others and scores them again"
+        f"); do not trust the scores from row {untrusted} of {out}/scores.jsonl on; the rows before it were followed "
+        "by a right golden image, which excludes a fault that lasts, not one that came and went; --resume keeps them, "
+        "and takes back the others and scores them again"
     )
     record = record_of(out)
     assert (record["status"], record["untrusted_from_row"], record["canaries"]) == ("failed", untrusted, read)

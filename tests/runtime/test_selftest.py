@@ -262,7 +262,8 @@ def test_hostile_golden_files_are_refused(tmp_path: Path) -> None:
     refuse("not a golden file", images=images)
     refuse("each once", images=np.zeros((300, SIZE, SIZE, 3), np.uint8))
     good: dict[str, Any] = {"score": np.zeros(2, np.float32), "anomaly_map": np.zeros((2, SIZE, SIZE), np.float32)}
-    good |= {"stress": np.zeros(2, np.uint8), "own": np.zeros((2, 4)), "unit": np.zeros((2, 4))}
+    good |= {"stress": np.zeros(2, np.uint8), "factors": np.ones(2, np.uint8)}
+    good |= {"own": np.zeros((2, 4)), "unit": np.zeros((2, 4))}
     refuse("array 'score': expected float32", images=images, reconstruction=images, **{**good, "score": np.zeros(2)})
     refuse("array 'own': expected", images=images, reconstruction=images, **{**good, "own": np.zeros((2, 3))})
     refuse(r"expected 1\.\.32 images, got 0", images=images[:0], reconstruction=images, **good)

@@ -107,7 +107,7 @@ def export_tiny(
         scores = engine.run(images)
         many = golden_images(MIN_IMAGES, size)
         measured = Scores.joined(engine.run(many[at : at + max_batch]) for at in range(0, MIN_IMAGES, max_batch))
-        save_golden(golden_path, Golden(images, scores, yardstick_of(scores)))
+        save_golden(golden_path, Golden(images, scores, yardstick_of(scores), 1))
         if certified:
             entry = CertificateEntry.issue(
                 engine_path,
