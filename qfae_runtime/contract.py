@@ -22,7 +22,7 @@ _AXES = {
     "stress": ("image",),
 }
 
-_OF_WHOLE_IMAGES = ("map_angle_max", "map_cosine_p1", "map_cosine_min", "stress_angle", "stress_reconstruction")
+_OF_WHOLE_IMAGES = ("map_angle_max", "map_cosine_p1", "map_cosine_min", "stress_angle", "stress_cosine", "stress_reconstruction")
 """Quantities of an image as a whole, of which no single value is the worst."""
 
 
@@ -126,13 +126,15 @@ CONTRACTS = {
             "score_distance_max": 0.15,
             "spearman": 0.995,
             "flips_beyond": 0.0,
-            "map_angle": 0.02,
-            "map_angle_max": 0.1,
+            "map_angle": 0.01,
+            "map_angle_max": 0.02,
             "map_cosine_p1": 0.75,
             "map_cosine_min": 0.5,
             "reconstruction_p999": 4.0,
-            "stress_distance": 0.3,
-            "stress_angle": 0.3,
+            "stress_distance": 0.04,
+            "stress_share": 0.075,
+            "stress_angle": 0.25,
+            "stress_cosine": 0.9,
             "stress_reconstruction": 20.0,
         },
     ),

@@ -163,13 +163,15 @@ def test_what_int8_promises() -> None:
         "score_distance_max": 0.15,
         "spearman": 0.995,
         "flips_beyond": 0.0,
-        "map_angle": 0.02,
-        "map_angle_max": 0.1,
+        "map_angle": 0.01,
+        "map_angle_max": 0.02,
         "map_cosine_p1": 0.75,
         "map_cosine_min": 0.5,
         "reconstruction_p999": 4.0,
-        "stress_distance": 0.3,
-        "stress_angle": 0.3,
+        "stress_distance": 0.04,
+        "stress_share": 0.075,
+        "stress_angle": 0.25,
+        "stress_cosine": 0.9,
         "stress_reconstruction": 20.0,
     }
 
@@ -229,7 +231,7 @@ EVERY = {"map_angle", "map_angle_max", "map_cosine_p1", "map_cosine_min"}
         (lambda maps: maps.transpose(0, 2, 1), EVERY),
         (lambda maps: maps * 0, EVERY),
         (lambda maps: maps * 2, {"map_angle", "map_angle_max"}),
-        (lambda maps: maps * 0.8, {"map_angle"}),
+        (lambda maps: maps * 0.8, {"map_angle", "map_angle_max"}),
         (
             lambda maps: np.concatenate([maps[:2], maps[2:3, ::-1], maps[3:]]),
             {"map_angle_max", "map_cosine_p1", "map_cosine_min"},
