@@ -95,9 +95,11 @@ _HALF = {
     "map_angle": 1e-3,
     "map_angle_max": 5e-3,
     "reconstruction_p999": 2.0,
-    "stress_distance": 0.1,
-    "stress_angle": 0.1,
-    "stress_reconstruction": 2.0,
+    "stress_distance": 0.01,
+    "stress_share": 0.025,
+    "stress_angle": 0.015,
+    "stress_cosine": 0.995,
+    "stress_reconstruction": 1.2,
 }
 
 CONTRACTS = {
@@ -132,7 +134,7 @@ CONTRACTS = {
             "map_cosine_min": 0.5,
             "reconstruction_p999": 4.0,
             "stress_distance": 0.04,
-            "stress_share": 0.075,
+            "stress_share": 0.1,
             "stress_angle": 0.25,
             "stress_cosine": 0.9,
             "stress_reconstruction": 20.0,

@@ -70,8 +70,8 @@ Of those, the last three and the worst of everything are taken. The grey levels 
 pixels, and the worst image's count. A share of a distance is one of LEAST_DISTANCE where the distance is less.
 """
 
-LEAST_DISTANCE = 0.05
-"""What a stress image rebuilt nearly perfectly counts as: there an error has no share that says anything."""
+LEAST_DISTANCE = 0.002
+"""Below what distance an error is no share of it: lower than any stress image's of a trained model (0.003)."""
 
 
 OF_ALL_IMAGES = (

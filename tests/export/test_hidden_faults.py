@@ -156,6 +156,15 @@ FAULTS: dict[str, Callable[[Any, float], Answer]] = {
 }
 
 
+WITHIN_ROUNDING = {
+    # The demonstration's reconstructions are grey to a level; see below for a model whose are not.
+    SWAPPED: ("fp16", "int8"),
+    # A stress image's score by 0.034 as distance at most (INT8: 0.017), and 0.0015.
+    "saturated pixels clipped": ("int8",),
+    "the null token dropped": ("int8",),
+}
+"""Contracts that allow a fault here, for it changes no more than twice what rounding does."""
+
 OF_OUTPUTS = [
     fault
     for fault in FAULTS
@@ -182,8 +191,8 @@ HEADINGS = {"all images", *(f"batch {size}" for size in (1, 3, BATCH))}
 @pytest.mark.parametrize("fault", FAULTS)
 def test_is_refused(fault: str, sound: Answer, scorer: AnomalyScorer, highest: float, judge: Judge) -> None:
     graph = sound if fault in OF_OUTPUTS else graph_of(scorer)
-    # The demonstration's reconstructions are grey to a level, which is within FP16's rounding and INT8's; see below.
-    precisions = ("fp32",) if fault == SWAPPED else ("fp32", "fp16", "int8")
+    allowed = WITHIN_ROUNDING.get(fault, ())
+    precisions = tuple(one for one in ("fp32", "fp16", "int8") if one not in allowed)
     for report in judge(FAULTS[fault](graph, highest), precisions):
         assert not report, report.contract.name
         assert all(text.partition(": ")[0] in HEADINGS for text in report.failures()), report.failures()
