@@ -22,7 +22,14 @@ _AXES = {
     "stress": ("image",),
 }
 
-_OF_WHOLE_IMAGES = ("map_angle_max", "map_cosine_p1", "map_cosine_min", "stress_angle", "stress_cosine", "stress_reconstruction")
+_OF_WHOLE_IMAGES = (
+    "map_angle_max",
+    "map_cosine_p1",
+    "map_cosine_min",
+    "stress_angle",
+    "stress_cosine",
+    "stress_reconstruction",
+)
 """Quantities of an image as a whole, of which no single value is the worst."""
 
 
