@@ -20,7 +20,7 @@ DOCUMENT = Path("docs/int8.md")
 SHOWN = (
     *("score_distance", "score_distance_max", "spearman", "auroc_change", "flips", "flips_beyond"),
     *("map_angle", "map_angle_max", "map_cosine_p1", "map_cosine_min", "reconstruction_p999"),
-    *("stress_distance", "stress_angle", "stress_reconstruction"),
+    *("stress_distance", "stress_share", "stress_angle", "stress_cosine", "stress_reconstruction"),
 )
 """Everything that the contract bounds."""
 

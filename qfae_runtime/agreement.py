@@ -14,7 +14,7 @@ import numpy as np
 
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import OUTPUT_NAMES, Scores
-from qfae_runtime.quantities import QUANTITIES
+from qfae_runtime.quantities import LEAST_DISTANCE, QUANTITIES
 from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of, typical_ratios
 
 
@@ -341,15 +341,21 @@ def _stress(
     values: dict[str, float | None],
     worst: dict[str, Worst],
 ) -> None:
-    values |= dict.fromkeys(("stress_distance", "stress_angle", "stress_reconstruction"), 0.0)
+    values |= dict.fromkeys(("stress_distance", "stress_share", "stress_angle", "stress_reconstruction"), 0.0)
+    values["stress_cosine"] = 1.0
     if not stress:
         return
     want, have = (one.of(stress) for one in (reference, got))
     scores = want.score.astype(np.float64), have.score.astype(np.float64)
-    moved = np.abs(distance(scores[1], scale.factors) - distance(scores[0], scale.factors))
-    worst["stress_distance"] = _renumbered(_worst(moved, *scores), stress)
-    values["stress_distance"] = worst["stress_distance"].error
-    angles = _angles(want.anomaly_map.astype(np.float64), have.anomaly_map.astype(np.float64), scale.factors)
+    expected = distance(scores[0], scale.factors)
+    moved = np.abs(distance(scores[1], scale.factors) - expected)
+    for name, errors in (("stress_distance", moved), ("stress_share", moved / np.maximum(expected, LEAST_DISTANCE))):
+        worst[name] = _renumbered(_worst(errors, *scores), stress)
+        values[name] = worst[name].error
+    maps = want.anomaly_map.astype(np.float64), have.anomaly_map.astype(np.float64)
+    angles = _angles(*maps, scale.factors)
+    cosines = np.array([_cosine(a.ravel(), b.ravel()) for a, b in zip(*maps, strict=True)])
+    values["stress_cosine"], worst["stress_cosine"] = float(cosines.min()), _of_image(-cosines, stress)
     levels = np.abs(have.reconstruction.astype(np.float64) - want.reconstruction).mean((1, 2, 3))
     for name, errors in (("stress_angle", angles), ("stress_reconstruction", levels)):
         values[name] = float(errors.max())

@@ -22,7 +22,14 @@ _AXES = {
     "stress": ("image",),
 }
 
-_OF_WHOLE_IMAGES = ("map_angle_max", "map_cosine_p1", "map_cosine_min", "stress_angle", "stress_reconstruction")
+_OF_WHOLE_IMAGES = (
+    "map_angle_max",
+    "map_cosine_p1",
+    "map_cosine_min",
+    "stress_angle",
+    "stress_cosine",
+    "stress_reconstruction",
+)
 """Quantities of an image as a whole, of which no single value is the worst."""
 
 
@@ -94,9 +101,11 @@ _HALF = {
     "map_angle": 1e-3,
     "map_angle_max": 5e-3,
     "reconstruction_p999": 2.0,
-    "stress_distance": 0.1,
-    "stress_angle": 0.1,
-    "stress_reconstruction": 2.0,
+    "stress_distance": 0.01,
+    "stress_share": 0.025,
+    "stress_angle": 0.015,
+    "stress_cosine": 0.995,
+    "stress_reconstruction": 1.2,
 }
 
 CONTRACTS = {
@@ -124,13 +133,15 @@ CONTRACTS = {
             "score_distance": 0.01,
             "score_distance_max": 0.15,
             "spearman": 0.995,
-            "map_angle": 0.02,
-            "map_angle_max": 0.1,
+            "map_angle": 0.01,
+            "map_angle_max": 0.02,
             "map_cosine_p1": 0.75,
             "map_cosine_min": 0.5,
             "reconstruction_p999": 4.0,
-            "stress_distance": 0.3,
-            "stress_angle": 0.3,
+            "stress_distance": 0.04,
+            "stress_share": 0.1,
+            "stress_angle": 0.25,
+            "stress_cosine": 0.9,
             "stress_reconstruction": 20.0,
         },
     ),

@@ -48,7 +48,9 @@ QUANTITIES = {
     "reconstruction_levels": Quantity("reconstruction, grey levels"),
     "reconstruction_p999": Quantity("reconstruction, p99.9 grey levels"),
     "stress_distance": Quantity("stress images: score error as distance, largest"),
+    "stress_share": Quantity("stress images: score error / score, as distances, largest"),
     "stress_angle": Quantity("stress images: map error as angle, worst image"),
+    "stress_cosine": Quantity("stress images: map cosine, least", larger_is_better=True),
     "stress_reconstruction": Quantity("stress images: reconstruction, mean grey levels"),
 }
 """What is measured, in the order of tables.
@@ -65,8 +67,11 @@ over its pixels.
 
 Quantities of whole sets (percentiles, means, ranks, decisions, AUROC) leave stress images out: nobody will score such.
 Of those, the last three and the worst of everything are taken. The grey levels of a stress image are the mean over its
-pixels, and the worst image's count.
+pixels, and the worst image's count. A share of a distance is one of LEAST_DISTANCE where the distance is less.
 """
+
+LEAST_DISTANCE = 0.002
+"""Below what distance an error is no share of it: lower than any stress image's of a trained model (0.003)."""
 
 
 OF_ALL_IMAGES = (

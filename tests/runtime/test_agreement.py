@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from qfae_runtime.agreement import Reference, Scale, measure_agreement
 from qfae_runtime.engines.base import Scores
-from qfae_runtime.quantities import QUANTITIES
+from qfae_runtime.quantities import LEAST_DISTANCE, QUANTITIES
 from qfae_runtime.yardstick import Yardstick
 
 from .tiny import yardstick_of
@@ -87,10 +87,11 @@ def test_every_quantity_against_another_computation() -> None:
     error = np.abs(got.score.astype(float) - want.score.astype(float))
     levels = np.abs(got.reconstruction.astype(float) - want.reconstruction.astype(float))
     iqr = np.percentile(want.score.astype(float), 75) - np.percentile(want.score.astype(float), 25)
-    cosines = [
+    all_cosines = [
         np.dot(a.ravel(), b.ravel()) / np.sqrt(np.dot(a.ravel(), a.ravel()) * np.dot(b.ravel(), b.ravel()))
-        for a, b in zip(want.anomaly_map.astype(float), got.anomaly_map.astype(float), strict=True)
+        for a, b in zip(every[2], every[3], strict=True)
     ]
+    cosines = [all_cosines[number] for number in real]
     normal = want.score.astype(float)[[not label for label in labels]]
     threshold = np.percentile(normal, 95)
     flipped = (want.score >= threshold) != (got.score >= threshold)
@@ -120,7 +121,9 @@ def test_every_quantity_against_another_computation() -> None:
         "reconstruction_levels": all_levels.max(),
         "reconstruction_p999": np.percentile(levels, 99.9),
         "stress_distance": moved[stress].max(),
+        "stress_share": (moved / np.maximum(roots[0], LEAST_DISTANCE))[stress].max(),
         "stress_angle": angles[stress].max(),
+        "stress_cosine": min(all_cosines[number] for number in stress),
         "stress_reconstruction": all_levels[stress].mean((1, 2, 3)).max(),
     }
     assert values == pytest.approx(expected, rel=1e-5)

@@ -48,9 +48,11 @@ def test_what_the_contracts_promise() -> None:
         "map_angle": 1e-3,
         "map_angle_max": 5e-3,
         "reconstruction_p999": 2.0,
-        "stress_distance": 0.1,
-        "stress_angle": 0.1,
-        "stress_reconstruction": 2.0,
+        "stress_distance": 0.01,
+        "stress_share": 0.025,
+        "stress_angle": 0.015,
+        "stress_cosine": 0.995,
+        "stress_reconstruction": 1.2,
     }
     assert CONTRACTS["bf16"].bounds == FP16.bounds
 
@@ -161,13 +163,15 @@ def test_what_int8_promises() -> None:
         "score_distance": 0.01,
         "score_distance_max": 0.15,
         "spearman": 0.995,
-        "map_angle": 0.02,
-        "map_angle_max": 0.1,
+        "map_angle": 0.01,
+        "map_angle_max": 0.02,
         "map_cosine_p1": 0.75,
         "map_cosine_min": 0.5,
         "reconstruction_p999": 4.0,
-        "stress_distance": 0.3,
-        "stress_angle": 0.3,
+        "stress_distance": 0.04,
+        "stress_share": 0.1,
+        "stress_angle": 0.25,
+        "stress_cosine": 0.9,
         "stress_reconstruction": 20.0,
     }
 
@@ -227,10 +231,10 @@ EVERY = {"map_angle", "map_angle_max", "map_cosine_p1", "map_cosine_min"}
         (lambda maps: maps.transpose(0, 2, 1), EVERY),
         (lambda maps: maps * 0, EVERY),
         (lambda maps: maps * 2, {"map_angle", "map_angle_max"}),
-        (lambda maps: maps * 0.8, {"map_angle"}),
+        (lambda maps: maps * 0.8, {"map_angle", "map_angle_max"}),
         (
             lambda maps: np.concatenate([maps[:2], maps[2:3, ::-1], maps[3:]]),
-            {"map_angle_max", "map_cosine_p1", "map_cosine_min"},
+            EVERY,
         ),
     ],
     ids=["transposed", "zero", "twice", "paler", "one upside down"],
@@ -243,6 +247,41 @@ def test_maps_that_int8_does_not_allow(
     values = measure_agreement(reference, got).values
     contract = CONTRACTS["int8"]
     assert {name for name in contract.bounds if not contract.allows(name, values[name])} == broken
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("score", [1e-6, 2.7e-8])
+def test_a_fault_of_stress_images_that_score_low_is_refused(precision: str, score: float) -> None:
+    """0.01 and 0.003 as distance, as a model's own constant images may score: no absolute bound sees them vanish."""
+    reference = blobs()
+    reference.score[0], reference.anomaly_map[0] = score, reference.anomaly_map[0] * score
+    contract = CONTRACTS[precision]
+
+    def broken(factor: float) -> set[str]:
+        got = reference._replace(score=reference.score.copy())
+        got.score[0] *= factor
+        scale = Scale.of(reference, factors=3)
+        values = measure_agreement(reference, got, scale=scale, stress=[0]).values
+        return {name for name in contract.bounds if not contract.allows(name, values[name])}
+
+    assert "stress_share" in broken(1e-4)
+    assert "stress_share" in broken(0.5)
+    assert broken(0.95) == set()
+    assert "stress_distance" not in broken(0.5)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_stress_images_map_moved_by_two_pixels_is_refused(precision: str) -> None:
+    """However low it is: the errors of a low map are small angles."""
+    reference = blobs()
+    reference.anomaly_map[0] *= 1e-12
+    moved = reference._replace(anomaly_map=reference.anomaly_map.copy())
+    moved.anomaly_map[0] = np.roll(moved.anomaly_map[0], 2, 1)
+    agreement = measure_agreement(reference, moved, scale=Scale.of(reference, factors=3), stress=[0])
+    assert titles(CONTRACTS[precision].failures(agreement, ["made up"])) == ["stress images"]
+    [sentence] = CONTRACTS[precision].failures(agreement, ["made up"])
+    assert sentence.startswith("stress images: map cosine, least: 0.")
+    assert sentence.endswith("worst at image 0 (made up)")
 
 
 def test_decisions_that_int8_does_not_allow() -> None:
