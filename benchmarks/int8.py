@@ -18,7 +18,7 @@ from qfae_runtime.quantities import QUANTITIES
 
 DOCUMENT = Path("docs/int8.md")
 SHOWN = (
-    *("score_distance", "score_distance_max", "spearman", "auroc_change", "flips", "flips_beyond"),
+    *("score_distance", "score_distance_max", "spearman", "auroc_change", "flips"),
     *("map_angle", "map_angle_max", "map_cosine_p1", "map_cosine_min", "reconstruction_p999"),
     *("stress_distance", "stress_share", "stress_angle", "stress_cosine", "stress_reconstruction"),
 )
