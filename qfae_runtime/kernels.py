@@ -39,8 +39,9 @@ _PREFIXES = (
     *("OPENBLAS_", "GOTO_", "BLIS_", "VECLIB_", "NPY_", "OPENCV_"),
 )
 _GPU_PREFIXES = ("CUDA_", "CUDNN_", "CUBLAS_", "CUBLASLT_", "NVIDIA_", "TRT_", "TENSORRT_", "NVRTC_")
-# glibc chooses its mathematical functions by the first; the others put other libraries in the place of ours.
-_NAMES = ("GLIBC_TUNABLES", "LD_PRELOAD", "LD_LIBRARY_PATH")
+# glibc chooses its mathematical functions by the first; the other puts other libraries in the place of ours. So may
+# LD_LIBRARY_PATH, but OpenCV changes it when it is imported, and hands it on to child processes: it tells nothing.
+_NAMES = ("GLIBC_TUNABLES", "LD_PRELOAD")
 # What libraries set themselves when they are imported, some of them late in a run, and nothing computes by: the first
 # two threadpoolctl (of scikit-learn), the third this package.
 _NOT_OBEYED = frozenset({"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "ORT_DISABLE_TELEMETRY"})

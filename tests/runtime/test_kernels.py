@@ -115,7 +115,6 @@ OBEYED = (
     "OPENCV_CPU_DISABLE",
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
-    "LD_LIBRARY_PATH",
 )
 
 
