@@ -176,7 +176,7 @@ def test_a_bound_cannot_be_shed_by_measuring_on_fewer_images(made: Exported, che
     mine["measured"]["auroc_change"] = 0.02
     mine["passed"] = False
     (folder / "tiny.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(ExportError, match=r"--record: tiny\.int8\.onnx was measured on 32 images, with bounds that these"):
+    with pytest.raises(ExportError, match=r"tiny\.int8\.onnx was measured on 32 images, with bounds that these"):
         verify(folder / "tiny.int8.onnx", checkpoint, record=True)
 
 
