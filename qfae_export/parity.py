@@ -16,7 +16,7 @@ from qfae_export.images import ParityImages
 from qfae_export.parity_report import Measured, ParityReport
 from qfae_runtime.agreement import Agreement, Reference
 from qfae_runtime.arrays import UInt8
-from qfae_runtime.contract import Contract, beyond_pytorch
+from qfae_runtime.contract import Contract, that_pytorch_keeps
 from qfae_runtime.coverage import agreement_at, calls_of, spread
 from qfae_runtime.engines.base import UNWRITTEN, Engine, Poisonable, Scores
 from qfae_runtime.errors import EngineError
@@ -39,8 +39,7 @@ def measure(
         EngineError: the backend failed.
 
     """
-    if pytorch is not None:
-        contract = contract.without(beyond_pytorch(contract, pytorch.values))
+    contract = that_pytorch_keeps(contract, pytorch.values if pytorch is not None else None)
     rows: list[Measured] = []
     seen = _FirstOutputs(len(images))
     sizes = [min(size, engine.max_batch) for size in engine.batches]  # a plan fills its largest size up

@@ -168,7 +168,7 @@ def _exact(scorer: AnomalyScorer, images: ParityImages, scores: Scores) -> list[
     stress = set(images.stress)
     chosen: list[int] = []
     for group, count in (
-        ([number for number in numbers if number not in stress], EXACT_IMAGES - EXACT_IMAGES // 2),
+        ([number for number in numbers if number not in stress], EXACT_IMAGES // 2),
         ([number for number in numbers if number in stress], EXACT_IMAGES // 2),
     ):
         by_score = sorted(group, key=lambda number: float(scores.score[number]))

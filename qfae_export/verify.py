@@ -19,7 +19,7 @@ from qfae_export.reference import scale_of
 from qfae_runtime import calibration
 from qfae_runtime.agreement import Reference
 from qfae_runtime.certificate import CertificateEntry
-from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, beyond_pytorch, owed
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, owed, that_pytorch_keeps
 from qfae_runtime.engines import OpenedEngine, open_engine
 from qfae_runtime.engines.base import card_of
 from qfae_runtime.errors import CalibrationError, ManifestError, OutputError, cure_of_writing
@@ -190,7 +190,7 @@ def _laxer(entry: CertificateEntry, before: CertificateEntry) -> list[str]:
     """Return the bounds that a measurement of the same bytes lacks of the one it would replace and PyTorch keeps."""
     if entry.engine_sha256 != before.engine_sha256 or not entry.passed:
         return []
-    asked = before.contract.without(beyond_pytorch(before.contract, entry.pytorch or {}))
+    asked = that_pytorch_keeps(before.contract, entry.pytorch)
     return [name for name in asked.bounds if not asked.allows(name, entry.contract.bounds.get(name))]
 
 

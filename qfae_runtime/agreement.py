@@ -95,6 +95,14 @@ class Reference:
         """Measure outputs on these images; `labels` (True: anomalous) stand in their order."""
         return measure_agreement(self.scores, got, labels, self.scale, self.yardstick, self.stress)
 
+    def typical(self, got: Scores) -> dict[str, float | None]:
+        """Return what is typical of comparable outputs on these images, and no other quantity of `compare`."""
+        if self.yardstick is None:
+            return dict.fromkeys(TYPICAL)
+        known = set(self.stress)
+        kinds = [[number for number in range(len(self)) if (number in known) == stress] for stress in (False, True)]
+        return {**_typical(errors_of(self.scores, got), steps_of(self.scores), kinds, self.yardstick)}
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -153,8 +161,7 @@ def measure_agreement(
     worst: dict[str, Worst] = {}
     _against_own(reference, got, [real, sorted(left_out)], yardstick, values, worst)
     known = [labels[number] for number in real] if len(labels) else []
-    _scores(reference, got, real, known, scale, values, worst)
-    _flips_beyond(reference, got, real, scale, yardstick, values)
+    _scores(reference, got, real, known, scale, yardstick, values, worst)
     _maps(reference, got, real, scale, values, worst)
     _reconstruction(reference, got, real, values, worst)
     _stress(reference, got, list(stress), scale, values, worst)
@@ -240,6 +247,7 @@ def _scores(
     real: list[int],
     labels: Sequence[bool | None],
     scale: Scale,
+    yardstick: Yardstick | None,
     values: dict[str, float | None],
     worst: dict[str, Worst],
 ) -> None:
@@ -248,6 +256,7 @@ def _scores(
     values["score_abs"] = worst["score_abs"].error
     values |= dict.fromkeys(("score_p999", "score_iqr", "spearman", "auroc_change"))
     values |= dict.fromkeys(("score_distance", "score_distance_max", "flips", "flips_share"), 0.0)
+    values["flips_beyond"] = None if yardstick is None else 0.0
     if not real:
         return
     want, have = every[0][real], every[1][real]
@@ -261,25 +270,10 @@ def _scores(
     values["spearman"] = _spearman(want, have)
     flipped = (want >= scale.threshold) != (have >= scale.threshold)
     values["flips"], values["flips_share"] = float(flipped.sum()), float(flipped.mean())
+    if yardstick is not None:
+        reach = FLIP_REACH * yardstick.unit[real, 0]
+        values["flips_beyond"] = float((flipped & (np.abs(want - scale.threshold) > reach)).sum())
     values["auroc_change"] = _auroc_change(want, have, labels)
-
-
-def _flips_beyond(
-    reference: Scores,
-    got: Scores,
-    real: list[int],
-    scale: Scale,
-    yardstick: Yardstick | None,
-    values: dict[str, float | None],
-) -> None:
-    """Count decisions that changed although rounding is not what changed them."""
-    values["flips_beyond"] = None
-    if yardstick is None:
-        return
-    want, have = (one.score.astype(np.float64)[real] for one in (reference, got))
-    flipped = (want >= scale.threshold) != (have >= scale.threshold)
-    reach = FLIP_REACH * yardstick.unit[real, 0]
-    values["flips_beyond"] = float((flipped & (np.abs(want - scale.threshold) > reach)).sum())
 
 
 def _maps(

@@ -29,7 +29,7 @@ class Canary:
     """The golden images of an engine, and what tells whether its outputs on them are still right."""
 
     def __init__(self, golden: Golden, compare: Compare) -> None:
-        self._images = golden.images
+        self.golden = golden
         self._order = [int(number) for number in np.argsort(-golden.scores.score, kind="stable")]
         self.compare = compare
 
@@ -56,7 +56,7 @@ class Canary:
 
     def image(self, number: int) -> UInt8:
         """Return a golden image, uint8 (S, S, 3)."""
-        image: UInt8 = self._images[number]
+        image: UInt8 = self.golden.images[number]
         return image
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from qfae_runtime.agreement import Agreement, Scale
 from qfae_runtime.checked import Fields
-from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, beyond_pytorch
+from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, that_pytorch_keeps
 from qfae_runtime.engines.base import Engine, card_of
 from qfae_runtime.hashing import sha256_of_engine
 from qfae_runtime.quantities import OF_ALL_IMAGES, QUANTITIES
@@ -40,7 +40,7 @@ class Link:
     def keeps(self, pytorch: Mapping[str, float | None] | None) -> bool:
         """Say whether it keeps what a few images show, but for bounds that PyTorch FP32 breaks by these values."""
         contract = CONTRACTS[self.contract].without(OF_ALL_IMAGES)
-        return contract.without(beyond_pytorch(contract, pytorch or {})).holds(self.measured)
+        return that_pytorch_keeps(contract, pytorch).holds(self.measured)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _read_contract(fields: Fields, pytorch: Mapping[str, float | None]) -> Contr
     if promised is None:
         raise fields.fault("name", f"one of {', '.join(CONTRACTS)}")
     # A certificate may be stricter than this version asks for, never laxer than what PyTorch FP32 keeps itself.
-    promised = promised.without(beyond_pytorch(promised, pytorch))
+    promised = that_pytorch_keeps(promised, pytorch)
     if not contract.is_as_strict_as(promised):
         raise fields.fault("bounds", f"bounds at least as strict as {dict(promised.bounds)}")
     fields.finish()

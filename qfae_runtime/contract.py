@@ -185,6 +185,11 @@ def beyond_pytorch(contract: Contract, pytorch: Mapping[str, float | None]) -> l
     return [name for name, value in known.items() if value is not None and not contract.allows(name, value)]
 
 
+def that_pytorch_keeps(contract: Contract, pytorch: Mapping[str, float | None] | None) -> Contract:
+    """Return the contract without the bounds that PyTorch FP32 breaks itself; None: nobody measured it."""
+    return contract.without(beyond_pytorch(contract, pytorch or {}))
+
+
 def min_images(precision: str) -> int:
     """Return the images that a bound on flipped decisions needs: one flip is a share that it allows."""
     return math.ceil(1 / FLIPS_SHARE[precision])

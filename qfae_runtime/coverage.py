@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qfae_runtime.agreement import TYPICAL, Agreement, Reference
+from qfae_runtime.agreement import Agreement, Reference
 from qfae_runtime.arrays import Float32
 from qfae_runtime.contract import Contract
 from qfae_runtime.engines.base import Scores
@@ -65,8 +65,7 @@ def agreement_at(reference: Reference, numbers: Sequence[int], got: Scores) -> A
         kinds = [[number for number in first if (number in reference.stress) == stress] for stress in (False, True)]
         enough = [number for kind in kinds if len(kind) >= _ENOUGH for number in kind]
         if enough:
-            apart = reference.of(enough).compare(got.of([first[number] for number in enough]))
-            values |= {name: apart.values[name] for name in TYPICAL}
+            values |= reference.of(enough).typical(got.of([first[number] for number in enough]))
     return replace(agreement, values=values)
 
 

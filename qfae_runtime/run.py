@@ -14,7 +14,6 @@ from qfae_runtime.calibration import Calibration, Decider, path_beside
 from qfae_runtime.calibration import load as load_calibration
 from qfae_runtime.engines import BACKENDS, DEVICES, OpenedEngine, open_engine
 from qfae_runtime.errors import CanaryError, OutputError, QfaeError, RunInterruptedError, UsageError
-from qfae_runtime.golden import golden_beside
 from qfae_runtime.inputs import Inputs
 from qfae_runtime.interruption import last_words
 from qfae_runtime.jobs import Jobs
@@ -190,7 +189,7 @@ class _Run:
         self.scorer = Scorer.of(opened, options.batch_size)
         self.names = Pseudonyms.from_file(options.deidentify) if options.deidentify else None
         self.sources = [self._named(found.source_of(path)) for path in found.images]
-        self.scale = ColourScale.of(golden_beside(opened))
+        self.scale = ColourScale.of(self.scorer.canary.golden if self.scorer.canary is not None else None)
         self.calibration = _calibration(options, opened)
         self.spent = Seconds()
         self.subject = Subject(
