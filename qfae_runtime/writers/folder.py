@@ -244,7 +244,11 @@ def make_parent(path: Path, inside: Path) -> None:
         if one == inside:
             break
         refuse_link(one)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in reversed([one for one in path.parents if inside in one.parents]):
+        try:
+            folder.mkdir(exist_ok=True)  # one by one: mkdir(parents=True) would make `inside` again
+        except (FileNotFoundError, NotADirectoryError):
+            raise removed(inside) from None
     if not path.parent.resolve().is_relative_to(inside.resolve()):
         raise OutputError(f"{path}: lies outside {inside}; results stay inside --out, name the images by plain paths")
 

@@ -118,11 +118,10 @@ def draw(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, marked as ours (see is_ours), whole or not at all, creating folders as needed."""
+    """Write a figure as PNG, marked as ours (see is_ours), whole or not at all."""
     marks = PngImagePlugin.PngInfo()
     marks.add_text("Software", SOFTWARE)
     marks.add_text(_PANELS_KEY, " ".join(str(edge) for edge in figure.panels))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.picture.save(temporary, format="PNG", pnginfo=marks, compress_level=1)
 

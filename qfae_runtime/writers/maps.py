@@ -33,8 +33,7 @@ def map_name(source: str) -> str:
 
 
 def save_map(anomaly_map: Float32, path: Path) -> None:
-    """Write a map float32 (H, W) as float16, whole or not at all, creating folders below maps/ as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a map float32 (H, W) as float16, whole or not at all."""
     values = np.ascontiguousarray(anomaly_map, dtype="<f2")
     with whole_file(path) as temporary, temporary.open("wb") as file:
         # Not np.save: it hands a file to C, where a disk that is full goes unnoticed or loses its name.

@@ -26,11 +26,6 @@ from tests.export.test_cli import Ran, run
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "cache"))
-
-
 class Off(OnnxRuntimeEngine):
     """OpenVINO's place, taken by an engine whose maps are off by a little, or are not finite."""
 

@@ -47,10 +47,7 @@ def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
     return export(options)
 
 
-def test_an_int8_engine_comes_with_its_certificate(
-    made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "cache"))
+def test_an_int8_engine_comes_with_its_certificate(made: Exported) -> None:
     assert made.engines == ("tiny.onnx", "tiny.int8.onnx")
     assert made.engine.name == "tiny.int8.onnx"
     manifest = Manifest.load(made.folder / "tiny.json")

@@ -12,11 +12,6 @@ from .doubles.tensorrt import FakeTensorRt
 from .tiny import export_tiny
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def engine_path(tmp_path: Path) -> Path:
     return export_tiny(tmp_path / "engine")

@@ -135,7 +135,7 @@ def test_rates_are_of_one_number_of_threads_and_one_batch_size(
     assert len(backends.opened) == 4
 
 
-def test_a_single_candidate_is_taken_without_any_timing(backends: Backends, path: Path, tmp_path: Path) -> None:
+def test_a_single_candidate_is_taken_without_any_timing(backends: Backends, path: Path, cache: Path) -> None:
     backends.lacks = dict.fromkeys(OTHERS, "not installed")
     with open_engine(path) as opened:
         backend, candidates = chosen(opened)
@@ -146,7 +146,7 @@ def test_a_single_candidate_is_taken_without_any_timing(backends: Backends, path
         "onnxruntime": None, "openvino": "not installed", "openvino-bf16": "not installed"
     }  # fmt: skip
     assert opened.choice.sentence() == "onnxruntime on cpu, the only one installed and certified here"
-    assert not (tmp_path / "cache").exists()
+    assert not cache.exists()
 
 
 def test_what_is_not_certified_is_not_taken_however_fast(backends: Backends, tmp_path: Path) -> None:

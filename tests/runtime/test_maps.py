@@ -158,7 +158,8 @@ def test_the_option_reaches_the_run(livers: Path, engine_path: Path, tmp_path: P
 
 
 def test_a_map_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a" / "b" / "x.png.npy"
+    path = tmp_path / "maps" / "x.png.npy"
+    path.parent.mkdir()
     values = np.array([[0.0, 1e-8, 1e-7], [0.1234567, 2.0, 6e-5]], np.float32)
     save_map(values, path)
     stored = np.load(path, allow_pickle=False)

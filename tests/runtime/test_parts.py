@@ -68,7 +68,6 @@ def test_starts_are_kept_and_add_up(
     monkeypatch.setattr("qfae_runtime.record.hardware", lambda: {"processor": "another"})
     interrupt(dataset, engine_path, out, 9, resume=True)
     monkeypatch.undo()
-    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "cache"))
     run(dataset, engine_path, out, resume=True)
     record = record_of(out)
     assert (record["status"], record["started"]) == ("done", "2026-11-01T10:00:00+00:00")
@@ -125,7 +124,6 @@ def test_a_start_that_failed_says_so(
     with pytest.raises(EngineError):
         run(dataset, engine_path, out, maps=False)
     monkeypatch.undo()
-    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "cache"))
     assert record_of(out)["status"] == "failed"
     run(dataset, engine_path, out, maps=False, resume=True)
     assert [(part["status"], part["rows"]) for part in record_of(out)["parts"]] == [("failed", 0), ("done", 12)]

@@ -74,8 +74,8 @@ def test_figure_holds_three_panels_and_is_known_as_ours(tmp_path: Path) -> None:
     flat, geometry = np.zeros((SIZE, SIZE), np.float32), Geometry.whole(SIZE, SIZE, SIZE)
     figure = draw(thumbnail(image), geometry, reconstruction, flat, ColourScale(0, 1, ""), 0.5, "good")
     assert [part[5, 5].tolist() for part in parts(figure, 224)] == [[10] * 3, [200] * 3, [10] * 3]
-    save(figure, tmp_path / "a" / "x.png")
-    assert is_ours(tmp_path / "a" / "x.png")
+    save(figure, tmp_path / "x.png")
+    assert is_ours(tmp_path / "x.png")
     write_png(tmp_path / "y.png", image[:, :, 0])
     assert not is_ours(tmp_path / "y.png")
     assert not is_ours(tmp_path / "none.png")

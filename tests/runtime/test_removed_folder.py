@@ -12,10 +12,12 @@ import pytest
 from qfae_runtime import run as module
 from qfae_runtime.errors import OutputError
 from qfae_runtime.run import Counts, Options, execute
+from qfae_runtime.writers import folder
 
 
 def remove(out: Path) -> None:
-    shutil.rmtree(out)
+    while out.exists():  # a picture may be written into a folder that has just been emptied
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def move(out: Path) -> None:
@@ -23,12 +25,12 @@ def move(out: Path) -> None:
 
 
 def replace_by_a_file(out: Path) -> None:
-    shutil.rmtree(out)
+    remove(out)
     out.write_text("mine")
 
 
 def replace_by_a_folder(out: Path) -> None:
-    shutil.rmtree(out)
+    remove(out)
     out.mkdir()
 
 
@@ -82,3 +84,21 @@ def test_while_the_results_are_put_together(
     monkeypatch.setattr(module, step, taken)
     with pytest.raises(OutputError, match="was removed, moved or replaced while the run was writing there"):
         execute(Options((dataset,), engine_path, out))
+
+
+@pytest.mark.parametrize("take", TAKEN[:3])
+def test_while_the_folders_of_a_picture_are_made(
+    take: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, genuine = tmp_path / "out", folder.refuse_link
+    out.mkdir()
+
+    def taken(path: Path) -> None:
+        if out.is_dir():
+            take(out)
+        genuine(path)
+
+    monkeypatch.setattr(folder, "refuse_link", taken)
+    with pytest.raises(OutputError, match="was removed, moved or replaced while the run was writing there"):
+        folder.make_parent(out / "heatmaps" / "good" / "x.png", out)
+    assert left(out) == ("mine" if take is replace_by_a_file else None)

@@ -138,7 +138,6 @@ def test_an_engine_that_goes_wrong_ends_the_run(
     assert maps or len(rows) == {1: 208, 224: 223}[untrusted]
     # What is not to be trusted is taken back, and is right the second time.
     monkeypatch.undo()
-    monkeypatch.setenv("QFAE_CACHE", str(tmp_path / "cache"))
     summary = run(images, engine_path, out, maps=maps, resume=True)
     assert summary.counts.resumed == min(untrusted - 1, len(rows))
     assert (out / "scores.jsonl").read_bytes() == (whole / "scores.jsonl").read_bytes()

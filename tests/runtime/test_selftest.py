@@ -27,13 +27,13 @@ from qfae_runtime.verdicts import Runner, cache_folder
 from .tiny import SIZE, export_tiny, mend_hashes
 
 
-def test_passes_once_and_is_remembered(engine_path: Path, tmp_path: Path) -> None:
+def test_passes_once_and_is_remembered(engine_path: Path, cache: Path) -> None:
     with open_engine(engine_path) as opened:
         first, second, forced = self_test(opened), self_test(opened), self_test(opened, force=True)
     assert (first.status, first.images, first.remembered) == ("passed", 5, True)
     assert (second.status, second.summary) == ("passed before", first.summary)
     assert forced.status == "passed"
-    assert len(list((tmp_path / "cache" / "selftest").iterdir())) == 1
+    assert len(list((cache / "selftest").iterdir())) == 1
 
 
 def change_one_weight(engine_path: Path) -> None:
@@ -191,10 +191,10 @@ def test_images_that_are_prepared_otherwise_here(engine_path: Path, monkeypatch:
         self_test(opened)
 
 
-def test_damaged_memory_means_testing_again(engine_path: Path, tmp_path: Path) -> None:
+def test_damaged_memory_means_testing_again(engine_path: Path, cache: Path) -> None:
     with open_engine(engine_path) as opened:
         self_test(opened)
-        [memory] = (tmp_path / "cache" / "selftest").iterdir()
+        [memory] = (cache / "selftest").iterdir()
         for text in ("", "[]", "{}", json.dumps({"environment": {}, "verdict": {"status": "passed"}})):
             memory.write_text(text)
             assert self_test(opened).status == "passed"
@@ -278,18 +278,18 @@ def test_golden_entry_describes_the_file(engine_path: Path) -> None:
         assert opened.manifest.files[golden.name] == FileEntry.of(golden, "golden")
 
 
-def environments(tmp_path: Path) -> list[dict[str, Any]]:
-    files = (tmp_path / "cache" / "selftest").iterdir()
+def environments(cache: Path) -> list[dict[str, Any]]:
+    files = (cache / "selftest").iterdir()
     return [json.loads(path.read_text())["environment"] for path in files]
 
 
-def test_each_number_of_threads_and_batch_size_is_tested_for_itself(engine_path: Path, tmp_path: Path) -> None:
+def test_each_number_of_threads_and_batch_size_is_tested_for_itself(engine_path: Path, cache: Path) -> None:
     for threads, batch in ((1, 4), (3, 4), (3, 2)):
         with open_engine(engine_path, backend="onnxruntime", threads=threads) as opened:
             for status in ("passed", "passed before"):
                 verdict = self_test(opened, batch_size=batch)
                 assert (verdict.status, verdict.batch_size) == (status, batch)
-    kept = {(one["threads"], one["batch_size"]) for one in environments(tmp_path)}
+    kept = {(one["threads"], one["batch_size"]) for one in environments(cache)}
     assert kept == {(1, 4), (3, 4), (3, 2)}
 
 
@@ -348,13 +348,13 @@ def test_a_slow_engine_is_not_run_again_for_its_rate(engine_path: Path, monkeypa
     assert set(runs[2 * len(untimed) :]) == {16}
 
 
-def test_a_failure_is_never_recalled_as_a_verdict(engine_path: Path, tmp_path: Path) -> None:
+def test_a_failure_is_never_recalled_as_a_verdict(engine_path: Path, cache: Path) -> None:
     change_one_weight(engine_path)
     mend_hashes(engine_path, certificate_too=True)
     for _ in range(2):
         with open_engine(engine_path) as opened, pytest.raises(SelfTestError, match="score error, typical / "):
             self_test(opened)
-    [memory] = (tmp_path / "cache" / "selftest").iterdir()
+    [memory] = (cache / "selftest").iterdir()
     assert json.loads(memory.read_text())["verdict"]["status"] == "failed"
 
 
