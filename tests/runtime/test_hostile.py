@@ -75,7 +75,7 @@ def test_rows_lead_back_to_files_of_any_name(hostile: Path, engine_path: Path, t
         assert [row["source"] for row in csv.DictReader(file)] == sources
     assert len([path for path in (out / "heatmaps").iterdir() if path.suffix == ".png"]) == len(NAMES)
     assert len([path for path in (out / "maps").iterdir() if path.suffix == ".npy"]) == len(NAMES)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "engine", "in", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "in", "out"]
 
 
 def test_the_report_shows_names_as_text(hostile: Path, engine_path: Path, tmp_path: Path) -> None:
