@@ -240,11 +240,10 @@ def make_parent(path: Path, inside: Path) -> None:
     """
     if not inside.is_dir():  # made again, it would hold a few pictures and no rows
         raise removed(inside)
-    for one in (path, *path.parents):
-        if one == inside:
-            break
+    below = [one for one in path.parents if inside in one.parents]
+    for one in (path, *below):
         refuse_link(one)
-    for folder in reversed([one for one in path.parents if inside in one.parents]):
+    for folder in reversed(below):
         try:
             folder.mkdir(exist_ok=True)  # one by one: mkdir(parents=True) would make `inside` again
         except (FileNotFoundError, NotADirectoryError):

@@ -260,7 +260,6 @@ def test_processes_import_what_started_them(measured: Path, tmp_path: Path) -> N
     with (root / "qfae_runtime/__init__.py").open("a", encoding="utf-8") as file:
         file.write('\n__version__ = "a copy"\n')
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["QFAE_CACHE"] = str(tmp_path / "cache")
     done = subprocess.run(
         [sys.executable, "-c", FROM_A_COPY, str(measured), str(out)],
         cwd=root, env=environment, capture_output=True, text=True, check=False,

@@ -345,9 +345,8 @@ def calibrated(here: Path, engine: str = "tiny.onnx") -> float:
 
 
 def test_decisions_are_compared_at_the_threshold_of_the_calibration(
-    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, here: Path
 ) -> None:
-    monkeypatch.setenv("QFAE_CACHE", str(here / "cache"))
     threshold = calibrated(here)
     ran = verify(capsys, "--engine", here / "tiny.onnx", "--ckpt", checkpoint, "--record")
     assert ran.code == 0, ran.err
