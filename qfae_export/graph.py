@@ -112,19 +112,21 @@ class InferenceGraph(nn.Module):
             ExportError: a selector of the policy names nothing in this graph.
 
         """
-        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        folded = [tensor for module in self.modules() if isinstance(module, Unit) for tensor in module.folded.values()]
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers(), *folded)}
         return copy.deepcopy(self, shared).cast(precision)
 
     @contextmanager
     def in_float64(self) -> Iterator[None]:
-        """Compute in FP64 for a while, with the FP32 weights as they are; of the graph in FP32 alone.
+        """Compute in FP64 for a while, with the weights as they were folded; of the graph in FP32 alone.
 
-        What tensors it shared with the scorer it has for itself from then on.
+        What is left between it and the modules in FP64 is what a rewriting got wrong. What tensors it shared with the
+        scorer it has for itself from then on.
         """
         units = [module for module in self.modules() if isinstance(module, Unit)]
         try:
             for unit in units:
-                unit.set_dtype(torch.float64)
+                unit.unround()
             yield
         finally:
             for unit in units:

@@ -1,7 +1,8 @@
 """The operations of the inference graph: what training's layers become when nothing has to be learned any more.
 
 Every operation is a module that computes in one type (`dtype`), FP32 until `set_dtype` changes it, and casts what
-comes in. Rewritings are exact in real numbers; each says why it holds.
+comes in. Rewritings are exact in real numbers; each says why it holds. What they fold is folded in FP64 and rounded
+once.
 
 Letters: B images, T tokens, D width, H heads, K width of a head.
 """
@@ -19,6 +20,7 @@ from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.func import functional_call
 
 CENTRE, UNIT = 114.0, 64.0
 """Pixels enter as (grey - CENTRE) / UNIT: exact in float16 for every grey level, and close to the normalised scale."""
@@ -34,6 +36,30 @@ class Unit(nn.Module):
         super().__init__()
         self.dtype = torch.float32
         self.rounds = False
+        self.folded: dict[str, Tensor] = {}
+
+    def keep(self, name: str, value: Tensor | None) -> None:
+        """Register a constant in FP32, and note the FP64 value of one that FP32 does not hold exactly."""
+        if value is None:
+            self.register_buffer(name, None)
+            return
+        value = value.detach()
+        single = value.float()
+        self.register_buffer(name, single)
+        if not torch.equal(value, single.to(value.dtype)):
+            self.folded[name] = value
+
+    def unround(self) -> None:
+        """Compute in FP64 from now on, with constants as they were before they were rounded to FP32.
+
+        What was changed since is not a rounding of them, and stays as it is.
+        """
+        single = dict(self.named_buffers(recurse=False))
+        self.set_dtype(torch.float64)
+        for name, value in self.folded.items():
+            kept = self.get_buffer(name)
+            whole = value.to(kept.device)
+            kept.copy_(torch.where(single[name] == whole.float(), whole, kept))
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Compute in `dtype` from now on; stored constants are converted."""
@@ -73,8 +99,8 @@ class Linear(Unit):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take a weight as torch keeps it, [out, in]."""
         super().__init__()
-        self.register_buffer("weight", weight.detach().t().contiguous())
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.keep("weight", weight.t().contiguous())
+        self.keep("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] from [..., in]."""
@@ -93,8 +119,8 @@ class Norm(Unit):
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
         self.eps = norm.eps
-        self.register_buffer("weight", norm.weight.detach())
-        self.register_buffer("bias", norm.bias.detach())
+        self.keep("weight", norm.weight)
+        self.keep("bias", norm.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., D] of the same shape."""
@@ -154,12 +180,12 @@ class TransformerBlock(nn.Module):
         attention, mlp = block.attn, block.mlp
         width = attention.qkv.in_features
         self.norm1 = Norm(block.norm1)
-        q, k, v = attention.qkv.weight.detach().split(width)
+        q, k, v = exact(attention.qkv.weight).split(width)
         scale = 1 / math.sqrt(width // attention.num_heads)
         of_q, _, of_v = _bias(attention.qkv).split(width)
-        self.qkv = Linear(torch.cat([q * scale, k, v]), torch.cat([of_q * scale, torch.zeros(2 * width)]))
+        self.qkv = Linear(torch.cat([q * scale, k, v]), torch.cat([of_q * scale, of_v.new_zeros(2 * width)]))
         self.attention = Attend(attention.num_heads)
-        through = torch.mv(attention.proj.weight.detach().double(), of_v.double()).float()
+        through = torch.mv(exact(attention.proj.weight), of_v)
         self.proj = _scaled(attention.proj, block.ls1, through)
         self.residual1 = Residual()
         self.norm2 = Norm(block.norm2)
@@ -214,7 +240,7 @@ class Constant(Unit):
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self.register_buffer("value", value.detach())
+        self.keep("value", value)
 
     def forward(self) -> Tensor:
         """Return the constant."""
@@ -289,22 +315,34 @@ def is_plain(block: Any) -> TypeGuard[Block]:
     )
 
 
-def chained(second: nn.Linear, first: nn.Linear) -> Linear:
-    """Return the one product that equals `second(first(x))`, multiplied in double precision."""
-    outer, inner = second.weight.detach().double(), first.weight.detach().double()
-    bias = outer @ _bias(first).double() + _bias(second).double()
-    return Linear((outer @ inner).float(), bias.float())
+def exact(tensor: Tensor) -> Tensor:
+    """Return a parameter in FP64, where folding is done."""
+    return tensor.detach().double()
+
+
+def exactly(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Return what a module computes in FP64 with its FP32 parameters, which stay as they are."""
+    tensors = {name: exact(one) for name, one in (*module.named_parameters(), *module.named_buffers())}
+    with torch.no_grad():
+        out: Tensor = functional_call(module, tensors, tuple(exact(one) for one in inputs))
+    return out
+
+
+def chained(second: nn.Linear, first: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the one product that equals `second(first(x))`, in FP64."""
+    outer, inner = exact(second.weight), exact(first.weight)
+    return outer @ inner, outer @ _bias(first) + _bias(second)
 
 
 def patch_kernel(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrite a patch kernel for pixels as they enter: return it [D, p * p * 3] and what its bias gains, [D].
+    """Rewrite a patch kernel for pixels as they enter: return it [D, p * p * 3] and what its bias gains, [D], in FP64.
 
     `kernel` [D, 3, p, p] expects normalised pixels, a * (what enters) + b; the sum over a * kernel takes the first, b
     times its sum is added to the bias.
     """
     factor, offset = entering_to_normalised()
-    flat = kernel.detach().double().permute(0, 2, 3, 1).flatten(1)  # patches are flattened row, column, colour
-    return (flat * factor).float(), (flat.sum(dim=1) * offset).float()
+    flat = exact(kernel).permute(0, 2, 3, 1).flatten(1)  # patches are flattened row, column, colour
+    return flat * factor, flat.sum(dim=1) * offset
 
 
 def entering_to_normalised() -> tuple[float, float]:
@@ -323,13 +361,13 @@ def patches(pixels: Tensor, patch_size: int) -> Tensor:
 
 def _bias(linear: nn.Linear) -> Tensor:
     if linear.bias is None:
-        return torch.zeros(linear.out_features)
-    return linear.bias.detach()
+        return torch.zeros(linear.out_features, dtype=torch.float64)
+    return exact(linear.bias)
 
 
 def _scaled(linear: nn.Linear, scale: nn.Module, added: Tensor | None = None) -> Linear:
     bias = _bias(linear) if added is None else _bias(linear) + added
     if not isinstance(scale, LayerScale):
         return Linear(linear.weight, bias)
-    gamma = scale.gamma.detach()
-    return Linear(linear.weight.detach() * gamma[:, None], bias * gamma)
+    gamma = exact(scale.gamma)
+    return Linear(exact(linear.weight) * gamma[:, None], bias * gamma)

@@ -27,6 +27,8 @@ from qfae_export.layers import (
     Norm,
     chained,
     entering_to_normalised,
+    exact,
+    exactly,
     inference_block,
     is_plain,
     patch_kernel,
@@ -36,6 +38,19 @@ from qfae_train.decoder import Decoder
 from qfae_train.encoder import Encoder
 from qfae_train.perceptual import Features, PerceptualNetwork
 from qfae_train.qformer import QFormer, QFormerBlock
+
+
+class _Positions(nn.Module):
+    """What a backbone adds to its patches and puts before them, as a module."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return tokens [B, P + T, D] from patches [B, T, D]."""
+        tokens: Tensor = self.vit._pos_embed(patches)
+        return tokens
 
 
 class EncoderStage(nn.Module):
@@ -52,12 +67,11 @@ class EncoderStage(nn.Module):
             )
         self.patch_size: int = embed.patch_size[0]
         kernel, gain = patch_kernel(embed.proj.weight)
-        bias = gain if embed.proj.bias is None else embed.proj.bias.detach() + gain
-        with torch.no_grad():
-            # Positions are only added, prefix tokens only put in front: of no patches at all, both come out.
-            free = getattr(vit, "dynamic_img_size", False)  # such a model wants its patches as a grid
-            shape = (*embed.grid_size, vit.embed_dim) if free else (embed.num_patches, vit.embed_dim)
-            constant = vit._pos_embed(torch.zeros(1, *shape))
+        bias = gain if embed.proj.bias is None else exact(embed.proj.bias) + gain
+        # Positions are only added, prefix tokens only put in front: of no patches at all, both come out.
+        free = getattr(vit, "dynamic_img_size", False)  # such a model wants its patches as a grid
+        shape = (*embed.grid_size, vit.embed_dim) if free else (embed.num_patches, vit.embed_dim)
+        constant = exactly(_Positions(vit), torch.zeros(1, *shape))
         prefix, table = constant.split([vit.num_prefix_tokens, embed.num_patches], dim=1)
         self.embed = Embed(Linear(kernel, None), table + bias, prefix)
         if not isinstance(vit.norm_pre, nn.LayerNorm | nn.Identity):
@@ -91,17 +105,17 @@ class CrossBlock(nn.Module):
         cross: Any = block.cross
         scale = 1 / math.sqrt(cross.head_dim)
         for number, projection in enumerate(projections, start=1):
-            self.add_module(f"kv{number}", chained(cross.to_kv, projection))
+            self.add_module(f"kv{number}", Linear(*chained(cross.to_kv, projection)))
         self.sources = len(projections)
         null = cross.null_kv.detach().repeat(1, cross.heads)  # [2, H * K]: every head has the same
         self.null = Constant(null.flatten()[None, None])  # [1, 1, 2 * H * K], keys first
         self.q: nn.Module
         if queries is None:
             self.norm_q: nn.Module = Norm(cross.norm)
-            self.q = Linear(cross.to_q.weight.detach() * scale, None)
+            self.q = Linear(exact(cross.to_q.weight) * scale, None)
         else:
-            with torch.no_grad():
-                self.norm_q, self.q = nn.Identity(), Constant(cross.to_q(cross.norm(queries)) * scale)
+            self.norm_q = nn.Identity()
+            self.q = Constant(exactly(cross.to_q, exactly(cross.norm, queries)) * scale)
         self.attention = Attend(cross.heads, constant_q=queries is not None)
         self.out = Linear(cross.out.weight, None)
         self.norm_out = Norm(cross.out_norm)
@@ -128,8 +142,7 @@ class QueryBlock(nn.Module):
         if queries is None:
             self._attend(attention)
         else:
-            with torch.no_grad():
-                queries = attention(queries)
+            queries = exactly(attention, queries)
         if block.cross is not None:
             self.cross: CrossBlock | None = CrossBlock(block, projections, queries)
         else:
@@ -140,10 +153,10 @@ class QueryBlock(nn.Module):
 
     def _attend(self, attention: Any) -> None:
         dim, width = attention.heads * attention.head_dim, attention.head_dim
-        scale = torch.ones(dim + 2 * width)
+        scale = torch.ones(dim + 2 * width, dtype=torch.float64)
         scale[:dim] = 1 / math.sqrt(width)
         self.split = [dim, width, width]
-        self.qkv = Linear(attention.qkv.weight.detach() * scale[:, None], attention.qkv.bias.detach() * scale)
+        self.qkv = Linear(exact(attention.qkv.weight) * scale[:, None], exact(attention.qkv.bias) * scale)
         self.attention = CausalAttend(attention.heads)
         self.out = Linear(attention.out.weight, attention.out.bias)
 
@@ -183,10 +196,9 @@ class DecoderStage(nn.Module):
     def __init__(self, decoder: Decoder, before: nn.Linear) -> None:
         """Take the Q-Former's last layer, with which the decoder's first makes one product."""
         super().__init__()
-        entry = chained(decoder.embed, before)
-        bias, entry.bias = entry.bias, None
+        weight, bias = chained(decoder.embed, before)
         prefix = torch.cat([decoder.register_tokens, decoder.class_token], dim=1)
-        self.embed = Embed(entry, decoder.positions + (0 if bias is None else bias), prefix)
+        self.embed = Embed(Linear(weight, None), exact(decoder.positions) + bias, prefix)
         self.prefix = prefix.shape[1]
         for number, block in enumerate(decoder.blocks, start=1):
             self.add_module(str(number), inference_block(block))
@@ -194,7 +206,7 @@ class DecoderStage(nn.Module):
         self.norm = Norm(decoder.norm)
         factor, offset = entering_to_normalised()
         predict = decoder.predict
-        self.head = Linear(predict.weight.detach() / factor, (predict.bias.detach() - offset) / factor)
+        self.head = Linear(exact(predict.weight) / factor, (exact(predict.bias) - offset) / factor)
         self.side, self.patch_size = decoder.side, decoder.patch_size
 
     def forward(self, queries: Tensor) -> Tensor:
@@ -221,7 +233,7 @@ class PerceptualStage(nn.Module):
         for size in self.patch_sizes:
             kernel = network.get_buffer(f"kernel_{size}")
             kernel, gain = patch_kernel(kernel.unflatten(1, (3, size, size)))
-            table = network.get_buffer(f"table_{size}") + gain
+            table = exact(network.get_buffer(f"table_{size}")) + gain
             self.add_module(f"embed{size}", Embed(Linear(kernel, None), table, network.get_buffer(f"first_{size}")))
         self.depth = max(self.blocks)
         for number in range(1, self.depth + 1):

@@ -13,6 +13,7 @@ from qfae_export.layers import (
     Attend,
     CausalAttend,
     ForeignBlock,
+    Linear,
     TransformerBlock,
     chained,
     entering_to_normalised,
@@ -81,7 +82,44 @@ def test_other_kinds_of_blocks_are_left_as_they_are(options: dict[str, Any]) -> 
 def test_two_products_in_one() -> None:
     first, second = rough(nn.Linear(6, 5)), rough(nn.Linear(5, 4, bias=False), 1)
     x = torch.randn(3, 6)
-    torch.testing.assert_close(chained(second, first)(x), second(first(x)))  # type: ignore[arg-type]
+    weight, bias = chained(second, first)  # type: ignore[arg-type]
+    assert weight.dtype == bias.dtype == torch.float64
+    torch.testing.assert_close(Linear(weight, bias)(x), second(first(x)))
+
+
+def test_a_product_is_folded_in_double_precision_and_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    bias = torch.tensor([0.5, 1 / 3, -2.0, 7.0], dtype=torch.float64)
+    x = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    unit = Linear(weight, bias)
+    assert torch.equal(unit.weight, weight.t().float())
+    assert torch.equal(unit(x), x.float() @ unit.weight + bias.float())
+    unit.unround()
+    torch.testing.assert_close(unit(x), x @ weight.t() + bias, rtol=1e-14, atol=1e-14)
+    assert torch.equal(unit.weight, weight.t())
+    unit.set_dtype(torch.float32)
+    assert torch.equal(unit.weight, weight.t().float())
+    assert set(unit.state_dict()) == {"weight", "bias"}
+
+
+def test_what_single_precision_holds_is_not_kept_twice() -> None:
+    weight, bias = torch.randn(4, 6), torch.tensor([0.5, 1.0, -2.0, 7.0], dtype=torch.float64)
+    assert Linear(weight, bias).folded == {}
+    assert Linear(weight.double(), None).folded == {}
+    assert set(Linear(weight.double() / 3, bias).folded) == {"weight"}
+
+
+def test_a_constant_that_was_changed_since_stays_changed_in_double_precision() -> None:
+    whole = torch.tensor([1 / 3, 2 / 3, 5 / 3], dtype=torch.float64)
+    unit = Linear(whole[:, None], None)
+    unit.weight[0, 1] *= 1.001
+    changed = unit.weight.clone()
+    unit.unround()
+    assert unit.weight[0, [0, 2]].tolist() == whole[[0, 2]].tolist()
+    assert unit.weight[0, 1].item() == changed[0, 1].item()
+    unit.set_dtype(torch.float32)
+    assert torch.equal(unit.weight, changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -121,5 +159,5 @@ def test_a_kernel_for_pixels_as_they_enter(size: int) -> None:
     images = torch.from_numpy(pictures(2))
     want: Tensor = convolution(normalise(images)).flatten(2).transpose(1, 2)
     kernel, gain = patch_kernel(convolution.weight)
-    got = patches((images.float() - 114) / 64, size) @ kernel.T + gain + convolution.bias
+    got = patches((images.float() - 114) / 64, size) @ kernel.T.float() + gain.float() + convolution.bias
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
