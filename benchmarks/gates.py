@@ -35,6 +35,7 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import CONTRACTS
 from qfae_runtime.coverage import spread
 from qfae_runtime.engines.base import Engine
+from qfae_runtime.engines.batches import sizes_up_to
 from qfae_runtime.golden import Golden
 from qfae_runtime.preprocess import PreprocessSpec
 from qfae_runtime.quantities import OF_ALL_IMAGES, QUANTITIES
@@ -125,7 +126,9 @@ def _engine(backend: str, checkpoint: Path, onnx: Path, size: int, threads: int)
     if backend == "pytorch":
         scorer = _scorer(checkpoint)[0]
         torch.set_num_threads(threads)
-        return TorchEngine(scorer, size, "cpu")
+        engine = TorchEngine(scorer, size, "cpu")
+        engine.max_batch, engine.batches = RUN_BATCH, sizes_up_to(RUN_BATCH)  # it takes any, and all would be measured
+        return engine
     if backend == "openvino":
         from qfae_runtime.engines.openvino import OpenVinoEngine
 
