@@ -112,15 +112,15 @@ CONTRACTS = {
     "fp32": Contract(
         "fp32",
         {
-            "score_typical": 3.5,
+            "score_typical": 4.0,
             "score_worst": 25.0,
             "spearman": 0.999,
             "flips_beyond": 0.0,
-            "map_typical": 3.5,
+            "map_typical": 4.0,
             "map_worst": 25.0,
             "map_pixel": 25.0,
             "map_cosine_p1": 0.9995,
-            "reconstruction_typical": 3.5,
+            "reconstruction_typical": 4.0,
             "reconstruction_worst": 25.0,
             "reconstruction_levels": 1.0,
         },

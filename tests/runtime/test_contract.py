@@ -29,15 +29,15 @@ def titles(sentences: list[str]) -> list[str]:
 
 def test_what_the_contracts_promise() -> None:
     assert dict(FP32.bounds) == {
-        "score_typical": 3.5,
+        "score_typical": 4.0,
         "score_worst": 25.0,
         "spearman": 0.999,
         "flips_beyond": 0.0,
-        "map_typical": 3.5,
+        "map_typical": 4.0,
         "map_worst": 25.0,
         "map_pixel": 25.0,
         "map_cosine_p1": 0.9995,
-        "reconstruction_typical": 3.5,
+        "reconstruction_typical": 4.0,
         "reconstruction_worst": 25.0,
         "reconstruction_levels": 1.0,
     }

@@ -129,7 +129,7 @@ def drop(*keys: Any) -> Change:
         ),
         (
             put("certificate", 0, "contract", "bounds", "score_worst", value=26),
-            "key 'certificate.0.contract.bounds': expected bounds at least as strict as {'score_typical': 3.5",
+            "key 'certificate.0.contract.bounds': expected bounds at least as strict as {'score_typical': 4.0",
         ),
         (drop("certificate", 0, "contract", "bounds", "spearman"), "bounds at least as strict as"),
         (
