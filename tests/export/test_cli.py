@@ -83,7 +83,7 @@ def test_success_shows_table_files_and_next_command(
         "batch 2 to 5, worst",
         "score error, typical / PyTorch's own",
         "reconstruction, grey levels",
-        "≤ 4",
+        "≤ 5",
         "and 14 stress images: constants, ramps, noise, colours, bright corners and borders",
     ):
         assert text in ran.out

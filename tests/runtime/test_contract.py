@@ -29,16 +29,16 @@ def titles(sentences: list[str]) -> list[str]:
 
 def test_what_the_contracts_promise() -> None:
     assert dict(FP32.bounds) == {
-        "score_typical": 4.0,
-        "score_worst": 25.0,
+        "score_typical": 5.0,
+        "score_worst": 30.0,
         "spearman": 0.999,
         "flips_beyond": 0.0,
-        "map_typical": 4.0,
-        "map_worst": 25.0,
-        "map_pixel": 25.0,
+        "map_typical": 5.0,
+        "map_worst": 30.0,
+        "map_pixel": 30.0,
         "map_cosine_p1": 0.9995,
-        "reconstruction_typical": 4.0,
-        "reconstruction_worst": 25.0,
+        "reconstruction_typical": 5.0,
+        "reconstruction_worst": 30.0,
         "reconstruction_levels": 1.0,
     }
     assert dict(FP16.bounds) == {
@@ -69,7 +69,7 @@ def test_one_pixel_off_is_found_and_named() -> None:
     sentences = FP32.failures(agreement, ["a.png", "b.png"])
     share = 2e-4 / (2e-6 * float(reference.anomaly_map[1].max()))
     assert sentences[-1] == (
-        f"map error, worst pixel / PyTorch's own: {share:.3g} exceeds 25, worst at image 1, y 2, x 3 (b.png): "
+        f"map error, worst pixel / PyTorch's own: {share:.3g} exceeds 30, worst at image 1, y 2, x 3 (b.png): "
         f"expected {value:.7g}, got {float(np.float32(value + 2e-4)):.7g}"
     )
 
@@ -85,8 +85,8 @@ def test_a_fault_shows_however_low_the_scores(height: float) -> None:
     assert beyond <= set(titles(failures(low, flipped)))
     shuffled = low._replace(score=low.score[::-1].copy())
     assert {"score error, typical / PyTorch's own", "score ranks, Spearman"} <= set(titles(failures(low, shuffled)))
-    # Every score by a ten thousandth of itself: fifty times what rounding costs.
-    scaled = low._replace(score=low.score * np.float32(1 + 1e-4))
+    # Every score by two ten thousandths of itself: a hundred times what rounding costs.
+    scaled = low._replace(score=low.score * np.float32(1 + 2e-4))
     assert "score error, typical / PyTorch's own" in titles(failures(low, scaled))
     # By a few of the last digits: what rounding does.
     rounded = low._replace(score=low.score * np.float32(1 + 3e-6))

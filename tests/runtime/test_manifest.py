@@ -106,7 +106,7 @@ def drop(*keys: Any) -> Change:
         (put("inputs", 0, "shape", value=[1, 32]), "key 'inputs.0.shape': expected"),
         (put("certificate", 0, "images", value=0), "key 'certificate.0.images': expected a whole number in 1.."),
         (drop("certificate", 0, "measured", "map_abs"), "key 'certificate.0.measured.map_abs' is missing"),
-        (put("certificate", 0, "measured", "score_worst", value=26), "key 'certificate.0.passed': expected false"),
+        (put("certificate", 0, "measured", "score_worst", value=31), "key 'certificate.0.passed': expected false"),
         (
             put("certificate", 0, "stress_images", value=-1),
             "key 'certificate.0.stress_images': expected a whole number",
@@ -128,8 +128,8 @@ def drop(*keys: Any) -> Change:
             "'certificate.0.contract.name': expected one of fp32",
         ),
         (
-            put("certificate", 0, "contract", "bounds", "score_worst", value=26),
-            "key 'certificate.0.contract.bounds': expected bounds at least as strict as {'score_typical': 4.0",
+            put("certificate", 0, "contract", "bounds", "score_worst", value=31),
+            "key 'certificate.0.contract.bounds': expected bounds at least as strict as {'score_typical': 5.0",
         ),
         (drop("certificate", 0, "contract", "bounds", "spearman"), "bounds at least as strict as"),
         (

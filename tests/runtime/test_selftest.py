@@ -56,7 +56,7 @@ def test_one_changed_weight_with_every_hash_mended_fails(engine_path: Path) -> N
     assert "self-test failed on onnxruntime" in text
     assert "score error, typical / PyTorch's own: " in text
     assert "map error, worst pixel / PyTorch's own: " in text
-    assert " exceeds 25, worst at image" in text
+    assert " exceeds 30, worst at image" in text
     assert text.endswith(
         "do not use its scores; export the engine again, or use the backend version it was certified on"
     )
@@ -100,7 +100,7 @@ def test_a_scale_that_makes_errors_small_is_found_out(engine_path: Path) -> None
 
 
 def test_without_a_certificate_the_contract_itself_holds() -> None:
-    assert contract_for(None).bounds["score_worst"] == 25
+    assert contract_for(None).bounds["score_worst"] == 30
     assert contract_for(None, "fp16").bounds["score_distance_max"] == 0.01
 
 
