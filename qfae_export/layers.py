@@ -10,7 +10,7 @@ Letters: B images, T tokens, D width, H heads, K width of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -320,9 +320,13 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.detach().double()
 
 
-def exactly(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Return what a module computes in FP64 with its FP32 parameters, which stay as they are."""
-    tensors = {name: exact(one) for name, one in (*module.named_parameters(), *module.named_buffers())}
+def exactly(module: nn.Module, *inputs: Tensor, reads: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Return what a module computes in FP64 with its FP32 parameters, which stay as they are.
+
+    `reads` are the parameters that it needs, by name; all of them unless told.
+    """
+    needed = dict((*module.named_parameters(), *module.named_buffers())) if reads is None else reads
+    tensors = {name: exact(one) for name, one in needed.items() if one.is_floating_point()}
     with torch.no_grad():
         out: Tensor = functional_call(module, tensors, tuple(exact(one) for one in inputs))
     return out

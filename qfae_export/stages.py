@@ -71,7 +71,8 @@ class EncoderStage(nn.Module):
         # Positions are only added, prefix tokens only put in front: of no patches at all, both come out.
         free = getattr(vit, "dynamic_img_size", False)  # such a model wants its patches as a grid
         shape = (*embed.grid_size, vit.embed_dim) if free else (embed.num_patches, vit.embed_dim)
-        constant = exactly(_Positions(vit), torch.zeros(1, *shape))
+        own = {f"vit.{name}": one for name, one in vit.named_parameters(recurse=False)}  # not those of its blocks
+        constant = exactly(_Positions(vit), torch.zeros(1, *shape), reads=own)
         prefix, table = constant.split([vit.num_prefix_tokens, embed.num_patches], dim=1)
         self.embed = Embed(Linear(kernel, None), table + bias, prefix)
         if not isinstance(vit.norm_pre, nn.LayerNorm | nn.Identity):
