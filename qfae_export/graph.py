@@ -54,6 +54,7 @@ class InferenceGraph(nn.Module):
         self.options = config.score
         self.image_size = config.model.image_size
         self.precision = FP32
+        self.exact = True
         autoencoder = scorer.autoencoder
         encoders: list[Any] = list(autoencoder.encoders) if part != "scorer" else []
         for number, encoder in enumerate(encoders, start=1):
@@ -114,7 +115,15 @@ class InferenceGraph(nn.Module):
         """
         folded = [tensor for module in self.modules() if isinstance(module, Unit) for tensor in module.folded.values()]
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers(), *folded)}
-        return copy.deepcopy(self, shared).cast(precision)
+        return copy.deepcopy(self, shared).forget().cast(precision)
+
+    def forget(self) -> InferenceGraph:
+        """Drop the FP64 values of folded weights, 1 GB at full size, which `in_float64` alone reads; return itself."""
+        self.exact = False
+        for module in self.modules():
+            if isinstance(module, Unit):
+                module.folded = {}
+        return self
 
     @contextmanager
     def in_float64(self) -> Iterator[None]:
@@ -122,7 +131,13 @@ class InferenceGraph(nn.Module):
 
         What is left between it and the modules in FP64 is what a rewriting got wrong. What tensors it shared with the
         scorer it has for itself from then on.
+
+        Raises:
+            ValueError: the graph has forgotten them.
+
         """
+        if not self.exact:
+            raise ValueError("the graph forgot its weights' FP64 values; make it again from the scorer")
         units = [module for module in self.modules() if isinstance(module, Unit)]
         try:
             for unit in units:

@@ -58,6 +58,8 @@ class Unit(nn.Module):
         self.set_dtype(torch.float64)
         for name, value in self.folded.items():
             kept = self.get_buffer(name)
+            if kept.shape != value.shape:
+                continue
             whole = value.to(kept.device)
             kept.copy_(torch.where(single[name] == whole.float(), whole, kept))
 

@@ -132,8 +132,9 @@ class Agreement:
         )
 
 
-FLIP_REACH = 3.5
-"""A decision may change where the score is no farther from the threshold than so many times PyTorch's own error."""
+FLIP_REACH = 30.0
+"""A decision may change where the score is no farther from the threshold than so many times PyTorch's own error: as far
+as FP32's contract lets any one score be off."""
 
 TYPICAL = {"score_typical": 0, "map_typical": 1, "reconstruction_typical": 3}
 """Quantities of what is typical in units of PyTorch's own error, and the yardstick's column of each."""
@@ -268,7 +269,7 @@ def _scores(
     worst["score_distance_max"] = _renumbered(_worst(moved, want, have), real)
     values["score_distance_max"] = worst["score_distance_max"].error
     values["spearman"] = _spearman(want, have)
-    flipped = (want >= scale.threshold) != (have >= scale.threshold)
+    flipped = (want > scale.threshold) != (have > scale.threshold)
     values["flips"], values["flips_share"] = float(flipped.sum()), float(flipped.mean())
     if yardstick is not None:
         reach = FLIP_REACH * yardstick.unit[real, 0]

@@ -160,7 +160,7 @@ AUROC_CHANGE = {"fp16": 0.001, "bf16": 0.001, "int8": 0.003}
 _OF_BACKEND = {"openvino-bf16": "bf16"}
 
 _ONE_SCORE = ("fp32", "fp16")
-"""Contracts whose engines score alike, each within a hundredth of the scores' spread, whatever backend runs them."""
+"""Contracts whose engines score alike, each within 0.001 as distance in the mean, whatever backend runs them."""
 
 
 def demanded(precision: str, labels: Sequence[bool | None]) -> Contract:

@@ -57,7 +57,7 @@ QUANTITIES = {
 
 Errors are absolute differences from the reference, in float64. pN is the Nth percentile: of the images for scores and
 for the cosines of their maps, of all pixels for reconstructions. IQR is the interquartile range of the reference's
-scores. A decision is score >= threshold; a flip lies beyond PyTorch's own error if the reference is more than 3.5 times
+scores. A decision is score > threshold; a flip lies beyond PyTorch's own error if the reference is more than 30 times
 that far from the threshold (agreement.FLIP_REACH).
 
 / PyTorch's own: the geometric mean of error / PyTorch's own error over the real or over the stress images, whichever is

@@ -238,6 +238,7 @@ def prepare(
     say(f"scoring {len(chosen)} images with PyTorch in FP64 and FP32 on {device}, the reference")
     graph = InferenceGraph(scorer)
     reference = reference_of(scorer, graph, chosen, device=device).reference
+    graph.forget()
     _save_images(folder, chosen.pixels, chosen.labels, reference)
     del scorer
     products, flop = tuple(stored_products(graph)), least_flop(checkpoint.config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qfae_runtime.agreement import Scale, measure_agreement
+from qfae_runtime.agreement import FLIP_REACH, Scale, measure_agreement
 from qfae_runtime.contract import CONTRACTS, Contract, beyond_pytorch, demanded, scores_agree
 from qfae_runtime.engines.base import Scores
 
@@ -57,6 +57,10 @@ def test_what_the_contracts_promise() -> None:
     assert CONTRACTS["bf16"].bounds == FP16.bounds
 
 
+def test_a_decision_may_change_as_far_from_the_threshold_as_a_score_may_be_off() -> None:
+    assert FP32.bounds["score_worst"] == FLIP_REACH
+
+
 def test_equal_outputs_pass() -> None:
     assert failures(scores(), scores()) == failures(scores(), scores(), FP16) == []
 
@@ -76,7 +80,7 @@ def test_one_pixel_off_is_found_and_named() -> None:
 
 @pytest.mark.parametrize("height", [1.0, 1e-4, 1e-7])
 def test_a_fault_shows_however_low_the_scores(height: float) -> None:
-    """Errors are in units of what rounding costs on these very images: nothing hides below a floor."""
+    """Errors are in units of what rounding costs on these very images; the floor of 1e-12 is below them all."""
     reference = scores()
     low = Scores(reference.score * np.float32(height), reference.anomaly_map * np.float32(height), reference[2])
     assert failures(low, low) == []
