@@ -56,7 +56,7 @@ def test_the_table_counts_by_kind(gates: Gates) -> None:
 def test_shares_of_bounds() -> None:
     values = dict.fromkeys(shares_of(Agreement(1, None, {}, {})), 0.0)
     shares = shares_of(
-        Agreement(1, None, {**values, "score_typical": 7.0, "spearman": 0.9995, "flips_beyond": 1.0}, {})
+        Agreement(1, None, {**values, "score_typical": 10.0, "spearman": 0.9995, "flips_beyond": 1.0}, {})
     )
     assert shares["score_typical"] == 2
     assert shares["spearman"] == pytest.approx(0.5)
