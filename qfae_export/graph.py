@@ -118,7 +118,7 @@ class InferenceGraph(nn.Module):
         return copy.deepcopy(self, shared).forget().cast(precision)
 
     def forget(self) -> InferenceGraph:
-        """Drop the FP64 values of folded weights, 1 GB at full size, which `in_float64` alone reads; return itself."""
+        """Drop what `in_float64` alone reads, what rounding took from folded weights (0.5 GB at full size)."""
         self.exact = False
         for module in self.modules():
             if isinstance(module, Unit):

@@ -39,7 +39,7 @@ class Unit(nn.Module):
         self.folded: dict[str, Tensor] = {}
 
     def keep(self, name: str, value: Tensor | None) -> None:
-        """Register a constant in FP32, and note the FP64 value of one that FP32 does not hold exactly."""
+        """Register a constant in FP32, and note what rounding took from an FP64 value."""
         if value is None:
             self.register_buffer(name, None)
             return
@@ -47,21 +47,18 @@ class Unit(nn.Module):
         single = value.float()
         self.register_buffer(name, single)
         if not torch.equal(value, single.to(value.dtype)):
-            self.folded[name] = value
+            rest = (value - single).float()
+            # Rounded up to half a step, it would make another number of the constant when that is FP32 again.
+            rest[(single + rest.double()).float() != single] = 0
+            self.folded[name] = rest
 
     def unround(self) -> None:
-        """Compute in FP64 from now on, with constants as they were before they were rounded to FP32.
-
-        What was changed since is not a rounding of them, and stays as it is.
-        """
-        single = dict(self.named_buffers(recurse=False))
+        """Compute in FP64 from now on, with constants as they were before they were rounded to FP32, to 1e-14."""
         self.set_dtype(torch.float64)
-        for name, value in self.folded.items():
+        for name, rest in self.folded.items():
             kept = self.get_buffer(name)
-            if kept.shape != value.shape:
-                continue
-            whole = value.to(kept.device)
-            kept.copy_(torch.where(single[name] == whole.float(), whole, kept))
+            if kept.shape == rest.shape:
+                kept += rest.to(kept.device)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Compute in `dtype` from now on; stored constants are converted."""
