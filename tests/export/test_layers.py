@@ -112,7 +112,7 @@ def test_what_single_precision_holds_is_not_kept_twice() -> None:
 
 def test_rounding_gives_back_the_same_number_where_it_fell_just_short_of_half_a_step() -> None:
     step = 2.0**-23
-    short = step / 2 - 2.0**-55  # float32 holds it as half a step, which would be rounded to the even neighbour
+    short = step / 2 - 2.0**-52  # float32 holds it as half a step, which would be rounded to the even neighbour
     whole = torch.tensor([[1 + step + short, 1 + step - short, 1 + step / 2, 1 + 3 * step / 2]], dtype=torch.float64)
     unit = Linear(whole, None)
     before = unit.weight.clone()
