@@ -49,7 +49,8 @@ class Unit(nn.Module):
         if not torch.equal(value, single.to(value.dtype)):
             rest = (value - single).float()
             # Rounded up to half a step, it would make another number of the constant when that is FP32 again.
-            rest[(single + rest.double()).float() != single] = 0
+            over = (single + rest.double()).float() != single
+            rest = torch.where(over, torch.nextafter(rest, torch.zeros_like(rest)), rest)
             self.folded[name] = rest
 
     def unround(self) -> None:

@@ -45,7 +45,7 @@ _GRAPH_IMAGES = 3
 
 _GRAPH_BOUND = 0.01
 """How far scores and maps of the graph in FP64 may be from the modules' in FP64, in units of the modules' own FP32
-error. Both are folded and computed in FP64: of a sound graph it is 4e-8 at the most, of the smallest of nine wrong
+error. Both are folded and computed in FP64: of a sound graph it is 1e-6 at the most, of the smallest of nine wrong
 rewritings 1.4."""
 
 

@@ -117,6 +117,7 @@ def test_rounding_gives_back_the_same_number_where_it_fell_just_short_of_half_a_
     unit = Linear(whole, None)
     before = unit.weight.clone()
     unit.unround()
+    torch.testing.assert_close(unit.weight, whole.t(), rtol=1e-14, atol=0)
     unit.set_dtype(torch.float32)
     assert torch.equal(unit.weight, before)
     assert torch.equal(before, whole.t().float())
