@@ -126,9 +126,7 @@ def _engine(backend: str, checkpoint: Path, onnx: Path, size: int, threads: int)
     if backend == "pytorch":
         scorer = _scorer(checkpoint)[0]
         torch.set_num_threads(threads)
-        engine = TorchEngine(scorer, size, "cpu")
-        engine.max_batch, engine.batches = RUN_BATCH, sizes_up_to(RUN_BATCH)  # it takes any, and all would be measured
-        return engine
+        return TorchEngine(scorer, size, "cpu", batches=sizes_up_to(RUN_BATCH))  # all that it takes would be measured
     if backend == "openvino":
         from qfae_runtime.engines.openvino import OpenVinoEngine
 

@@ -69,7 +69,6 @@ class Chain:
         """
         whole = graph if graph.part == "full" else InferenceGraph(scorer)
         measured = reference_of(scorer, whole, images, threshold)
-        graph.forget()
         exact = list(measured.exact)
         chain = cls(
             images,

@@ -239,6 +239,7 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
     if source.images is not None:
         say(f"scoring {len(source.images)} images with PyTorch in FP64 and FP32, the reference")
         chain = Chain.begin(scorer, graph, source.images)
+    graph.forget()  # nothing else compares it in FP64
     other = None if options.part == "full" else InferenceGraph(scorer, _other(options.part)).forget()
     del scorer
     name = options.engine_name

@@ -149,6 +149,7 @@ def _anew(
         refuse_other_policy(opened.manifest, opened.path.name, types, graph)
     say(f"scoring {len(images)} images with PyTorch in FP64 and FP32, the reference")
     chain = Chain.begin(scorer, graph, images, _calibrated(opened, say))
+    graph.forget()
     policy = Precision.described(opened.manifest.precision[opened.path.name])
     if policy.name == FP16.name:
         say("rounding the graph as FP16 rounds")

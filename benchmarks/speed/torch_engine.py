@@ -5,7 +5,7 @@ Letters: B images, S pixels per side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,11 +36,17 @@ class TorchEngine:
     backend, version = "torch", torch.__version__
 
     def __init__(
-        self, module: Callable[[Tensor], Any], image_size: int, device: str, *, allocates: bool = True
+        self,
+        module: Callable[[Tensor], Any],
+        image_size: int,
+        device: str,
+        *,
+        allocates: bool = True,
+        batches: Sequence[int] = range(1, MAX_BATCH + 1),  # PyTorch takes a batch as it comes
     ) -> None:
         """Take a module that is on the device; `allocates`: through PyTorch's allocator alone."""
-        self.image_size, self.max_batch, self.device = image_size, MAX_BATCH, device
-        self.batches = tuple(range(1, MAX_BATCH + 1))  # PyTorch takes a batch as it comes
+        self.image_size, self.max_batch, self.device = image_size, max(batches), device
+        self.batches = tuple(batches)
         self._counted = allocates and device != "cpu"
         self._module: Callable[[Tensor], Any] | None = module
 
