@@ -1,16 +1,23 @@
-"""Pretrain the demo's tiny vision transformer by masked autoencoding on the normal training slices.
+"""Pretrain the demo's tiny vision transformers by masked autoencoding on the normal training slices.
 
-    python -m demo.pretrain --data build/demo/data --out build/demo/demo_vit.safetensors
+    python -m demo.pretrain encoder --data build/demo/data --out build/demo/demo_encoder.safetensors
 
 The published models stand on DINOv2 and MAE backbones of 300 million weights that saw natural images; the demo has no
-such thing at hand and makes its own, once, and uses it as encoder and as perceptual network. It differs from plain MAE
-(He et al. 2022) in one point: the patch size changes from step to step between three, the kernel and the position table
-being resampled exactly as the perceptual network does it.
+such thing at hand and makes two of its own, an encoder and a perceptual network. Both differ from plain MAE (He et al.
+2022) in one point: the patch size changes from step to step between three, the kernel and the position table being
+resampled exactly as the perceptual network does it.
+
+A tiny transformer that learns nothing else keeps its hidden states in two or three dimensions of 128. A projection that
+reads the others amplifies them by hundreds, and with them what FP16 rounds. So the encoder is also asked to use all of
+them: the covariance of some blocks' states is drawn to the identity (as VICReg, Bardes et al. 2022, does with
+embeddings), and the decoder reads the mean of all blocks' normalised states, so that each of them has to tell something.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +47,33 @@ SHARE = {8: 0.5, 16: 0.3, 28: 0.2}
 """Fraction of the steps taken at each patch size."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is asked of a backbone apart from predicting hidden patches."""
+
+    depth: int
+    """Blocks that are pretrained; the shipped file holds the first ones, as many as the preset asks for."""
+    covariance: float = 0.0
+    """Weight of the distance between the covariance of hidden states and the identity."""
+    covariance_blocks: tuple[int, ...] = ()
+    """Blocks whose states that distance is taken of, numbered from 1."""
+    all_blocks: bool = False
+    """The decoder reads the mean of all blocks' normalised states in place of the last block's."""
+
+
+RECIPES = {
+    "encoder": Recipe(depth=6, covariance=0.02, covariance_blocks=(1, 3, 5), all_blocks=True),
+    "perceptual": Recipe(depth=6),
+}
+
+
 class MaskedAutoencoder(nn.Module):
     """A ViT that sees some patches, and a small decoder that predicts the pixels of the others."""
 
-    def __init__(self, vit: Any, patch_sizes: list[int], width: int = 64, depth: int = 1) -> None:
+    def __init__(self, vit: Any, recipe: Recipe, patch_sizes: Sequence[int], width: int = 64, depth: int = 1) -> None:
         super().__init__()
         self.vit = vit
+        self.recipe = recipe
         self.size: int = vit.patch_embed.img_size[0]
         grid = vit.patch_embed.grid_size[0]
         table = torch.cat([torch.zeros(1, vit.embed_dim), sincos_2d(vit.embed_dim, grid)])[None]
@@ -62,7 +90,7 @@ class MaskedAutoencoder(nn.Module):
         self.heads = nn.ModuleDict({str(p): nn.Linear(width, p * p) for p in patch_sizes})
 
     def forward(self, images: Tensor, patch_size: int) -> Tensor:
-        """Return the loss on hidden patches of normalised grey images (B, 3, S, S)."""
+        """Return the recipe's loss on normalised grey images (B, 3, S, S)."""
         table = self.get_buffer(f"table_{patch_size}")
         kernel = resample_patch_embed(self.vit.patch_embed.proj.weight, [patch_size, patch_size])
         grid = F.conv2d(images, kernel, self.vit.patch_embed.proj.bias, stride=patch_size)
@@ -74,9 +102,15 @@ class MaskedAutoencoder(nn.Module):
         seen, unseen = order[:, :keep], order[:, keep:]
         first = (self.vit.cls_token + table[:, :1]).expand(batch, -1, -1)
         x = torch.cat([first, _pick(tokens, seen)], dim=1)
+        states = []
         for block in self.vit.blocks:
             x = block(x)
-        x = self.into(self.vit.norm(x)[:, 1:])
+            states.append(x[:, 1:])
+        if self.recipe.all_blocks:
+            read = torch.stack([F.layer_norm(one, one.shape[-1:]) for one in states]).mean(0)
+        else:
+            read = self.vit.norm(states[-1])
+        x = self.into(read)
 
         positions = self.get_buffer(f"decoder_table_{patch_size}").expand(batch, -1, -1)
         x = torch.cat([x + _pick(positions, seen), self.hidden + _pick(positions, unseen)], dim=1)
@@ -86,7 +120,19 @@ class MaskedAutoencoder(nn.Module):
         target = _pick(_patches(images[:, :1], patch_size), unseen)
         # Per-patch contrast, as MAE found better; the floor keeps empty background from blowing up.
         mean, std = target.mean(-1, keepdim=True), target.std(-1, keepdim=True)
-        return F.mse_loss(predicted, (target - mean) / (std + 0.1))
+        loss = F.mse_loss(predicted, (target - mean) / (std + 0.1))
+        for number in self.recipe.covariance_blocks:
+            loss = loss + self.recipe.covariance * covariance_distance(states[number - 1])
+        return loss
+
+
+def covariance_distance(states: Tensor) -> Tensor:
+    """Return the squared distance of the covariance of tokens (B, T, D) to the identity, in units of D."""
+    flat = states.flatten(0, 1)
+    flat = flat - flat.mean(0)
+    covariance = flat.T @ flat / len(flat)
+    identity = torch.eye(len(covariance), device=states.device)
+    return (covariance - identity).square().sum() / len(covariance)
 
 
 def _pick(tokens: Tensor, index: Tensor) -> Tensor:
@@ -110,13 +156,16 @@ def batch_of(slices: Tensor, index: Tensor) -> Tensor:
     return torch.where(torch.rand(len(index), 1, 1, 1) < 0.5, images, images.flip(3))
 
 
-def pretrain(config: Config, slices: Tensor, steps: int, batch_size: int, lr: float, seed: int) -> dict[str, Tensor]:
-    """Return the state of the pretrained ViT, float16 (what the shipped file holds)."""
+def pretrain(
+    name: str, config: Config, slices: Tensor, steps: int, batch_size: int, lr: float, seed: int
+) -> dict[str, Tensor]:
+    """Return the state of the ViT pretrained by the recipe of that name, float16 (what the shipped file holds)."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    backbone = perceptual_backbone(config)
-    vit = create(backbone, config.model.image_size)
-    model = MaskedAutoencoder(vit, list(SHARE))
+    recipe = RECIPES[name]
+    backbone = config.model.encoders[0] if name == "encoder" else perceptual_backbone(config)
+    vit = create(replace(backbone, args={**backbone.args, "depth": recipe.depth}), config.model.image_size)
+    model = MaskedAutoencoder(vit, recipe, list(SHARE))
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -138,7 +187,8 @@ def pretrain(config: Config, slices: Tensor, steps: int, batch_size: int, lr: fl
             if (step + 1) % 500 == 0:
                 progress.console.print(f"step {step + 1}: loss {shown}")
     rescale(vit, batch_of(slices, torch.arange(min(64, len(slices)))))
-    return {name: tensor.detach().half().contiguous() for name, tensor in vit.state_dict().items()}
+    kept = create(backbone, config.model.image_size).state_dict()
+    return {key: tensor.detach().half().contiguous() for key, tensor in vit.state_dict().items() if key in kept}
 
 
 @torch.no_grad()
@@ -159,19 +209,20 @@ def rescale(vit: Any, images: Tensor) -> None:
 
 
 @click.command()
+@click.argument("name", type=click.Choice(list(RECIPES)))
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="Demo data set.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Weight file to write (.safetensors).")
 @click.option("--steps", default=4000, show_default=True, help="Optimiser steps.")
 @click.option("--batch-size", default=64, show_default=True, help="Slices per step.")
 @click.option("--lr", default=1.5e-3, show_default=True, help="Largest learning rate.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, order and masks.")
-def main(data: Path, out: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Pretrain the demo's backbone on the normal training slices."""
+def main(name: str, data: Path, out: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+    """Pretrain one of the demo's backbones, by the recipe of that NAME, on the normal training slices."""
     config = load("demo")
     slices = load_slices(data / "train", config)
-    state = pretrain(config, slices, steps, batch_size, lr, seed)
+    state = pretrain(name, config, slices, steps, batch_size, lr, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "slices": len(slices)}
+    recipe = {"name": name, **asdict(RECIPES[name]), "steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "slices": len(slices)}
     out.write_bytes(save(state, metadata={"recipe": json.dumps(recipe)}))
     click.echo(f"backbone in {out}")
 
