@@ -299,8 +299,9 @@ def test_missing_packages_come_with_the_line_that_installs_them(monkeypatch: pyt
     [
         (
             "cpu",
-            "torch-fp16, torch-graph-fp16, torch-compile-fp16, aotinductor-fp16, onnxruntime-fp16, "
-            "onnxruntime-tensorrt, tensorrt, tensorrt-fp16",
+            "torch-fp16, torch-graph-fp16, torch-graph-fp16-streams, torch-compile-fp16, "
+            "torch-compile-fp16-streams, aotinductor-fp16, onnxruntime-fp16, onnxruntime-tensorrt, tensorrt, "
+            "tensorrt-fp16",
             "runs on cuda:0 alone: pass --device cuda:0 on a machine with an NVIDIA GPU",
         ),
         (
