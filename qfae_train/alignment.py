@@ -38,7 +38,7 @@ LARGEST_GROWTH = 8.0
 FP16 rounds each value of a state by up to 2^-11 of it (0.05 %), so a direction by up to about 2^-11 r. Whitening
 divides by the direction's standard deviation s, and the Q-Former sees it with an error of 2^-11 r / s: at most 8 times
 0.05 % are 0.4 %. Measured on the demo's slices, the root mean square of that error is 0.42 of the bound, 0.16 %. Hidden
-states that use all of their dimensions have r / s of 1 to 5, and none of their directions is held back.
+states that use all of their dimensions (the demo's: r / s of 0.8 to 1.8) are whitened whole.
 """
 
 RIDGE = 1e-3

@@ -10,14 +10,15 @@ import torch
 from qfae_runtime.metrics import Bootstrap, Metrics, PixelMetrics, measure
 from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.bmad import held_against
-from qfae_train.checkpoint import build_scorer
+from qfae_train.checkpoint import build_scorer, load
 from qfae_train.config import Config
 from qfae_train.data import Split, load_split
 from qfae_train.float32 import whole_float32
+from qfae_train.internals import IMAGES, Internals, internals
 from qfae_train.official import open_checkpoint
 from qfae_train.weight_files import FROM_HUB, WeightFiles
 
-__all__ = ["Metrics", "evaluate", "evaluate_checkpoint"]
+__all__ = ["Metrics", "evaluate", "evaluate_checkpoint", "internals_of"]
 
 
 @whole_float32()
@@ -53,10 +54,12 @@ def evaluate_checkpoint(
     batch_size: int | None = None,
     device: str = "auto",
     say: Callable[[str], None] = lambda line: None,
+    verbose: bool = False,
 ) -> Metrics:
     """Score a split of the data set at `data` with a checkpoint, in float32, and measure it with its intervals.
 
-    `config` describes the authors' checkpoint; `batch_size` None is the training's; `say` hears the counts.
+    `config` describes the authors' checkpoint; `batch_size` None is the training's; `say` takes the counts
+    and, if `verbose`, the figures of `internals` on up to IMAGES images from all over the split.
 
     Raises:
         UsageError, CheckpointError, WeightsError: see `official.open_checkpoint` and `checkpoint.build_scorer`.
@@ -66,6 +69,24 @@ def evaluate_checkpoint(
     checkpoint = open_checkpoint(path, config, files)
     images = load_split(data, split, checkpoint.config.preprocess_spec())
     say(held_against(checkpoint.config.data.benchmark, split, len(images)))
-    scorer = build_scorer(checkpoint, files)
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return evaluate(scorer.to(chosen), images, batch_size or checkpoint.config.train.batch_size, bootstrap=Bootstrap())
+    scorer = build_scorer(checkpoint, files).to(_chosen(device))
+    if verbose:
+        at = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).round().long()
+        for line in internals(scorer, images.rgb(at)).lines():
+            say(line)
+    return evaluate(scorer, images, batch_size or checkpoint.config.train.batch_size, bootstrap=Bootstrap())
+
+
+def internals_of(path: Path, device: str = "auto") -> Internals:
+    """Return the figures of a checkpoint that training wrote, on the validation images in it.
+
+    Raises:
+        CheckpointError, WeightsError: see `checkpoint.load` and `checkpoint.build_scorer`.
+
+    """
+    checkpoint = load(path)
+    return internals(build_scorer(checkpoint).to(_chosen(device)), checkpoint.parity_images[:IMAGES])
+
+
+def _chosen(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
