@@ -102,7 +102,8 @@ def spectrum(states: Tensor) -> Tensor:
     """Return the variances (C,) of states (N, L, C) along the eigenvectors of their covariance, ascending, float64."""
     flat = states.flatten(0, 1).double()
     flat = flat - flat.mean(0)
-    return torch.linalg.eigvalsh(flat.T @ flat / len(flat)).clamp_min(0)
+    variances: Tensor = torch.linalg.eigvalsh(flat.T @ flat / len(flat))
+    return variances.clamp_min(0)
 
 
 def effective_rank(variances: Tensor) -> float:
