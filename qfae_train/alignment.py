@@ -37,8 +37,9 @@ LARGEST_GROWTH = 8.0
 
 FP16 rounds each value of a state by up to 2^-11 of it (0.05 %), so a direction by up to about 2^-11 r. Whitening
 divides by the direction's standard deviation s, and the Q-Former sees it with an error of 2^-11 r / s: at most 8 times
-0.05 % are 0.4 %. Measured on the demo's slices, the root mean square of that error is 0.42 of the bound, 0.16 %. Hidden
-states that use all of their dimensions (the demo's: r / s of 0.8 to 1.8) are whitened whole.
+0.05 % are 0.4 %. Measured on brain slices: with hidden states of effective rank 2.5 of 128, the root mean square of the
+error is 0.15 % of one (0.25 % in the worst output; 6.6 and 22 % without a bound), with 112 directions held back; with
+states that use all directions alike (effective rank 123, r / s of 0.8 to 1.8) it is 0.03 %, and none is held back.
 """
 
 RIDGE = 1e-3

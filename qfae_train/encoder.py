@@ -31,8 +31,8 @@ class Encoder(nn.Module):
     @property
     def context_tokens(self) -> int:
         """L: hidden states of one image, prefix tokens and all taps."""
-        patches: int = self.backbone.patch_embed.num_patches
-        return (self.backbone.num_prefix_tokens + patches) * len(self.taps)
+        tokens: int = self.backbone.num_prefix_tokens + self.backbone.patch_embed.num_patches
+        return tokens * len(self.taps)
 
     @torch.no_grad()
     def hidden(self, images: Tensor) -> Tensor:

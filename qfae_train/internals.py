@@ -102,7 +102,8 @@ def spectrum(states: Tensor) -> Tensor:
     """Return the variances (C,) of states (N, L, C) along the eigenvectors of their covariance, ascending, float64."""
     flat = states.flatten(0, 1).double()
     flat = flat - flat.mean(0)
-    return torch.linalg.eigvalsh(flat.T @ flat / len(flat)).clamp_min(0)
+    variances: Tensor = torch.linalg.eigvalsh(flat.T @ flat / len(flat))
+    return variances.clamp_min(0)
 
 
 def effective_rank(variances: Tensor) -> float:
@@ -130,7 +131,7 @@ def gain(weight: Tensor, states: Tensor) -> tuple[float, float]:
     Both are about 1 where the states use all directions alike; where the projection whitens a direction of standard
     deviation s, the largest is at least r / s. At a gain of 10, FP16's 0.05 % in the input are 0.5 % in the output.
     """
-    x, w = states.flatten(0, 1).double(), weight.double().to(states.device)
+    x, w = states.flatten(0, 1).double(), weight.detach().double()
     rounded = w * x.square().mean(0).sqrt()
     x = x - x.mean(0)
     spread = ((w @ (x.T @ x / len(x))) * w).sum(dim=1).mean().sqrt()  # variances of the outputs: the diagonal of W C W'

@@ -74,7 +74,8 @@ def with_spectrum(deviations: torch.Tensor, mean: float = 0.0) -> torch.Tensor:
     width = len(deviations)
     white = torch.linalg.qr(centred(torch.randn(2000, width, generator=generator, dtype=torch.float64)))[0] * 2000**0.5
     directions = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
-    return (white * deviations @ directions.T + mean).float().unflatten(0, (50, 40))
+    states: torch.Tensor = (white * deviations @ directions.T + mean).float()
+    return states.reshape(50, 40, width)
 
 
 def centred(flat: torch.Tensor) -> torch.Tensor:
@@ -84,7 +85,8 @@ def centred(flat: torch.Tensor) -> torch.Tensor:
 def fp16_errors(encoder: Encoder, states: torch.Tensor) -> torch.Tensor:
     """Root mean square (D,) of what rounding the states to FP16 changes in each projected value."""
     projection = encoder.projection.double()
-    return (projection(states.half().double()) - projection(states.double())).square().mean(dim=(0, 1)).sqrt()
+    errors: torch.Tensor = projection(states.half().double()) - projection(states.double())
+    return errors.square().mean(dim=(0, 1)).sqrt()
 
 
 @torch.no_grad()
