@@ -97,7 +97,7 @@ class _Graph:
                 self._before[name] |= self._before[source]
         self._inputs = [one.get_friendly_name() for one in model.get_parameters()]
         self._products = [name for name, op in self._ops.items() if op.get_type_name() in _PRODUCTS]
-        self.results = {_sources(one)[0]: one.output(0).get_any_name() for one in model.get_results()}
+        self.results: dict[Key, str] = {_sources(one)[0]: one.output(0).get_any_name() for one in model.get_results()}
         """The names of the model's outputs, by what they come from."""
 
     def depends(self, key: Key, names: Iterable[str]) -> bool:
