@@ -30,7 +30,7 @@ help:
 	@echo "make test         prove that the checkout is sound: format, lint, types, tests"
 	@echo "make test-lowest  the demo and a selection of tests on the lowest versions that pyproject.toml allows"
 	@echo "make demo-train   make the demo's weights again, from scratch (hours)"
-	@echo "make demo-spread  measure the demo on three data seeds"
+	@echo "make demo-spread  measure the demo on three data seeds, and in every format"
 	@echo "make reproduce DATA=DIR  the published tables with our column, on the BMAD data sets in DIR (days, on a GPU)"
 	@echo "make bench        the full BraTS model on this processor, as in the rows that are committed (an hour)"
 	@echo "make bench-gpu    what is fast on a CUDA device; ARGS=\"--device cpu --preset demo ...\" tries it without one"

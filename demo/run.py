@@ -21,12 +21,16 @@ BUILD = Path("build/demo")
 
 def step(*command: str) -> None:
     """Print and run one command; stop the demonstration with its exit code if it fails."""
+    if code := exit_code(*command):
+        sys.exit(code)
+
+
+def exit_code(*command: str) -> int:
+    """Print and run one command, and return its exit code."""
     click.secho("$ " + " ".join(command), bold=True, err=True)
     # The scripts beside this interpreter, so that the virtual environment need not be activated.
     program = Path(sys.executable).parent / command[0]
-    done = subprocess.run([str(program), *command[1:]], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    return subprocess.run([str(program), *command[1:]], check=False).returncode
 
 
 def run(data_seed: int, build: Path) -> dict[str, float]:

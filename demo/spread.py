@@ -1,6 +1,6 @@
-"""Measure the shipped demo model on test images of several data seeds, and write what it reached.
+"""Measure the shipped demo model on test images of several data seeds and in every format, and write what it reached.
 
-python -m demo.spread            writes demo/results.json and the README's paragraph about it
+python -m demo.spread            writes demo/results.json, and the README's paragraph and table about it
 """
 
 from __future__ import annotations
@@ -14,26 +14,45 @@ from typing import Any
 import click
 
 from benchmarks.documents import between
-from demo.run import run
+from demo import formats
+from demo.run import CHECKPOINT, exit_code, run, step
 
 DATA_SEEDS = (0, 1, 2)
 RESULTS = Path("demo/results.json")
 README = Path("README.md")
 MARKS = ("<!-- demo-results -->", "<!-- /demo-results -->")
+ENGINE_MARKS = ("<!-- demo-engines -->", "<!-- /demo-engines -->")
 
 
 def measure() -> dict[str, Any]:
-    """Run the demonstration on every data seed; return the rows, their means and standard deviations."""
+    """Run the demonstration on every data seed, and every format on the first one's slices.
+
+    Return the rows, their means and standard deviations, and under "engines" what formats.measure gives.
+    """
     rows = []
     for seed in DATA_SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             rows.append({"data_seed": seed, **run(seed, Path(folder))})
+            if seed == DATA_SEEDS[0]:
+                engines = of_formats(Path(folder))
     keys = [key for key in rows[0] if key != "data_seed"]
     summary = {
         key: {"mean": statistics.mean(row[key] for row in rows), "std": statistics.stdev(row[key] for row in rows)}
         for key in keys
     }
-    return {"runs": rows, "summary": summary}
+    return {"runs": rows, "summary": summary, "engines": engines.to_dict()}
+
+
+def of_formats(build: Path) -> formats.Measured:
+    """Export the model in every format, and measure each on the test slices in `build`.
+
+    An FP16 engine that is refused is left out, which the table says.
+    """
+    folder = build / "formats"
+    wanted = ("qfae-export", "--ckpt", str(CHECKPOINT), "--int8", "--out", str(folder))
+    if exit_code(*wanted, "--fp16"):
+        step(*wanted)
+    return formats.measure(folder, CHECKPOINT, build / "data", lambda said: click.echo(said, err=True))
 
 
 def paragraph(results: dict[str, Any]) -> str:
@@ -49,8 +68,9 @@ def paragraph(results: dict[str, Any]) -> str:
 
 
 def with_results(readme: str, results: dict[str, Any]) -> str:
-    """Return the README with its paragraph about the results replaced."""
-    return between(readme, MARKS, paragraph(results))
+    """Return the README with its paragraph about the results and its table of formats replaced."""
+    table = formats.table(formats.Measured.from_dict(results["engines"]))
+    return between(between(readme, MARKS, paragraph(results)), ENGINE_MARKS, table)
 
 
 @click.command()

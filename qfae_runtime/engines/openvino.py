@@ -1,7 +1,7 @@
 """The OpenVINO backends on a CPU: an FP32 ONNX file in FP32 or, where the CPU can, in BF16, and an INT8 one in INT8.
 
     openvino        FP32, or the INT8 that an INT8 file says; owes the contract of the file
-    openvino-bf16   products and what lies between them in BF16; owes the BF16 contract
+    openvino-bf16   the blocks of its transformers in BF16, all else in FP32 (openvino_parts.py); owes the BF16 contract
 
 The file is compiled once, for every batch size: measured on two cores, a model compiled for one size is no faster, and
 each would hold a copy of the weights.
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -23,11 +23,12 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import INPUT_NAME, OUTPUT_NAMES, Scores, check_images, check_signature, one_line
 from qfae_runtime.engines.batches import run_split, sizes_up_to
 from qfae_runtime.engines.external import refuse_scattered
+from qfae_runtime.engines.openvino_parts import parts_of, whole
 from qfae_runtime.engines.signal_stack import kept_signal_stack
 from qfae_runtime.errors import EngineError
 
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
-"""By backend: OpenVINO's name of the type that it computes in."""
+"""By backend: OpenVINO's name of the type that most of the work is done in."""
 
 _INTEGERS = {"i8", "u8"}
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
@@ -92,6 +93,14 @@ def has_bf16() -> bool:
     return any(flag in flags for flag in _BF16_FLAGS)
 
 
+class _Step(NamedTuple):
+    """A compiled part: its request, and the names of what it takes and gives, in the order of its ports."""
+
+    request: Any
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
 class OpenVinoEngine:
     """An ONNX file or its bytes, run by OpenVINO on the CPU. Needs no manifest; keeps to Engine.
 
@@ -134,47 +143,54 @@ class OpenVinoEngine:
             read = core.read_model(model if isinstance(model, bytes) else str(model))
             # Integer products are right in a file that says so, and nowhere else.
             integers = _INTEGERS if any("Quantize" in one.get_type_name() for one in read.get_ops()) else set()
+            precision = PRECISIONS[backend]
+            parts = parts_of(library, read) if precision == "bf16" else [whole(read, precision)]
             with kept_signal_stack():
-                compiled = core.compile_model(read, "CPU", _settings(PRECISIONS[backend], threads))
-            inputs, outputs = _signature(compiled.inputs), _signature(compiled.outputs)
-            computed = _computed_in(compiled)
-            self._request: Any = compiled.create_infer_request()
+                compiled = [core.compile_model(one.model, "CPU", _settings(one.precision, threads)) for one in parts]
+            inputs, outputs = _signature(read.inputs), _signature(read.outputs)
+            computed = [_computed_in(one) for one in compiled]
+            self._steps = [
+                _Step(one.create_infer_request(), *part[2:]) for one, part in zip(compiled, parts, strict=True)
+            ]
         except Exception as error:  # its bindings raise RuntimeError and others
             raise EngineError(
                 f"{what}: OpenVINO {self.version} cannot load it: {one_line(error)}; "
                 "export it again with qfae-export, or run it with --backend onnxruntime"
             ) from None
-        if wrong := computed - {PRECISIONS[backend]} - integers:
-            self._request = None
-            raise EngineError(
-                f"{what}: OpenVINO {self.version} computes products in {', '.join(sorted(wrong))}, expected "
-                f"{PRECISIONS[backend]}; name another backend"
-            )
+        for part, types in zip(parts, computed, strict=True):
+            if wrong := types - {part.precision} - integers:
+                self._steps = []
+                raise EngineError(
+                    f"{what}: OpenVINO {self.version} computes products in {', '.join(sorted(wrong))}, expected "
+                    f"{part.precision}; name another backend"
+                )
         check_signature(inputs, outputs, image_size, what)
 
     def run(self, images: UInt8, maps: bool = True) -> Scores:
         """Score uint8 (B, S, S, 3); see Engine.run."""
-        if self._request is None:
+        if not self._steps:
             raise EngineError("the engine is closed; open it again to score with it")
         check_images(images, self.image_size, self.max_batch)
         return run_split(self.batches, images, lambda part: self._run(part, maps))
 
     def _run(self, images: UInt8, maps: bool) -> Scores:
+        tensors = {INPUT_NAME: np.ascontiguousarray(images)}
         try:
-            # Not copied on the way in: it is read only until this returns.
-            self._request.infer({INPUT_NAME: np.ascontiguousarray(images)}, share_inputs=True, share_outputs=True)
-            outputs = {name: self._request.get_tensor(name).data for name in OUTPUT_NAMES}
+            for request, takes, gives in self._steps:
+                # Not copied on the way in: it is read only until this returns. What a step gives lies in its request,
+                # which writes the next batch there.
+                request.infer([tensors[name] for name in takes], share_inputs=True, share_outputs=True)
+                tensors |= {name: request.get_output_tensor(number).data for number, name in enumerate(gives)}
         except Exception as error:
             raise EngineError(
                 f"OpenVINO {self.version} failed on a batch of {len(images)}: {one_line(error)}; "
                 "try a smaller --batch-size"
             ) from None
-        # Copies: the request writes its next results to the same memory.
-        return Scores(*(outputs[name][: None if maps or name == "score" else 0].copy() for name in OUTPUT_NAMES))
+        return Scores(*(tensors[name][: None if maps or name == "score" else 0].copy() for name in OUTPUT_NAMES))
 
     def close(self) -> None:
         """Free the model."""
-        self._request = None
+        self._steps = []
 
     def __enter__(self) -> Self:
         return self

@@ -152,7 +152,7 @@ def test_a_failure_while_it_runs_is_one_sentence() -> None:
         raise RuntimeError("out of\nmemory")
 
     engine = OpenVinoEngine(model_bytes(), SIZE, 4)
-    engine._request = SimpleNamespace(infer=infer)
+    engine._steps = [engine._steps[0]._replace(request=SimpleNamespace(infer=infer))]
     with pytest.raises(EngineError, match=r"failed on a batch of 2: out of memory; try a smaller --batch-size"):
         engine.run(golden_images(2))
 
