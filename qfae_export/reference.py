@@ -28,6 +28,7 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.coverage import spread
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of
+from qfae_train.aggregate import factors
 from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.float32 import whole_float32
 
@@ -156,8 +157,7 @@ def scale_of(images: ParityImages, reference: Scores, threshold: float | None = 
 
 def factors_of(scorer: AnomalyScorer) -> int:
     """Return how many cosine distances a score multiplies."""
-    options = scorer.config.score
-    return len(options.patch_sizes) if options.fusion == "product" else 1
+    return factors(scorer.config.score)
 
 
 def _exact(scorer: AnomalyScorer, images: ParityImages, scores: Scores) -> list[int]:

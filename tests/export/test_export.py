@@ -20,12 +20,12 @@ from qfae_export.export import Exported, Options, ParityError, export
 from qfae_export.layers import Linear
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import is_plain_name
-from qfae_export.stress import stress_images
 from qfae_runtime.engines import open_engine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, UsageError
 from qfae_runtime.manifest import Manifest
 from qfae_runtime.selftest import self_test
 from qfae_train.checkpoint import build_scorer, load
+from qfae_train.stress import stress_images
 from tests.export.tiny import SIZE, checkpoint_file, picture_folder, pictures
 
 
