@@ -193,6 +193,11 @@ class Conditioning:
             ],
         }
 
+    def said(self) -> dict[str, Any]:
+        """Return plain JSON values with what follows from them: whether each precision passes, and the sentence."""
+        verdicts = {one: {"passes": self.passes(one), "sentence": self.sentence(one)} for one in TYPES}
+        return {**self.to_dict(), "tolerances": verdicts}
+
     @classmethod
     def from_dict(cls, stored: Any, where: str = "conditioning", cure: str = "measure again") -> Conditioning:
         """Check and read what `to_dict` returned.

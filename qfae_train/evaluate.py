@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from qfae_runtime.contract import MIN_IMAGES
+from qfae_runtime.coverage import spread
 from qfae_runtime.metrics import Bootstrap, Metrics, PixelMetrics, measure
 from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.bmad import held_against
-from qfae_train.checkpoint import build_scorer
+from qfae_train.checkpoint import Checkpoint, build_scorer
+from qfae_train.conditioning import Conditioning
+from qfae_train.conditioning import measure as measure_conditioning
 from qfae_train.config import Config
 from qfae_train.data import Split, load_split
 from qfae_train.float32 import whole_float32
 from qfae_train.official import open_checkpoint
 from qfae_train.weight_files import FROM_HUB, WeightFiles
 
-__all__ = ["Metrics", "evaluate", "evaluate_checkpoint"]
+__all__ = ["Judged", "Metrics", "evaluate", "evaluate_checkpoint", "judge_checkpoint"]
+
+
+class Judged(NamedTuple):
+    """What a checkpoint is worth: how well its scores separate, and how far rounding moves them."""
+
+    metrics: Metrics
+    conditioning: Conditioning
 
 
 @whole_float32()
@@ -63,9 +75,59 @@ def evaluate_checkpoint(
         DataError, InputError: see `data.load_split`.
 
     """
+    opened = _open(path, data, split, config, files, device, say)
+    return _evaluate(opened, batch_size)
+
+
+def judge_checkpoint(
+    path: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    config: Config | None = None,
+    files: WeightFiles = FROM_HUB,
+    batch_size: int | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
+) -> Judged:
+    """Do what `evaluate_checkpoint` does, and measure how far rounding moves the scores; the same arguments and errors.
+
+    That is measured on the images that the checkpoint brings for an export, or on MIN_IMAGES of the split's where it
+    brings none.
+    """
+    opened = _open(path, data, split, config, files, device, say)
+    metrics = _evaluate(opened, batch_size)
+    images, earlier = opened.checkpoint.parity_images, opened.checkpoint.conditioning
+    if len(images):
+        threshold = earlier.threshold if earlier is not None else None  # the trainer knew which images are normal
+        return Judged(metrics, measure_conditioning(opened.scorer, images, threshold=threshold))
+    numbers = spread(len(opened.images), MIN_IMAGES)
+    labels = [bool(opened.images.anomalous[number]) for number in numbers]
+    return Judged(metrics, measure_conditioning(opened.scorer, opened.images.rgb(torch.tensor(numbers)), labels))
+
+
+class _Opened(NamedTuple):
+    checkpoint: Checkpoint
+    scorer: AnomalyScorer
+    images: Split
+
+
+def _open(
+    path: Path,
+    data: Path,
+    split: str,
+    config: Config | None,
+    files: WeightFiles,
+    device: str,
+    say: Callable[[str], None],
+) -> _Opened:
     checkpoint = open_checkpoint(path, config, files)
     images = load_split(data, split, checkpoint.config.preprocess_spec())
     say(held_against(checkpoint.config.data.benchmark, split, len(images)))
-    scorer = build_scorer(checkpoint, files)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return evaluate(scorer.to(chosen), images, batch_size or checkpoint.config.train.batch_size, bootstrap=Bootstrap())
+    return _Opened(checkpoint, build_scorer(checkpoint, files).to(chosen), images)
+
+
+def _evaluate(opened: _Opened, batch_size: int | None) -> Metrics:
+    size = batch_size or opened.checkpoint.config.train.batch_size
+    return evaluate(opened.scorer, opened.images, size, bootstrap=Bootstrap())

@@ -46,7 +46,7 @@ class Rounding(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         """Begin to round."""
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         for module in self._kept:
             self._handles.append(module.register_forward_pre_hook(lambda *_: self._step(1)))
             self._handles.append(module.register_forward_hook(lambda *_: self._step(-1), always_call=True))
@@ -59,7 +59,7 @@ class Rounding(TorchFunctionMode):
         while self._handles:
             self._handles.pop().remove()
         self._within = 0
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
