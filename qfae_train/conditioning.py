@@ -238,10 +238,10 @@ def measure(
     scorer.eval()
     try:
         with _in_float64(scorer):
-            truth = Scores.joined(_Pass(scorer, part).outputs("fp32", ()) for part in pixels.split(_BATCH))
+            truth = Scores.joined(Pass(scorer, part).outputs("fp32", ()) for part in pixels.split(_BATCH))
         got: dict[tuple[str, str], list[Scores]] = {row: [] for row in _expected_rows()}
         for part in pixels.split(_BATCH):
-            passed = _Pass(scorer, part)
+            passed = Pass(scorer, part)
             for precision, stage in got:
                 got[precision, stage].append(passed.outputs(precision, STAGES if stage == ALL else (stage,)))
     finally:
@@ -263,7 +263,7 @@ def measure(
     return Conditioning(real, len(pixels) - real, limit, tuple(rows))
 
 
-class _Pass:
+class Pass:
     """One batch through the model in every way of rounding; what two ways have in common is computed once."""
 
     def __init__(self, scorer: AnomalyScorer, images: Tensor) -> None:
@@ -271,7 +271,7 @@ class _Pass:
         self._scorer = scorer
         self._images = normalise(images.to(weight.device), weight.dtype)
         self._known: dict[tuple[str, str, tuple[str, ...]], Any] = {}
-        self._kept = _never_rounded(scorer)
+        self._kept, self._joined = _never_rounded(scorer), _joined(scorer)
 
     def outputs(self, precision: str, stages: Sequence[str]) -> Scores:
         """Return the outputs of the images with these stages rounded; of "fp32" none is."""
@@ -283,7 +283,7 @@ class _Pass:
             mine = tuple(one for one in (*STAGES[:before], stage) if one in rounded)
             key = (what, precision if mine else "fp32", mine)
             if key not in self._known:
-                with Rounding(TYPES[precision], self._kept) if stage in rounded else nullcontext():
+                with Rounding(TYPES[precision], self._kept, self._joined) if stage in rounded else nullcontext():
                     self._known[key] = compute()
             return self._known[key]
 
@@ -302,9 +302,19 @@ class _Pass:
 
 def _never_rounded(scorer: AnomalyScorer) -> list[nn.Module]:
     """Return what an engine keeps in FP32: what reads no image, computed once, and blocks that are not timm's plain."""
-    first = scorer.autoencoder.qformer.blocks[0]
-    blocks = [block for encoder in scorer.autoencoder.encoders for block in encoder.get_submodule("backbone").blocks]  # type: ignore[union-attr]
-    return [first.attention, first.cross.to_q, *(block for block in blocks if not is_plain(block))]  # type: ignore[list-item, union-attr]
+    first: Any = scorer.autoencoder.qformer.blocks[0]
+    backbones: list[Any] = [encoder.get_submodule("backbone") for encoder in scorer.autoencoder.encoders]
+    foreign = [block for backbone in backbones for block in backbone.blocks if not is_plain(block)]
+    return [first.attention, first.cross.to_q, *foreign]
+
+
+def _joined(scorer: AnomalyScorer) -> list[tuple[nn.Linear, nn.Linear]]:
+    """Return the layers that an engine makes one product of (see qfae_export's stages)."""
+    autoencoder = scorer.autoencoder
+    blocks: list[Any] = list(autoencoder.qformer.blocks)
+    readers = [block.cross.to_kv for block in blocks if block.cross is not None]
+    projections: list[Any] = [encoder.get_submodule("projection") for encoder in autoencoder.encoders]
+    return [*product(projections, readers), (blocks[-1].fc2, autoencoder.decoder.embed)]
 
 
 def _chosen(scorer: AnomalyScorer, images: Tensor) -> tuple[Tensor, list[int], int]:
@@ -350,7 +360,11 @@ def _share(contract: Contract, name: str, value: float | None) -> float:
     if value is None:
         return float("inf")
     bound = contract.bounds[name]
-    return (1 - value) / (1 - bound) if QUANTITIES[name].larger_is_better else value / bound
+    if QUANTITIES[name].larger_is_better:
+        return (1 - value) / (1 - bound)
+    if name == "reconstruction_p999":  # whole grey levels, of which the first says nothing: 0.5 may lie on either side
+        return max(0.0, value - 1) / (bound - 1)
+    return value / bound
 
 
 def _title(stage: str) -> str:

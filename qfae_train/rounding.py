@@ -34,13 +34,19 @@ _ACTIVATIONS: tuple[Function, ...] = (F.gelu, F.relu, F.silu, F.sigmoid, F.tanh,
 class Rounding(TorchFunctionMode):
     """A `with` in which PyTorch rounds what an engine of type `dtype` rounds; see the module.
 
-    `kept` are modules that such an engine keeps in FP32; a block may be entered again, one after the other.
+    `kept` are modules that such an engine keeps in FP32. `joined` are pairs of linear layers, one after the other, that
+    it makes one product of: what lies between them is not rounded. It may be entered again after it was left.
     """
 
-    def __init__(self, dtype: torch.dtype, kept: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self, dtype: torch.dtype, kept: Iterable[nn.Module] = (), joined: Iterable[tuple[nn.Linear, nn.Linear]] = ()
+    ) -> None:
         super().__init__()
         self.dtype = dtype
         self._kept = list(kept)
+        pairs = list(joined)
+        self._first = {id(first.weight) for first, _ in pairs}
+        self._second = {id(second.weight) for _, second in pairs}
         self._handles: list[RemovableHandle] = []
         self._within = 0  # how many of the kept modules are running
 
@@ -86,13 +92,15 @@ class Rounding(TorchFunctionMode):
     def _layer(
         self, func: Function, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **named: Any
     ) -> Tensor:
-        y: Tensor = self.rounded(func(self.rounded(x), self.rounded(weight), None, *args, **named))
+        taken = x if id(weight) in self._second else self.rounded(x)
+        given = (lambda value: value) if id(weight) in self._first else self.rounded
+        y: Tensor = given(func(taken, self.rounded(weight), None, *args, **named))
         if bias is None:
             return y
         added = self.rounded(bias)
         if func is not F.linear:
             added = added[(...,) + (None,) * (weight.ndim - 2)]
-        total: Tensor = self.rounded(y + added)
+        total: Tensor = given(y + added)
         return total
 
     def _step(self, change: int) -> None:
