@@ -48,7 +48,8 @@ demo: $(INSTALLED)
 
 demo-train: $(INSTALLED)
 	$(BIN)/python -m demo.dataset --out $(DEMO_DATA)
-	$(KEEP_MEMORY) $(BIN)/python -m demo.pretrain --data $(DEMO_DATA) --out qfae_train/presets/demo_vit.safetensors
+	$(KEEP_MEMORY) $(BIN)/python -m demo.pretrain encoder --data $(DEMO_DATA) --out qfae_train/presets/demo_encoder.safetensors
+	$(KEEP_MEMORY) $(BIN)/python -m demo.pretrain perceptual --data $(DEMO_DATA) --out qfae_train/presets/demo_perceptual.safetensors
 	$(KEEP_MEMORY) $(BIN)/qfae-train --preset demo --data $(DEMO_DATA) --out build/demo/train/demo.pt --overwrite
 	cp build/demo/train/demo.pt demo/weights/demo.pt
 	$(MAKE) demo-spread

@@ -10,7 +10,8 @@ resampled exactly as the perceptual network does it.
 A tiny transformer that learns nothing else keeps its hidden states in two or three dimensions of 128. A projection that
 reads the others amplifies them by hundreds, and with them what FP16 rounds. So the encoder is also asked to use all of
 them: the covariance of some blocks' states is drawn to the identity (as VICReg, Bardes et al. 2022, does with
-embeddings), and the decoder reads the mean of all blocks' normalised states, so that each of them has to tell something.
+embeddings), and the decoder reads the mean of all blocks' normalised states, so that each of them has to tell
+something.
 """
 
 from __future__ import annotations
@@ -222,7 +223,15 @@ def main(name: str, data: Path, out: Path, steps: int, batch_size: int, lr: floa
     slices = load_slices(data / "train", config)
     state = pretrain(name, config, slices, steps, batch_size, lr, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"name": name, **asdict(RECIPES[name]), "steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "slices": len(slices)}
+    recipe = {
+        "name": name,
+        **asdict(RECIPES[name]),
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "slices": len(slices),
+    }
     out.write_bytes(save(state, metadata={"recipe": json.dumps(recipe)}))
     click.echo(f"backbone in {out}")
 

@@ -36,7 +36,7 @@ _SURVEYED = 2  # images; the worst tell where to look
 class Cost:
     """What keeping FP32 takes.
 
-    units     operations in FP32, of `of_units`
+    units     operations kept in FP32, of the `of_units` that FP16 rounds
     bytes     by which the engine's files grew, from `of_bytes`
     products  share of the matrix products' floating-point operations, attention included, that are FP32 now
     """
@@ -101,7 +101,7 @@ class Bisected:
             table.add_row(stage, "all of it" if below == [stage] else ", ".join(below))
         if not self.minimal:
             table.add_row("", "perhaps more than must be: the search ended early")
-        table.add_row("operations in FP32", f"{cost.units} of {cost.of_units}")
+        table.add_row("operations kept in FP32", f"{cost.units} of {cost.of_units}")
         table.add_row("matrix products in FP32", f"{cost.products:.1%}")
         table.add_row("file", f"{cost.bytes / max(cost.of_bytes, 1):+.1%} ({cost.bytes / 1e6:+.2f} MB)")
         for what, pair in (("engine", (self.before, self.after)), ("rounding alone", self.rounded)):
@@ -130,7 +130,7 @@ def bisect(
         EngineError: the backend cannot run the answer.
 
     """
-    units, before, size = graph.units(), failed.worst, _bytes(path)
+    units, before, size = graph.halved(FP16), failed.worst, _bytes(path)
     if failed:
         return Bisected(FP16, True, (), before, failed, None, Cost(0, len(units), 0, size, 0.0), (path,))
     say("tracing the graph for trials")

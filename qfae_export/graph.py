@@ -77,6 +77,10 @@ class InferenceGraph(nn.Module):
             if isinstance(module, Unit) and not isinstance(module, ForeignBlock)
         ]
 
+    def halved(self, precision: Precision) -> list[str]:
+        """Return the places of the operations that a policy computes in FP16, in the order of the computation."""
+        return [unit for unit in self.units() if precision.dtype(unit) == torch.float16]
+
     def refuse_unknown(self, precision: Precision, option: str = "precision") -> None:
         """Refuse a policy that does not fit; `option` is where it was said.
 

@@ -247,7 +247,10 @@ class Constant(Unit):
 
 
 class Embed(nn.Module):
-    """A product, a table of positions added to it, and tokens that stand before it."""
+    """A product, a table of positions added to it, and tokens that stand before it: where a residual stream begins.
+
+    It has the wider type of product and table.
+    """
 
     def __init__(self, product: Linear, table: Tensor, prefix: Tensor) -> None:
         """Take the table [1, T, D] with the product's bias added, and the prefix [1, P, D]."""

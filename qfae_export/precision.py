@@ -16,9 +16,15 @@ import torch
 
 FP16_RULES: dict[str, dict[str, str]] = {
     "matrix products": {"type": "float16", "why": "nearly all of the work; weights and biases are stored in float16"},
-    "residual streams": {"type": "float16", "why": "read and written around every product"},
+    "residual streams": {
+        "type": "float32",
+        "why": "each addition would round all that was added before; a sum may pass 65504 where no summand does",
+    },
+    "LayerNorms": {
+        "type": "float32",
+        "why": "they read a stream and divide by its spread; what they give is rounded once, for the product behind",
+    },
     "pixels": {"type": "float16", "why": "(grey - 114) / 64 is exact in float16 for the 256 grey levels"},
-    "LayerNorm statistics": {"type": "float32", "why": "sums of squares overflow float16 in vision transformers"},
     "softmax and its sums": {
         "type": "float32",
         "why": "queries, keys and values are float16 numbers, cast to float32 around each attention: TensorRT runs "
@@ -31,6 +37,16 @@ FP16_RULES: dict[str, dict[str, str]] = {
     "outputs": {"type": "float32", "why": "scores and maps are compared with thresholds found elsewhere"},
 }
 """What an FP16 engine computes in which type. The manifest repeats it."""
+
+_RULES_OF_FP16_STREAMS: dict[str, dict[str, str]] = {
+    "residual streams": {"type": "float16", "why": "read and written around every product"},
+    "LayerNorms": {"type": "float16", "why": "their statistics are float32, for sums of squares overflow float16"},
+}
+"""What differs where residual streams are FP16 too."""
+
+# The sums of a residual stream, the first of which adds positions and prefix tokens, and every LayerNorm:
+# encoder.embed.table, perceptual.embed16.prefix, decoder.1.residual2, encoder.norm_pre, qformer.1.cross.norm_out.
+_STREAM_UNITS = re.compile(r".+\.(embed\d*\.(table|prefix)|residual[12]|norm([12]|_\w+)?)")
 
 
 INT8_RULES: dict[str, dict[str, str]] = {
@@ -58,18 +74,24 @@ _INT8_UNITS = re.compile(r"(encoder\d*\.(?!1\.)|decoder\.|perceptual\.)\d+\.(qkv
 
 @dataclass(frozen=True)
 class Precision:
-    """The type of every unit. `kept` are the selectors of what stays FP32 in an FP16 or INT8 graph.
+    """The type of every unit.
 
-    `foreign` are blocks of other kinds than are known here, which stay FP32 whatever is asked for.
+    name     "fp32", "fp16" or "int8"
+    kept     selectors of what stays FP32 in an FP16 or INT8 graph; they may cover what is FP32 by rule
+    foreign  blocks of other kinds than are known here, which stay FP32 whatever is asked for
+    streams  the type of residual streams and LayerNorms in an FP16 graph: "float32" or "float16"
     """
 
     name: str
     kept: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    streams: str = "float32"
 
     def dtype(self, unit: str) -> torch.dtype:
         """Return the type a unit is computed in."""
         if self.name != "fp16" or any(covers(selector, unit) for selector in self.kept):
+            return torch.float32
+        if self.streams != "float16" and _STREAM_UNITS.fullmatch(unit):
             return torch.float32
         return torch.float16
 
@@ -80,8 +102,9 @@ class Precision:
 
     @classmethod
     def described(cls, stored: Mapping[str, Any]) -> Precision:
-        """Return the policy that `describe` gave."""
-        return cls(stored["policy"], tuple(stored.get("kept_fp32", ())))
+        """Return the policy that `describe` gave, here or in versions whose streams were FP16: the rules say so."""
+        streams = stored.get("rules", {}).get("residual streams", {}).get("type", "float32")
+        return cls(stored["policy"], tuple(stored.get("kept_fp32", ())), streams=streams)
 
     def describe(self) -> dict[str, Any]:
         """Return plain JSON values for the manifest."""
@@ -89,11 +112,14 @@ class Precision:
             return {"policy": "fp32"}
         if self.name == "int8":
             return {"policy": "int8", "rules": INT8_RULES, "kept_fp32": [*self.kept, *self.foreign]}
-        return {"policy": "fp16", "rules": FP16_RULES, "kept_fp32": [*self.kept, *self.foreign]}
+        rules = FP16_RULES | _RULES_OF_FP16_STREAMS if self.streams == "float16" else FP16_RULES
+        return {"policy": "fp16", "rules": rules, "kept_fp32": [*self.kept, *self.foreign]}
 
 
 FP32 = Precision("fp32")
 FP16 = Precision("fp16")
+FP16_STREAMS = Precision("fp16", streams="float16")
+"""FP16 with residual streams and LayerNorms in FP16 as well: what benchmarks compare FP16 with."""
 INT8 = Precision("int8", kept=("decoder",))
 """What INT8 is without a wish: the decoder's products stay FP32, for they cost more ranks and maps than all others."""
 

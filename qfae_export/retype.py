@@ -1,9 +1,9 @@
 """One traced FP16 graph, written again and again in other precision policies: what a bisection's trials are made of.
 
-Tracing takes torch.export ten seconds for the smallest model, and trials differ in nothing but types. So the FP16 graph
-is traced once; a policy then turns the nodes of what it keeps into FP32, fetches their weights and inserts casts where
-types meet. The same operations come out as if the policy had been traced, and the same outputs, bit by bit
-(`tests/export/test_retype.py`). What is handed over is traced and measured all the same.
+Tracing takes torch.export ten seconds for the smallest model, and trials differ in nothing but types. So the graph is
+traced once, with everything in FP16 that can be; a policy then turns the nodes of what is FP32 in it, fetches their
+weights and inserts casts where types meet. The same operations come out as if the policy had been traced, and the same
+outputs, bit by bit (`tests/export/test_retype.py`). What is handed over is traced and measured all the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from qfae_export.graph import InferenceGraph
 from qfae_export.onnx_file import save, trace
-from qfae_export.precision import FP16, Precision
+from qfae_export.precision import FP16_STREAMS, Precision
 
 _SINGLE, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -35,7 +35,7 @@ class Retyper:
     def __init__(self, graph: InferenceGraph) -> None:
         self._units = frozenset(graph.units())
         self._weights = {name: one for name, one in graph.named_buffers() if name.rpartition(".")[0] in self._units}
-        template = graph.at(FP16)
+        template = graph.at(FP16_STREAMS)
         for number, buffer in enumerate((template.get_buffer(name) for name in self._weights), start=2):
             # The exporter merges equal weights, but what is equal in FP16 may differ in FP32. So here all differ, and
             # none is a 0 or 1 that would be optimised away; the values are of no further use.

@@ -3,7 +3,8 @@
 One pass of the FP32 graph in PyTorch, forwards and backwards. Forwards, every unit is computed again with weights,
 inputs and output rounded to FP16, which gives the error it makes by itself; backwards, the score's gradient says how
 much of an error at this place arrives at the end. The product of both is a first-order estimate; an overflow counts as
-infinite. It orders the trials and decides nothing.
+infinite. It orders the trials and decides nothing. Units that the FP16 policy leaves in FP32 are not looked at: none of
+them is a product.
 
 Letters: B images, S pixels per side, T tokens.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,13 @@ from torch import Tensor, nn
 
 from qfae_export.graph import InferenceGraph, entering
 from qfae_export.layers import Attend, CausalAttend, Linear, Unit
+from qfae_export.precision import FP16
 from qfae_runtime.arrays import UInt8
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was seen of every unit.
+    """What was seen of every unit that is FP16 by rule.
 
     products  floating-point operations of its matrix products on one image, attention included
     effect    expected square of what its rounding adds to the score (of half a graph: to what it gives)
@@ -39,18 +41,18 @@ class Survey:
 
 
 def survey(graph: InferenceGraph, images: UInt8, reconstructions: UInt8) -> Survey:
-    """Look at every unit of an FP32 graph on uint8 (B, S, S, 3) images, one at a time for the memory's sake.
+    """Look at these units of an FP32 graph on uint8 (B, S, S, 3) images, one at a time for the memory's sake.
 
     `reconstructions`, of the same shape, are read by the scoring half alone.
     """
-    seen = Survey(defaultdict(float), defaultdict(float))
-    with _watched(graph, seen), torch.enable_grad():
+    units, seen = graph.halved(FP16), Survey(defaultdict(float), defaultdict(float))
+    with _watched(graph, units, seen), torch.enable_grad():
         for pair in zip(images, reconstructions, strict=True):
             _result(graph, *(entering(torch.from_numpy(one)[None].float()) for one in pair)).backward()
     count = len(images)
     return Survey(
-        {unit: seen.products[unit] / count for unit in graph.units()},
-        {unit: seen.effect[unit] for unit in graph.units()},
+        {unit: seen.products[unit] / count for unit in units},
+        {unit: seen.effect[unit] for unit in units},
     )
 
 
@@ -65,8 +67,8 @@ def _result(graph: InferenceGraph, images: Tensor, reconstructions: Tensor) -> T
 
 
 @contextmanager
-def _watched(graph: InferenceGraph, seen: Survey) -> Iterator[None]:
-    handles = [graph.get_submodule(unit).register_forward_hook(_watcher(unit, seen)) for unit in graph.units()]
+def _watched(graph: InferenceGraph, units: Sequence[str], seen: Survey) -> Iterator[None]:
+    handles = [graph.get_submodule(unit).register_forward_hook(_watcher(unit, seen)) for unit in units]
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from qfae_export.graph import InferenceGraph
 from qfae_export.onnx_file import write_onnx
 from qfae_export.parity import measure, run_in_batches
 from qfae_export.parity_report import ParityReport
-from qfae_export.precision import Precision, covers
+from qfae_export.precision import FP16, Precision, covers
 from qfae_export.retype import Retyper
 from qfae_export.rounded import RoundedEngine
 from qfae_runtime.agreement import Agreement, Reference, incomparable
@@ -88,7 +88,7 @@ class Built(NamedTuple):
 class Bench:
     """Tries policies on one graph, which is FP32; `failed` measured its FP16 engine.
 
-    units    the places of the graph's operations
+    units    the places of the operations that FP16 rounds; the others are FP32 by rule, and no trial needs to say so
     before   how FP16's rounding alone agrees with PyTorch; None of half a graph
     telling  numbers of all images, those first on which policies fail
     trials   all that was tried, in order
@@ -105,7 +105,7 @@ class Bench:
         most_trials: int,
     ) -> None:
         assert failed.outputs is not None
-        self.units = graph.units()
+        self.units = graph.halved(FP16)
         self.trials: list[Trial] = []
         self._graph, self._images, self._contract = graph, failed.images, failed.contract
         self._reference, self._open, self._pytorch = reference, open_engine, failed.pytorch

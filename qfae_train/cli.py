@@ -15,7 +15,15 @@ from qfae_runtime.command_line import CONTEXT, dispatch, fail, unexpected
 from qfae_runtime.errors import INTERRUPTED, QfaeError, UsageError
 from qfae_train.config import Config, Train, from_dict, load, presets
 from qfae_train.evaluate_cli import evaluate_command
-from qfae_train.options import DEVICES, check_device, config_source, needing_extra, parse_seeds, weight_options
+from qfae_train.options import (
+    DEVICES,
+    VERBOSE_HELP,
+    check_device,
+    config_source,
+    needing_extra,
+    parse_seeds,
+    weight_options,
+)
 from qfae_train.output import last_beside, seed_path
 from qfae_train.weight_files import parse_weight_files
 
@@ -62,6 +70,7 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--overwrite", is_flag=True, help="Start anew where --out exists.")
 @click.option("--device", metavar="|".join(DEVICES), default=DEVICES[0], show_default=True, help="Where to train.")
 @click.option("--seeds", metavar="N,N,...", help="Train once per seed and score the test split with each.")
+@click.option("--verbose", is_flag=True, help=VERBOSE_HELP)
 @weight_options
 @train_options
 @click.version_option(__version__, prog_name=PROGRAM)
@@ -98,11 +107,13 @@ def _written(files: list[Path]) -> dict[Path, int]:
 
 def _train(options: dict[str, Any]) -> None:
     """Run what was asked for and say what came of it."""
-    seeds = options.pop("seeds")
+    seeds, verbose = options.pop("seeds"), options.pop("verbose")
     if seeds:
         from qfae_train.seeds import fit_seeds
 
         summary = fit_seeds(seeds=seeds, **options)
+        if verbose:
+            _say_internals([summary.file.with_name(run["checkpoint"]) for run in summary.runs], options["device"])
         click.echo(summary.text())
         click.echo(f"results of every seed {summary.file}")
         click.echo(f"next: qfae-export --ckpt {quote(str(summary.best))}")
@@ -110,12 +121,22 @@ def _train(options: dict[str, Any]) -> None:
     from qfae_train.fit import fit  # torch takes seconds to import; --help and most faults need not wait
 
     result = fit(**options)
+    if verbose:
+        _say_internals([result.best], options["device"])
     auroc = (
         "" if result.best_auroc is None else f", validation AUROC {result.best_auroc:.4f} at epoch {result.best_epoch}"
     )
     click.echo(f"best checkpoint {result.best}{auroc}; newest {result.last}")
     click.echo(result.conditioning.text())
     click.echo(f"next: qfae-export --ckpt {quote(str(result.best))}")
+
+
+def _say_internals(checkpoints: list[Path], device: str) -> None:
+    from qfae_train.evaluate import internals_of
+
+    for path in checkpoints:
+        for number, line in enumerate(internals_of(path, device).lines()):
+            click.echo(f"{path.name}: {line}" if number == 0 else line, err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -165,6 +186,7 @@ def parse_options(rest: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
         "resume": given["resume"],
         "overwrite": given["overwrite"],
         "device": given["device"],
+        "verbose": given["verbose"],
     }
 
 

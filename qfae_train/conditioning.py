@@ -45,10 +45,14 @@ STAGES = ("encoder", "qformer", "decoder", "perceptual")
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 ALL = "all"
+"""In place of a stage: everything that an engine rounds."""
+
+ROUNDED = {"fp16": STAGES, "bf16": ("encoder", "decoder", "perceptual")}
+"""What an engine rounds, by its precision: in BF16, with eight bits, not the Q-Former."""
 
 _BATCH = 8
 
-_TITLES = {ALL: "all of it", "qformer": "the Q-Former", "perceptual": "the perceptual network"}
+_TITLES = {ALL: "as an engine", "qformer": "the Q-Former", "perceptual": "the perceptual network"}
 _KEPT = (*CONTRACTS["fp16"].bounds, "flips", "reconstruction_levels")
 _MOST_ROWS = 64
 
@@ -61,7 +65,7 @@ class Row:
     """What one way of rounding does.
 
     precision  "fp32" (as PyTorch computes), "fp16" or "bf16"
-    stage      the stage that is rounded alone, or "all"
+    stage      the stage that is rounded alone, or "all" that an engine rounds
     values     by the names of QUANTITIES; None: undefined; empty where there is a fault
     relative   largest error of a score as a share of the larger of score and threshold, stress images left out
     fault      why the outputs cannot be compared, e.g. infinite ones
@@ -110,7 +114,7 @@ class Conditioning:
         return {name: _share(contract, name, row.values[name]) for name in contract.bounds if name in row.values}
 
     def passes(self, precision: str) -> bool:
-        """Say whether all of the model, rounded to a precision, is within the tolerances of an export."""
+        """Say whether the model, rounded as an engine rounds it, is within the tolerances of an export."""
         return self.row(precision).fault is None and max(self.shares(precision).values(), default=0.0) <= 1
 
     def sentence(self, precision: str = "fp16") -> str:
@@ -137,12 +141,12 @@ class Conditioning:
 
     def _cause(self, precision: str, quantity: str | None) -> str:
         """Name the stage that is worst alone: in a quantity, or one whose outputs cannot be compared."""
-        faulty = [stage for stage in STAGES if self.row(precision, stage).fault is not None]
+        faulty = [stage for stage in ROUNDED[precision] if self.row(precision, stage).fault is not None]
         if faulty:
             return f"; it comes from {_title(faulty[0])}"
         if quantity is None:
             return "; no stage alone does that"
-        alone = {stage: self.shares(precision, stage)[quantity] for stage in STAGES}
+        alone = {stage: self.shares(precision, stage)[quantity] for stage in ROUNDED[precision]}
         worst = max(alone, key=lambda stage: alone[stage])
         return f"; most of it comes from {_title(worst)}, alone {alone[worst]:.2f} of the bound"
 
@@ -243,7 +247,8 @@ def measure(
         for part in pixels.split(_BATCH):
             passed = Pass(scorer, part)
             for precision, stage in got:
-                got[precision, stage].append(passed.outputs(precision, STAGES if stage == ALL else (stage,)))
+                stages = ROUNDED.get(precision, ()) if stage == ALL else (stage,)
+                got[precision, stage].append(passed.outputs(precision, stages))
     finally:
         scorer.train(training)
     single = Scores(truth.score.astype(np.float32), truth.anomaly_map.astype(np.float32), truth.reconstruction)
@@ -274,8 +279,8 @@ class Pass:
         self._kept, self._joined = _never_rounded(scorer), _joined(scorer)
 
     def outputs(self, precision: str, stages: Sequence[str]) -> Scores:
-        """Return the outputs of the images with these stages rounded; of "fp32" none is."""
-        rounded = () if precision == "fp32" else tuple(stages)
+        """Return the outputs of the images with these stages rounded."""
+        rounded = tuple(stages)
         autoencoder, options = self._scorer.autoencoder, self._scorer.config.score
 
         def step(what: str, stage: str, before: int, compute: Callable[[], Any]) -> Any:

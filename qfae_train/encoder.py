@@ -28,6 +28,12 @@ class Encoder(nn.Module):
         self.backbone = vit
         self.projection = nn.Linear(vit.embed_dim, dim)
 
+    @property
+    def context_tokens(self) -> int:
+        """L: hidden states of one image, prefix tokens and all taps."""
+        patches: int = self.backbone.patch_embed.num_patches
+        return (self.backbone.num_prefix_tokens + patches) * len(self.taps)
+
     @torch.no_grad()
     def hidden(self, images: Tensor) -> Tensor:
         """Return the concatenated hidden states, prefix tokens kept: (B, L, width), from normalised (B, 3, S, S)."""

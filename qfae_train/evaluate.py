@@ -13,16 +13,17 @@ from qfae_runtime.coverage import spread
 from qfae_runtime.metrics import Bootstrap, Metrics, PixelMetrics, measure
 from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.bmad import held_against
-from qfae_train.checkpoint import Checkpoint, build_scorer
+from qfae_train.checkpoint import Checkpoint, build_scorer, load
 from qfae_train.conditioning import Conditioning
 from qfae_train.conditioning import measure as measure_conditioning
 from qfae_train.config import Config
 from qfae_train.data import Split, load_split
 from qfae_train.float32 import whole_float32
+from qfae_train.internals import IMAGES, Internals, internals
 from qfae_train.official import open_checkpoint
 from qfae_train.weight_files import FROM_HUB, WeightFiles
 
-__all__ = ["Judged", "Metrics", "evaluate", "evaluate_checkpoint", "judge_checkpoint"]
+__all__ = ["Judged", "Metrics", "evaluate", "evaluate_checkpoint", "internals_of", "judge_checkpoint"]
 
 
 class Judged(NamedTuple):
@@ -65,17 +66,19 @@ def evaluate_checkpoint(
     batch_size: int | None = None,
     device: str = "auto",
     say: Callable[[str], None] = lambda line: None,
+    verbose: bool = False,
 ) -> Metrics:
     """Score a split of the data set at `data` with a checkpoint, in float32, and measure it with its intervals.
 
-    `config` describes the authors' checkpoint; `batch_size` None is the training's; `say` hears the counts.
+    `config` describes the authors' checkpoint; `batch_size` None is the training's; `say` takes the counts
+    and, if `verbose`, the figures of `internals` on up to IMAGES images from all over the split.
 
     Raises:
         UsageError, CheckpointError, WeightsError: see `official.open_checkpoint` and `checkpoint.build_scorer`.
         DataError, InputError: see `data.load_split`.
 
     """
-    opened = _open(path, data, split, config, files, device, say)
+    opened = _open(path, data, split, config, files, device, say, verbose)
     return _evaluate(opened, batch_size)
 
 
@@ -89,13 +92,14 @@ def judge_checkpoint(
     batch_size: int | None = None,
     device: str = "auto",
     say: Callable[[str], None] = lambda line: None,
+    verbose: bool = False,
 ) -> Judged:
     """Do what `evaluate_checkpoint` does, and measure how far rounding moves the scores; the same arguments and errors.
 
     That is measured on the images that the checkpoint brings for an export, or on MIN_IMAGES of the split's where it
     brings none.
     """
-    opened = _open(path, data, split, config, files, device, say)
+    opened = _open(path, data, split, config, files, device, say, verbose)
     metrics = _evaluate(opened, batch_size)
     images, earlier = opened.checkpoint.parity_images, opened.checkpoint.conditioning
     if len(images):
@@ -120,14 +124,34 @@ def _open(
     files: WeightFiles,
     device: str,
     say: Callable[[str], None],
+    verbose: bool,
 ) -> _Opened:
     checkpoint = open_checkpoint(path, config, files)
     images = load_split(data, split, checkpoint.config.preprocess_spec())
     say(held_against(checkpoint.config.data.benchmark, split, len(images)))
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return _Opened(checkpoint, build_scorer(checkpoint, files).to(chosen), images)
+    scorer = build_scorer(checkpoint, files).to(_chosen(device))
+    if verbose:
+        at = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).round().long()
+        for line in internals(scorer, images.rgb(at)).lines():
+            say(line)
+    return _Opened(checkpoint, scorer, images)
 
 
 def _evaluate(opened: _Opened, batch_size: int | None) -> Metrics:
     size = batch_size or opened.checkpoint.config.train.batch_size
     return evaluate(opened.scorer, opened.images, size, bootstrap=Bootstrap())
+
+
+def internals_of(path: Path, device: str = "auto") -> Internals:
+    """Return the figures of a checkpoint that training wrote, on the validation images in it.
+
+    Raises:
+        CheckpointError, WeightsError: see `checkpoint.load` and `checkpoint.build_scorer`.
+
+    """
+    checkpoint = load(path)
+    return internals(build_scorer(checkpoint).to(_chosen(device)), checkpoint.parity_images[:IMAGES])
+
+
+def _chosen(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -11,7 +11,7 @@ import click
 from qfae_runtime.command_line import CONTEXT, fail, unexpected, whole_number
 from qfae_runtime.errors import QfaeError, UsageError
 from qfae_train.config import load, presets
-from qfae_train.options import DEVICES, check_device, config_source, needing_extra, weight_options
+from qfae_train.options import DEVICES, VERBOSE_HELP, check_device, config_source, needing_extra, weight_options
 from qfae_train.weight_files import parse_weight_files
 
 PROGRAM = "qfae-train evaluate"
@@ -38,6 +38,7 @@ Examples:
 @click.option("--split", metavar="|".join(SPLITS), default=SPLITS[0], show_default=True, help="Which images.")
 @click.option("--batch-size", metavar="N", help="Images at a time.  [default: the training's]")
 @click.option("--device", metavar="|".join(DEVICES), default=DEVICES[0], show_default=True, help="Where to compute.")
+@click.option("--verbose", is_flag=True, help=VERBOSE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @weight_options
 def evaluate_command(rest: tuple[str, ...], as_json: bool, **given: Any) -> None:
@@ -113,4 +114,5 @@ def parse_options(rest: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any
         "files": files,
         "batch_size": batch_size,
         "device": given["device"],
+        "verbose": given["verbose"],
     }

@@ -32,6 +32,7 @@ from qfae_train.config import Config, Train
 from qfae_train.data import DataError, Split, TrainingImages, load_split
 from qfae_train.evaluate import Metrics, evaluate
 from qfae_train.float32 import whole_float32
+from qfae_train.images_check import check_features, check_images
 from qfae_train.output import check_writable, last_beside, refuse_existing
 from qfae_train.perceptual import Features
 from qfae_train.progress import Reporter
@@ -155,8 +156,8 @@ def fit(
     """Train on `data` and write `out` and its `.last` neighbour.
 
     Raises:
-        DataError, InputError: the data set cannot be used.
-        WeightsError: frozen weights are not to be had.
+        DataError, InputError: the data set cannot be used, or shows one picture.
+        WeightsError: frozen weights are not available, or do not tell the training images apart.
         CheckpointError: there is nothing to resume from, or it is of another configuration, other data
             or other frozen weights, or the best checkpoint is missing.
         OutputError: `out` cannot be written, or exists and neither `resume` nor `overwrite` is set.
@@ -212,13 +213,17 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool,
         )
     if earlier is not None:
         check_data(last, earlier, train)
+    else:
+        check_images(data, train)
     torch.manual_seed(config.train.seed)
     fabric = Fabric(accelerator=device, devices=1, precision=config.train.precision)  # type: ignore[arg-type]
     scorer, records = build(config)
     if earlier is not None:
         check_frozen(last, earlier, records)
         files.load_trained(scorer, earlier)
-    elif config.model.qformer.query_init == "aligned":
+    else:
+        check_features(config, scorer, records, data, train, reporter.say)
+    if earlier is None and config.model.qformer.query_init == "aligned":
         align(scorer.autoencoder, normalise(train.rgb(slice(ALIGNMENT_IMAGES))))
     if earlier is None and overwrite:
         last.unlink(missing_ok=True)  # or a run that stops before its first checkpoint would resume the old one

@@ -12,6 +12,8 @@ from qfae_runtime.errors import QfaeError
 from qfae_train.config import MAX_SEED, presets
 from qfae_train.weight_files import BACKBONE_HELP, BACKBONE_OPTION, PERCEPTUAL_HELP, PERCEPTUAL_OPTION
 
+VERBOSE_HELP = "Say what decides how much rounding the model bears: ranks, gains, attention logits (stderr)."
+
 DEVICES = ("auto", "cpu", "cuda")
 
 _EXTRA = ("torch", "torchvision", "timm", "safetensors", "lightning_fabric")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,12 @@ class Rounding(TorchFunctionMode):
             return self.rounded(func(*args, **named))
         return func(*args, **named)
 
+    @overload
+    def rounded(self, value: Tensor) -> Tensor: ...
+
+    @overload
+    def rounded(self, value: Any) -> Any: ...
+
     def rounded(self, value: Any) -> Any:
         """Return a tensor of floats as the lower precision holds it, in its own type; anything else as it is."""
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -93,15 +99,17 @@ class Rounding(TorchFunctionMode):
         self, func: Function, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **named: Any
     ) -> Tensor:
         taken = x if id(weight) in self._second else self.rounded(x)
-        given = (lambda value: value) if id(weight) in self._first else self.rounded
-        y: Tensor = given(func(taken, self.rounded(weight), None, *args, **named))
+        goes_on = id(weight) in self._first  # to the product that it is one with
+        y: Tensor = func(taken, self.rounded(weight), None, *args, **named)
+        if not goes_on:
+            y = self.rounded(y)
         if bias is None:
             return y
         added = self.rounded(bias)
         if func is not F.linear:
             added = added[(...,) + (None,) * (weight.ndim - 2)]
-        total: Tensor = given(y + added)
-        return total
+        y = y + added
+        return y if goes_on else self.rounded(y)
 
     def _step(self, change: int) -> None:
         self._within += change

@@ -151,7 +151,7 @@ def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
     The filter translates the original releases' names and resamples kernel and position table to the model's.
 
     Raises:
-        WeightsError: names are missing, or sizes or types differ.
+        WeightsError: names are missing, sizes or types differ, or a value is not finite in float32.
 
     """
     expected = model.state_dict()
@@ -180,6 +180,7 @@ def fit(model: Any, state: Mapping[str, Tensor], source: str) -> None:
         shown = "; ".join(sorted(faults)[:_SHOWN])
         raise WeightsError(f"weights '{source}' do not fit the model: {shown} ({len(faults)} in all)")
     model.load_state_dict({name: given[name] for name in expected if name in given}, strict=False)
+    _check_finite({name: expected[name] for name in given if name in expected}, source)
     for name in expected.keys() - given.keys():  # nobody reads these; they may be memory as it came
         expected[name].zero_()
 
@@ -198,6 +199,20 @@ def _check_resampled(state: Mapping[str, Tensor], source: str) -> None:
                 f"weights '{source}' do not fit the model: {name} has {rows[0]} rows, accepted are up to "
                 f"{LARGEST_TABLE}"
             )
+
+
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    wrong = {
+        name: int((~tensor.isfinite()).sum())
+        for name, tensor in tensors.items()
+        if not name.startswith(_UNREAD) and not bool(tensor.isfinite().all())
+    }
+    if wrong:
+        shown = "; ".join(f"{name}: {count} of {tensors[name].numel()}" for name, count in list(wrong.items())[:_SHOWN])
+        raise WeightsError(
+            f"weights '{source}': values that are not finite in float32, in {len(wrong)} tensors: {shown}; "
+            "download or convert the file again"
+        )
 
 
 def plain_type(dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,7 +70,9 @@ class Options:
 
 
 def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda rows: None) -> list[Row]:
-    """Measure all candidates and return the rows; `keep` is given those of the rounds that are complete, as they come.
+    """Measure all candidates and return the rows; `keep` receives all that there are so far, as they come.
+
+    That is after every batch size of every round, and after every round of files.
 
     Raises:
         QfaeError: the model itself cannot be had; a candidate that fails becomes a row.
@@ -94,18 +96,21 @@ def bench(options: Options, say: Say = lambda step: None, keep: Keep = lambda ro
             builds.start(present, say)
             judged = _judged(options, present, subject, builds, workers, missing, say)
         present = [one for one in present if one.name in judged]
+        of_files: list[Row] = []
 
         def rows(measured: Measured) -> list[Row]:
             first["rounds_done"] = measured.rounds
             gemm = gemm_rows(gemms, measured, workers)
             engines = engine_rows(first, present, measured, workers, subject, judged, gemm)
-            return [first, *engines, *gemm, *failed_rows(measured), *left_out_rows(measured), *missing]
+            return [first, *engines, *gemm, *failed_rows(measured), *left_out_rows(measured), *missing, *of_files]
 
         measured = measure(options.plan, [*present, *gemms], workers, say, lambda measured: keep(rows(measured)))
         runnable = [one for one in present if one.model in subject.files]
-        whole = _end_to_end(options, runnable, measured, workers, judged, missing, say)
+        for found in _end_to_end(options, runnable, measured, workers, judged, missing, say):
+            of_files[:] = found
+            keep(rows(measured))
         first["complete"] = True
-        return [*rows(measured), *whole]
+        return rows(measured)
     finally:
         workers.close()
 
@@ -201,24 +206,26 @@ def _end_to_end(
     judged: dict[str, Judged],
     missing: list[Row],
     say: Say,
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     """Run qfae-run with the fastest of its engines that keeps its contract, without heat maps and with them.
 
-    Where none does, it is the fastest of all.
+    Where none does, it is the fastest of all. Yields the rows so far after every round; each replaces those before.
     """
     able = [one for one in candidates if judged[one.name].contract["kept"]] or list(candidates)
     sizes = [batch for batch in options.plan.batches if any(measured.of(one.name, batch) for one in able)]
     if not options.files or not sizes:
-        return []
+        return
     batch = max(size for size in sizes if size <= max(16, min(sizes)))
     able = [one for one in able if measured.of(one.name, batch)]
     fastest = max(able, key=lambda one: throughput(measured.of(one.name, batch)).mean)
-    known, rows = judged[fastest.name], []
+    known, done = judged[fastest.name], list[Row]()
     try:
         write_pictures(options.out / "pictures", options.files, options.model)
         for maps in (False, True):
-            row = end_to_end(fastest, workers, options.out, options.files, batch, _FILE_ROUNDS, maps, say)
-            rows.append({**row, "error": known.error, "contract": known.contract})
+            rows = list(done)
+            for row in end_to_end(fastest, workers, options.out, options.files, batch, _FILE_ROUNDS, maps, say):
+                rows = [*done, {**row, "error": known.error, "contract": known.contract}]
+                yield rows
+            done = rows
     except (WorkerError, OSError) as error:
         missing.append({**missing_row(fastest, str(error)), "candidate": f"qfae-run with {fastest.name}"})
-    return rows

@@ -29,6 +29,7 @@ class Candidate(NamedTuple):
     devices    where it can run
     modules    Python modules it needs
     pip        how to install those; ONNX Runtime for a GPU is another package
+    streams    the type of residual streams and LayerNorms where the precision is FP16 and the model a "graph"
     """
 
     name: str
@@ -39,6 +40,7 @@ class Candidate(NamedTuple):
     devices: tuple[str, ...]
     modules: tuple[str, ...]
     pip: str
+    streams: str = "float32"
 
 
 _TORCH = (("torch", "timm"), "pip install 'qfae[train]'")
@@ -53,9 +55,29 @@ CANDIDATES = (
     Candidate("torch-bf16", "PyTorch, trimmed", "bf16", "graph", "eager", _BOTH, *_TORCH),
     Candidate("torch-fp16", "PyTorch, trimmed", "fp16", "graph", "eager", (CUDA,), *_TORCH),
     Candidate("torch-graph-fp16", "PyTorch, trimmed, CUDA graph", "fp16", "graph", "captured", (CUDA,), *_TORCH),
+    Candidate(
+        "torch-graph-fp16-streams",
+        "PyTorch, trimmed, CUDA graph, FP16 streams",
+        "fp16",
+        "graph",
+        "captured",
+        (CUDA,),
+        *_TORCH,
+        streams="float16",
+    ),
     Candidate("torch-compile", "torch.compile", "fp32", "graph", "compile", _BOTH, *_TORCH),
     Candidate("torch-compile-bf16", "torch.compile", "bf16", "graph", "compile", _BOTH, *_TORCH),
     Candidate("torch-compile-fp16", "torch.compile", "fp16", "graph", "compile", (CUDA,), *_TORCH),
+    Candidate(
+        "torch-compile-fp16-streams",
+        "torch.compile, FP16 streams",
+        "fp16",
+        "graph",
+        "compile",
+        (CUDA,),
+        *_TORCH,
+        streams="float16",
+    ),
     Candidate("aotinductor", "AOTInductor", "fp32", "graph", "aot", _BOTH, *_TORCH),
     Candidate("aotinductor-fp16", "AOTInductor", "fp16", "graph", "aot", (CUDA,), *_TORCH),
     Candidate("onnxruntime", "ONNX Runtime", "fp32", "onnx", "onnxruntime", _BOTH, *_ORT),

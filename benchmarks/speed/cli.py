@@ -81,7 +81,7 @@ def command(rest: tuple[str, ...], **given: Any) -> None:
             rows = bench(options, say, keep)
             keep(rows)
     except KeyboardInterrupt:
-        kept = f"the rounds before are in {written[0]}" if written else "nothing was written but the model's files"
+        kept = f"what was measured is in {written[0]}" if written else "nothing was written but the model's files"
         err.print(f"{PROGRAM}: interrupted; {kept}", soft_wrap=True, markup=False)
         raise click.exceptions.Exit(INTERRUPTED) from None
     except QfaeError as error:

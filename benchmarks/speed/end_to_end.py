@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,10 @@ def end_to_end(
     rounds: int,
     maps: bool,
     say: Callable[[str], None],
-) -> Row:
-    """Run an engine of one of the model's files alone, and qfae-run with it, in turn, and return the row.
+) -> Iterator[Row]:
+    """Run an engine of one of the model's files alone, and qfae-run with it, in turn; yield the row after every round.
+
+    Each row is of all rounds so far.
 
     Raises:
         WorkerError: either failed.
@@ -57,6 +59,7 @@ def end_to_end(
     pictures = work / "pictures"
     shares, rates, stages = [], [], []
     calls = -(-files // batch)
+    moved = workers.of(candidate).ask("transfer", batch=batch, maps=maps)["seconds"]
     for number in range(rounds):
         say(f"qfae-run with {candidate.name}, round {number + 1} of {rounds}{', with heat maps' if maps else ''}")
         worker = workers.of(candidate)
@@ -68,21 +71,20 @@ def end_to_end(
         rates.append(files / scoring)
         shares.append(files / scoring / engine_rate)
         stages.append({**record["seconds"], "process": seconds})
-    moved = workers.of(candidate).ask("transfer", batch=batch, maps=maps)["seconds"]
-    return {
-        "kind": "end_to_end",
-        "candidate": candidate.name,
-        "title": candidate.title,
-        "precision": candidate.precision,
-        "batch": batch,
-        "files": files,
-        "maps": maps,
-        "rounds": rounds,
-        "images_per_second": asdict(Interval.over(rates)),
-        "share_of_engine": asdict(Interval.over(shares)),
-        "seconds": {name: sum(one.get(name, 0.0) for one in stages) / len(stages) for name in stages[0]},
-        "transfer_s": moved * calls if moved is not None else None,
-    }
+        yield {
+            "kind": "end_to_end",
+            "candidate": candidate.name,
+            "title": candidate.title,
+            "precision": candidate.precision,
+            "batch": batch,
+            "files": files,
+            "maps": maps,
+            "rounds": number + 1,
+            "images_per_second": asdict(Interval.over(rates)),
+            "share_of_engine": asdict(Interval.over(shares)),
+            "seconds": {name: sum(one.get(name, 0.0) for one in stages) / len(stages) for name in stages[0]},
+            "transfer_s": moved * calls if moved is not None else None,
+        }
 
 
 def _run(

@@ -13,7 +13,7 @@ from benchmarks.speed.cli import main as bench
 
 PRESET, WEIGHTS = ("--preset", "brats"), ("--random-weights", "0")
 AGAINST = (
-    "torch-plain,torch-fp16,torch-graph-fp16,torch-compile-fp16,aotinductor-fp16,"
+    "torch-plain,torch-fp16,torch-graph-fp16,torch-graph-fp16-streams,torch-compile-fp16,aotinductor-fp16,"
     "onnxruntime,onnxruntime-fp16,onnxruntime-tensorrt,tensorrt,tensorrt-fp16"
 )
 ARGUMENTS = (

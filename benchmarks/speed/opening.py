@@ -152,7 +152,8 @@ def _graph(candidate: Candidate, folder: Path) -> Any:
     checkpoint, weights = opened(Subject.load(folder).asked, folder)
     if candidate.model == "plain":
         return PlainScorer(checkpoint, weights)
-    return for_torch(InferenceGraph(build_scorer(checkpoint, weights)).forget(), candidate.precision)
+    graph = InferenceGraph(build_scorer(checkpoint, weights)).forget()
+    return for_torch(graph, candidate.precision, candidate.streams)
 
 
 def _checkpoint_files(subject: Subject, folder: Path) -> list[Path]:

@@ -34,9 +34,13 @@ class Plan:
 
 @dataclass
 class Measured:
-    """All visits; by candidate and batch size the very first call, why it was left out, and how it failed."""
+    """All visits; by candidate and batch size the very first call, why it was left out, and how it failed.
+
+    rounds   how many rounds are complete
+    """
 
     visits: list[Visit] = field(default_factory=list)
+    rounds: int = 0
     first_calls: dict[tuple[str, int], float] = field(default_factory=dict)
     left_out: dict[tuple[str, int], str] = field(default_factory=dict)
     failed: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -44,11 +48,6 @@ class Measured:
     def of(self, candidate: str, batch: int) -> list[Visit]:
         """Return the visits to a candidate at one batch size."""
         return [one for one in self.visits if (one.candidate, one.batch) == (candidate, batch)]
-
-    @property
-    def rounds(self) -> int:
-        """How many rounds were begun."""
-        return 1 + max((visit.round for visit in self.visits), default=-1)
 
     def expected(self, candidate: str, batch: int) -> float | None:
         """Return the seconds that a batch should take, by the nearest smaller size; None where nothing is known."""
@@ -68,7 +67,8 @@ def measure(
 ) -> Measured:
     """Visit every candidate at every batch size in every round, beginning with another one each time.
 
-    `keep` is given what was measured after each round. A failure ends a candidate at that batch size.
+    `keep` receives what was measured so far after every batch size of every round: a run that is ended early loses one
+    size at most. A failure ends a candidate at that batch size.
     """
     measured = Measured()
     for number in range(plan.rounds):
@@ -78,7 +78,8 @@ def measure(
             say(f"round {number + 1} of {plan.rounds}, batch {batch}")
             for candidate in turn:
                 _visit(plan, candidate, batch, number, workers, measured, say)
-        keep(measured)
+            measured.rounds = number + (batch == plan.batches[-1])  # a round is complete with its last size
+            keep(measured)
     return measured
 
 

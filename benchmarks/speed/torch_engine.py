@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Attend, CausalAttend, Linear, Unit
-from qfae_export.precision import FP16
+from qfae_export.precision import Precision
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines.base import Scores, check_images
 from qfae_runtime.manifest import MAX_BATCH
@@ -197,14 +197,15 @@ def packaged(path: Path, image_size: int, device: str) -> TorchEngine:
     return TorchEngine(package, image_size, device, allocates=False)  # it takes memory for its weights by itself
 
 
-def for_torch(graph: InferenceGraph, precision: str) -> InferenceGraph:
+def for_torch(graph: InferenceGraph, precision: str, streams: str = "float32") -> InferenceGraph:
     """Fit an FP32 graph to PyTorch's own kernels and give it the types of a precision, in place; the tail stays FP32.
 
-    What stays FP32 is what the FP16 policy says. A product adds its bias itself, and attention takes its operands as
-    they are: PyTorch's kernels accumulate in FP32 whatever their type.
+    What stays FP32 is what the FP16 policy says, of BF16 too, with residual streams in `streams`. A product adds its
+    bias itself, and attention takes its operands as they are: PyTorch's kernels accumulate in FP32 whatever their type.
     """
+    policy = Precision("fp16", streams=streams)
     for name, module in graph.named_modules():
-        if precision != "fp32" and isinstance(module, Unit) and FP16.dtype(name) == torch.float16:
+        if precision != "fp32" and isinstance(module, Unit) and policy.dtype(name) == torch.float16:
             module.set_dtype(DTYPES[precision])
         if isinstance(module, Attend | CausalAttend):
             module.widen = False

@@ -79,7 +79,7 @@ def test_conditions(rows: list[dict[str, Any]]) -> None:
     assert row["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", row["commit"])
 
 
-def test_ctrl_c_leaves_the_rounds_that_are_complete(
+def test_ctrl_c_leaves_what_was_measured(
     rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert rows[0]["rounds_done"] == 2
@@ -93,7 +93,7 @@ def test_ctrl_c_leaves_the_rounds_that_are_complete(
     with pytest.raises(SystemExit) as left:
         main(["--ckpt", "tiny.pt", "--out", str(tmp_path)])
     assert left.value.code == 130
-    assert f"interrupted; the rounds before are in {tmp_path / 'rows.jsonl'}" in capsys.readouterr().err
+    assert f"interrupted; what was measured is in {tmp_path / 'rows.jsonl'}" in capsys.readouterr().err
     assert read(tmp_path / "rows.jsonl") == rows
     assert "1 of 2 rounds" in title_of(rows[0])
     assert "incomplete: it was ended early" in title_of(rows[0])
@@ -299,8 +299,9 @@ def test_missing_packages_come_with_the_line_that_installs_them(monkeypatch: pyt
     [
         (
             "cpu",
-            "torch-fp16, torch-graph-fp16, torch-compile-fp16, aotinductor-fp16, onnxruntime-fp16, "
-            "onnxruntime-tensorrt, tensorrt, tensorrt-fp16",
+            "torch-fp16, torch-graph-fp16, torch-graph-fp16-streams, torch-compile-fp16, "
+            "torch-compile-fp16-streams, aotinductor-fp16, onnxruntime-fp16, onnxruntime-tensorrt, tensorrt, "
+            "tensorrt-fp16",
             "runs on cuda:0 alone: pass --device cuda:0 on a machine with an NVIDIA GPU",
         ),
         (

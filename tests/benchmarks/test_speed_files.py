@@ -34,20 +34,22 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run(candidate: Any, workers: Any, out: Path, files: int, batch: int, rounds: int, maps: bool, say: Any) -> Any:
         found.append(f"{candidate.name} {batch} {maps}")
-        return {"candidate": candidate.name}
+        yield from ({"candidate": candidate.name, "maps": maps, "rounds": number} for number in (1, 2))
 
     monkeypatch.setattr(bench, "end_to_end", run)
     monkeypatch.setattr(bench, "write_pictures", lambda *_: None)
     return found
 
 
-def choose(tmp_path: Path, broken: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def choose(tmp_path: Path, broken: tuple[str, ...] = ()) -> list[list[dict[str, Any]]]:
+    """Return the rows after every round, and then why there are no more, if that was a failure."""
     options = Options(Asked(ckpt="x.pt"), tmp_path, (), Plan(batches=(1, 4)))
     visits = [Visit(name, batch, 0, (seconds,)) for name, seconds in SECONDS.items() for batch in (1, 4)]
     judged = {name: Judged({"score_iqr": 0.5}, {"kept": name not in broken}, None) for name in SECONDS}
     candidates, missing = [KNOWN[name] for name in SECONDS], list[dict[str, Any]]()
-    rows = _end_to_end(options, candidates, Measured(visits), cast(Any, None), judged, missing, lambda step: None)
-    return [*rows, *missing]
+    measured = Measured(visits)
+    found = list(_end_to_end(options, candidates, measured, cast(Any, None), judged, missing, lambda step: None))
+    return [*found, missing] if missing else found
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,17 @@ def test_the_fastest_that_keeps_its_contract_is_taken(
 ) -> None:
     choose(tmp_path, broken)
     assert scored == [f"{taken} 4 False", f"{taken} 4 True"]
+
+
+def test_rows_of_files_are_there_after_every_round(scored: list[str], tmp_path: Path) -> None:
+    """A run that is ended early loses one round of files; what follows takes the place of what was there before."""
+    kept = [[(row["maps"], row["rounds"], row["error"]["score_iqr"]) for row in rows] for rows in choose(tmp_path)]
+    assert kept == [
+        [(False, 1, 0.5)],
+        [(False, 2, 0.5)],
+        [(False, 2, 0.5), (True, 1, 0.5)],
+        [(False, 2, 0.5), (True, 2, 0.5)],
+    ]
 
 
 def test_scores_stand_beside_the_rate() -> None:
@@ -134,5 +147,5 @@ def test_a_run_on_files_that_fails_is_told_and_loses_nothing(monkeypatch: pytest
         raise OSError("disk full")
 
     monkeypatch.setattr(bench, "write_pictures", fails)
-    [row] = choose(tmp_path)
+    [[row]] = choose(tmp_path)
     assert (row["kind"], row["candidate"], row["reason"]) == ("missing", "qfae-run with openvino-int8", "disk full")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +14,9 @@ import torch
 from torch import nn
 
 from benchmarks.speed.plain import PlainScorer
-from benchmarks.speed.torch_engine import TorchEngine, captured, compiled, eager, for_torch, package, packaged
+from benchmarks.speed.torch_engine import TorchEngine, captured, compiled, eager, for_torch
 from qfae_export.graph import InferenceGraph
+from qfae_runtime.children import importing_alike
 from qfae_runtime.engines.base import Scores
 from qfae_train.checkpoint import build_scorer, load
 from tests.export.tiny import SIZE, checkpoint_file, config_of, pictures, scorer_of, vit
@@ -21,14 +25,33 @@ CARD = "cuda:0"
 RICH = config_of(encoders=[vit(), vit(48, 2)], qformer_blocks=3)
 """Two encoders, queries that see each other, a cross-attention whose query is no constant."""
 
+PACKAGED = """
+import faulthandler, sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.speed.torch_engine import package, packaged
+from tests.benchmarks.test_speed_gpu import SIZE, graph, pictures
+
+faulthandler.enable()
+path, scores, device, precision = sys.argv[1:]
+package(graph(precision), device, Path(path))
+print("packaged", flush=True)
+engine = packaged(Path(path), SIZE, device)
+print("loaded", flush=True)
+np.savez(scores, *engine.run(pictures(8)), *engine.run(pictures(8)[::-1]))
+"""
+"""Packages the graph, loads it and stores its outputs: python -c PACKAGED PACKAGE SCORES.npz DEVICE PRECISION."""
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; torch finds none on this machine"),
 ]
 
 
-def graph(precision: str) -> InferenceGraph:
-    return for_torch(InferenceGraph(scorer_of(RICH)), precision)
+def graph(precision: str, streams: str = "float32") -> InferenceGraph:
+    return for_torch(InferenceGraph(scorer_of(RICH)), precision, streams)
 
 
 def on_processor() -> Scores:
@@ -61,28 +84,40 @@ def test_the_plain_model_scores_as_the_trimmed_graph(tmp_path: Path) -> None:
         assert_close(engine.run(pictures(8)), want, 1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_captured_graphs_score_as_eager_kernels_at_every_size_in_any_order(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "streams"), [("fp16", "float32"), ("fp16", "float16"), ("bf16", "float32")])
+def test_captured_graphs_score_as_eager_kernels_at_every_size_in_any_order(precision: str, streams: str) -> None:
     images = pictures(8)
-    with eager(graph(precision), SIZE, CARD) as engine:
+    with eager(graph(precision, streams), SIZE, CARD) as engine:
         want = {size: engine.run(images[:size]) for size in range(1, 9)}
-    with captured(graph(precision), SIZE, CARD) as engine:
+    with captured(graph(precision, streams), SIZE, CARD) as engine:
         got = [(size, engine.run(images[:size])) for size in (3, 8, 1, 2, 7, 3, 4, 8, 5, 6, 1)]
     for size, scores in got:  # held until now: what a later run wrote must not have reached them
         assert_close(scores, want[size], 1e-6)
     assert 0 < np.abs(want[8].score - on_processor().score).max() < 0.1 * on_processor().score.std()
 
 
-@pytest.mark.parametrize("way", ["compiled", "packaged"])
-def test_compiled_graphs_score_as_eager_ones(way: str, tmp_path: Path) -> None:
+def test_compiled_graphs_score_as_eager_ones() -> None:
     images = pictures(8)
+    engine = compiled(graph("fp16"), SIZE, CARD)
+    assert_compiled(engine.run(images), engine.run(images[::-1]))
+
+
+def test_packaged_graphs_score_as_eager_ones(tmp_path: Path) -> None:
+    """In a process of its own: a library's segmentation fault would end all tests."""
+    command = [sys.executable, "-c", PACKAGED, str(tmp_path / "tiny.pt2"), str(tmp_path / "scores.npz"), CARD, "fp16"]
+    done = subprocess.run(command, env=importing_alike(), capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode == -signal.SIGSEGV and torch.__version__.startswith("2.11."):
+        steps = ", ".join(done.stdout.split()) or "nothing"
+        pytest.xfail(f"torch 2.11 ends with a segmentation fault; done before: {steps}; {done.stderr[-2000:]}")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "scores.npz", allow_pickle=False) as stored:
+        arrays = [stored[name] for name in stored.files]
+    assert_compiled(Scores(*arrays[:3]), Scores(*arrays[3:]))
+
+
+def assert_compiled(got: Scores, reversed_: Scores) -> None:
+    """Compare outputs on eight images, and on the same in reverse order, with those of eager kernels."""
     with eager(graph("fp16"), SIZE, CARD) as engine:
-        want = engine.run(images)
-    if way == "compiled":
-        engine = compiled(graph("fp16"), SIZE, CARD)
-    else:
-        package(graph("fp16"), CARD, tmp_path / "tiny.pt2")
-        engine = packaged(tmp_path / "tiny.pt2", SIZE, CARD)
-    got, again = engine.run(images), engine.run(images[::-1])
+        want = engine.run(pictures(8))
     assert_close(got, want, 0.02)
-    np.testing.assert_allclose(again.score[::-1], got.score, atol=1e-5)
+    np.testing.assert_allclose(reversed_.score[::-1], got.score, atol=1e-5)

@@ -138,19 +138,22 @@ def test_what_was_begun_is_measured_in_every_round() -> None:
     assert measured.left_out == {}
 
 
-def test_what_is_measured_can_be_kept_after_every_round() -> None:
-    found: list[int] = []
+def test_what_is_measured_can_be_kept_after_every_size_of_every_round() -> None:
+    found: list[tuple[int, int]] = []
     script = Script({"torch": 1.0})
     plan = Plan(batches=(1, 2), rounds=3)
-    measure(plan, [KNOWN["torch"]], cast(Workers, script), keep=lambda measured: found.append(len(measured.visits)))
-    assert found == [2, 4, 6]
+
+    def keep(measured: Measured) -> None:
+        found.append((len(measured.visits), measured.rounds))
+
+    measure(plan, [KNOWN["torch"]], cast(Workers, script), keep=keep)
+    assert found == [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2), (6, 3)], "a round is complete with its last size"
 
 
 def test_what_failed_or_takes_too_long_is_listed_with_its_batch_size() -> None:
     script = Script({"torch": 0.1, "gemm-numpy": 1.0}, fails={("gemm-numpy", 4)})
     measured = run(script, Plan(batches=(1, 4), rounds=2, longest=10), "torch", "gemm-numpy")
     assert measured.rounds == 2
-    assert (Measured().rounds, Measured([one for one in measured.visits if one.round == 0]).rounds) == (0, 1)
     [failed], [left_out] = failed_rows(measured), left_out_rows(measured)
     assert (failed["title"], failed["batch"], failed["reason"]) == ("numpy", 4, "failed in round 1: out of memory")
     assert (left_out["title"], left_out["batch"]) == ("PyTorch, trimmed", 4)

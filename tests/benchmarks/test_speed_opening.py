@@ -14,14 +14,14 @@ from benchmarks.speed.opening import TOOK, build
 from benchmarks.speed.subject import Asked, Subject, _clear
 from benchmarks.speed.worker import Work
 from qfae_export.graph import InferenceGraph
-from tests.export.tiny import config_of, scorer_of
+from tests.export.tiny import checkpoint_file, config_of, scorer_of
 
 AOT, PLAN = KNOWN["aotinductor"], KNOWN["tensorrt"]
 
 
-def subject_in(folder: Path, **files: str) -> Path:
+def subject_in(folder: Path, ckpt: str = "tiny.pt", **files: str) -> Path:
     """Leave a subject in a folder."""
-    Subject(Asked(ckpt="tiny.pt"), {}, 8, 32, 16, 1, (), {"onnx": "model.onnx", **files}).save(folder)
+    Subject(Asked(ckpt=ckpt), {}, 8, 32, 16, 1, (), {"onnx": "model.onnx", **files}).save(folder)
     return folder
 
 
@@ -81,6 +81,33 @@ def test_an_engine_that_was_named_is_not_built(tmp_path: Path) -> None:
     subject_in(tmp_path, plan=str(named))
     assert build(PLAN, tmp_path, "cuda:0", 8) == 0
     assert list(named.parent.iterdir()) == [named], "nothing is written beside a user's file"
+
+
+@pytest.mark.parametrize(
+    ("name", "streams", "products"),
+    [
+        ("torch-graph-fp16", torch.float32, torch.float16),
+        ("torch-compile-fp16", torch.float32, torch.float16),
+        ("torch-bf16", torch.float32, torch.bfloat16),
+        ("torch-graph-fp16-streams", torch.float16, torch.float16),
+        ("torch-compile-fp16-streams", torch.float16, torch.float16),
+        ("torch", torch.float32, torch.float32),
+    ],
+)
+def test_a_candidate_has_its_streams_in_what_it_says(
+    tmp_path: Path, name: str, streams: torch.dtype, products: torch.dtype
+) -> None:
+    subject_in(tmp_path, str(checkpoint_file(tmp_path / "tiny.pt")))
+    graph = opening._graph(KNOWN[name], tmp_path)
+    types = {unit: graph.get_submodule(unit).dtype for unit in graph.units()}
+    wide = {
+        types[unit] for unit in types if unit.rpartition(".")[2] in ("residual1", "norm2", "norm", "norm_out", "table")
+    }
+    assert wide == {streams}
+    narrow = {
+        types[unit] for unit in types if unit.rpartition(".")[2] in ("qkv", "fc1", "attention", "product", "head")
+    }
+    assert narrow == {products}
 
 
 def test_a_package_that_is_cut_short_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

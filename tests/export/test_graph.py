@@ -9,7 +9,8 @@ import torch
 
 from qfae_export.errors import ExportError
 from qfae_export.graph import InferenceGraph
-from qfae_export.precision import FP16, Precision
+from qfae_export.layers import Constant, Embed, Norm, Residual, Unit
+from qfae_export.precision import FP16, FP16_STREAMS, Precision
 from tests.export.tiny import config_of, pictures, scorer_of, vit
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -109,6 +110,37 @@ def test_emulated_fp16_overflows_where_fp16_does() -> None:
     assert torch.isfinite(graph.emulated(kept)(images).score).all()
 
 
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_streams_and_norms_alone_are_fp32_by_rule(options: dict[str, Any]) -> None:
+    """By what the units are, where the policy goes by their names."""
+    graph = InferenceGraph(scorer_of(config_of(**options))).cast(FP16)
+    begins = [part for one in graph.modules() if isinstance(one, Embed) for part in (one.table, one.prefix)]
+    for name, unit in graph.named_modules():
+        if isinstance(unit, Unit):
+            stream = isinstance(unit, Norm | Residual) or (isinstance(unit, Constant) and unit in begins)
+            assert unit.dtype == (torch.float32 if stream else torch.float16), name
+    assert all(unit.dtype == torch.float16 for unit in graph.cast(FP16_STREAMS).modules() if isinstance(unit, Unit))
+
+
+def test_a_stream_beyond_float16_is_borne() -> None:
+    """Two sums of 40,000 pass 65,504 where no summand does; the next block takes them away again."""
+    scorer = scorer_of(config_of())
+    blocks: Any = scorer.autoencoder.encoders[0].backbone.blocks  # type: ignore[union-attr]
+    with torch.no_grad():
+        for number, sign in ((0, 1), (1, -1)):
+            for layer in (blocks[number].attn.proj, blocks[number].mlp.fc2):
+                layer.weight[3] = 0  # or the sums would be rounded to other numbers than they are made of
+                layer.bias[3] = sign * 40_000
+    graph, images = InferenceGraph(scorer), torch.from_numpy(pictures(4))
+    want = graph(images)
+    for rounded in (graph.at, graph.emulated):
+        assert not torch.isfinite(rounded(FP16_STREAMS)(images).score).any()
+        got = rounded(FP16)(images)
+        assert torch.isfinite(got.score).all()
+        torch.testing.assert_close(got.score, want.score, atol=0.02 * float(want.score.std()), rtol=0)
+        assert not torch.equal(got.score, want.score)
+
+
 def test_every_unit_kept_is_fp32_again() -> None:
     scorer = scorer_of(config_of())
     images = torch.from_numpy(pictures(3))
@@ -121,9 +153,10 @@ def test_every_unit_kept_is_fp32_again() -> None:
 def test_one_unit_kept() -> None:
     graph = InferenceGraph(scorer_of(config_of())).cast(Precision("fp16", ("perceptual.2", "encoder.1.fc1")))
     types = {name: module.dtype for name, module in graph.named_modules() if name in graph.units()}
-    kept = {name for name, dtype in types.items() if dtype == torch.float32}
-    assert kept == {name for name in graph.units() if name.startswith("perceptual.2.") or name == "encoder.1.fc1"}
-    assert len(kept) == 9 + 1
+    kept = {name for name in graph.halved(FP16) if types[name] == torch.float32}
+    assert kept == {f"perceptual.2.{name}" for name in ("qkv", "attention", "proj", "fc1", "fc2")} | {"encoder.1.fc1"}
+    others = set(graph.units()) - set(graph.halved(FP16))
+    assert {types[name] for name in others} == {torch.float32}, "by rule"
 
 
 def test_a_place_that_is_not_there() -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from qfae_export.file_precision import read_types
 from qfae_export.graph import InferenceGraph
+from qfae_export.layers import Constant
 from qfae_export.onnx_file import write_onnx
-from qfae_export.precision import FP16, Precision
+from qfae_export.precision import FP16, FP16_STREAMS, Precision
 from qfae_export.survey import survey
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -21,6 +23,8 @@ from tests.export.planted import CONFIG, overflow_in_perceptual_2, planted, rety
 from tests.export.tiny import SIZE, pictures, scorer_of
 
 IMAGES = pictures(5)
+BY_RULE = {"norm", "norm1", "norm2", "norm_q", "norm_out", "residual1", "residual2"}
+"""What the last part of a place is where it is FP32 by rule."""
 
 
 def run(path: Path) -> Scores:
@@ -41,13 +45,39 @@ def test_the_answers_are_those_of_a_traced_file_bit_by_bit(tmp_path: Path) -> No
     units = graph.units()
     # Every second operation: borders of every kind. Causal attention and a constant besides.
     kept = {*units[::2], "qformer.2.attention", "qformer.1.cross.null"}
-    policy = Precision("fp16", tuple(unit for unit in units if unit in kept))
+    # Streams are FP16 here: so LayerNorms and additions come in both types, too.
+    policy = Precision("fp16", tuple(unit for unit in units if unit in kept), streams="float16")
     for kind in ("fc1", "attention", "residual1", "prefix", "norm1"):
-        assert len({unit in kept for unit in units if unit.endswith(kind)}) == 2, f"{kind} is there in both types"
+        assert len({unit in kept for unit in units if unit.endswith(kind)}) == 2, f"{kind} is kept here and not there"
     retyped = run(retyper_of(graph).write(policy, tmp_path / "retyped.onnx")[0])
     traced = run(write_onnx(graph.at(policy), tmp_path / "traced.onnx")[0])
     for name in Scores._fields:
         assert np.array_equal(getattr(retyped, name), getattr(traced, name)), name
+
+
+def test_fp16_by_rule_answers_as_a_traced_file_bit_by_bit(tmp_path: Path) -> None:
+    graph = InferenceGraph(scorer_of(CONFIG))
+    got = run(retyper_of(graph).write(FP16, tmp_path / "retyped.onnx")[0])
+    want = run(write_onnx(graph.at(FP16), tmp_path / "traced.onnx")[0])
+    for name in Scores._fields:
+        assert np.array_equal(getattr(got, name), getattr(want, name)), name
+
+
+@pytest.mark.parametrize(
+    ("policy", "wide"),
+    [
+        (FP16, BY_RULE),
+        (FP16_STREAMS, set()),
+        (Precision("fp16", ("decoder.1.residual1", "decoder.1.norm2"), streams="float16"), set()),
+    ],
+)
+def test_every_unit_computes_in_what_the_policy_says(policy: Precision, wide: set[str], tmp_path: Path) -> None:
+    graph = InferenceGraph(scorer_of(CONFIG))
+    found = read_types(retyper_of(graph).write(policy, tmp_path / "a.onnx")[0]).units
+    computing = [unit for unit in graph.units() if not isinstance(graph.get_submodule(unit), Constant)]
+    expected = {unit for unit in computing if unit.rpartition(".")[2] in wide or unit in policy.kept}
+    assert {unit for unit in computing if found[unit] == "fp32"} == expected
+    assert {found[unit] for unit in computing} == {"fp16", "fp32"} if expected else {"fp16"}
 
 
 def test_a_policy_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
@@ -95,5 +125,6 @@ def test_the_survey_points_at_an_overflow_and_counts_every_product() -> None:
 def test_the_survey_looks_at_halves_too(part: str) -> None:
     graph = InferenceGraph(scorer_of(CONFIG), part)
     seen = survey(graph, IMAGES[:1], IMAGES[1:2])
-    assert list(seen.effect) == graph.units()
-    assert all(0 < seen.effect[unit] < 1e4 for unit in graph.units() if unit.endswith((".fc1", ".residual1")))
+    assert list(seen.effect) == list(seen.products) == graph.halved(FP16)
+    assert not any(unit.endswith((".norm1", ".residual1", ".table")) for unit in seen.effect), "they are FP32 anyway"
+    assert all(0 < seen.effect[unit] < 1e4 for unit in seen.effect if unit.endswith((".fc1", ".proj")))
