@@ -93,7 +93,7 @@ def conditioning_of(content: Mapping[str, Any]) -> Conditioning | None:
     stored = content.get(CONDITIONING)
     if stored is None:
         return None
-    return Conditioning.from_dict(stored, CONDITIONING, "expected what qfae-train measures")
+    return Conditioning.from_dict(stored, CONDITIONING, "qfae-train measures it")
 
 
 def image_faults(images: Tensor, size: int) -> list[str]:

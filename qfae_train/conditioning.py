@@ -24,6 +24,7 @@ from qfae_runtime.checked import Fields
 from qfae_runtime.contract import CONTRACTS, MIN_IMAGES, Contract, that_pytorch_keeps
 from qfae_runtime.coverage import spread
 from qfae_runtime.engines.base import Scores
+from qfae_runtime.errors import ManifestError
 from qfae_runtime.quantities import QUANTITIES
 from qfae_train.aggregate import factors
 from qfae_train.autoencoder import AnomalyScorer, denormalise, normalise
@@ -211,6 +212,8 @@ class Conditioning:
             ManifestError: naming the key, what was got and what was expected.
 
         """
+        if not isinstance(stored, dict):
+            raise ManifestError(f"{where}: expected a table, got {type(stored).__name__}; {cure}")
         fields = Fields(stored, where, cure=cure)
         rows = fields.array("rows")
         if len(rows) > _MOST_ROWS:

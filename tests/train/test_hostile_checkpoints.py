@@ -121,12 +121,12 @@ def test_one_storage_of_two_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [
-        (3, "key 'the whole file': expected an object, got 3"),
-        ([], "key 'the whole file': expected an object, got []"),
-        ({}, "key 'rows' is missing; expected what qfae-train measures"),
+        (3, "expected a table, got int; qfae-train measures it"),
+        ([], "expected a table, got list; qfae-train measures it"),
+        ({}, "key 'rows' is missing; qfae-train measures it"),
         (
-            {**conditionings.made().to_dict(), "images": 10**30},
-            f"key 'images': expected a whole number in 1..{2**50}, got {10**30}",
+            {**conditionings.made().to_dict(), "images": 2**60},
+            f"key 'images': expected a whole number in 1..{2**50}, got {2**60}",
         ),
         (
             {**conditionings.made().to_dict(), "threshold": float("inf")},

@@ -58,7 +58,10 @@ def test_a_convolution_is_such_a_product_of_patches(dtype: torch.dtype) -> None:
     with torch.no_grad(), Rounding(dtype):
         got = layer(x)
     flat, weight = x.numpy().reshape(2, 15), layer.weight.detach().numpy().reshape(40, 2)
-    expected = cast(cast(product(cast(weight), cast(flat))) + cast(layer.bias.detach().numpy())[:, None])
+    assert layer.bias is not None
+    bias: Float32 = cast(layer.bias.detach().numpy())[:, None]
+    sums: Float32 = cast(product(cast(weight), cast(flat))) + bias
+    expected = cast(sums)
     assert np.array_equal(got.numpy().reshape(40, 15), expected)
 
 
