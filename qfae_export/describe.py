@@ -66,6 +66,7 @@ def provenance_of(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
         "config": portable_config(checkpoint.config),
         "frozen": checkpoint.frozen,
         "training": {key: _plain(value) for key, value in checkpoint.record.items()},
+        "conditioning": checkpoint.conditioning.to_dict() if checkpoint.conditioning is not None else None,
     }
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from qfae_export.errors import ExportError
-from qfae_export.stress import stress_images
 from qfae_runtime.arrays import UInt8
 from qfae_runtime.contract import MIN_IMAGES
 from qfae_runtime.coverage import spread
@@ -23,6 +22,7 @@ from qfae_runtime.errors import InputError
 from qfae_runtime.layout import UNGOOD, label_of, scan
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image
+from qfae_train.stress import stress_images
 
 FOLDER_LIMIT = 32
 """Images taken from a folder (or as many as the largest batch, if that is more): enough to measure on in minutes."""

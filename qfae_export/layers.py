@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention as TimmAttention
 from timm.layers.layer_scale import LayerScale
-from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from qfae_train.backbone import is_plain
 
 CENTRE, UNIT = 114.0, 64.0
 """Pixels enter as (grey - CENTRE) / UNIT: exact in float16 for every grey level, and close to the normalised scale."""
@@ -297,25 +296,6 @@ class ForeignBlock(Unit):
 def inference_block(block: Any) -> nn.Module:
     """Return the block's form for inference: folded if it is timm's plain block, as it is otherwise."""
     return TransformerBlock(block) if is_plain(block) else ForeignBlock(block)
-
-
-def is_plain(block: Any) -> TypeGuard[Block]:
-    """Say whether a block computes what `TransformerBlock` does, and nothing else."""
-    if type(block) is not Block or type(block.attn) is not TimmAttention or type(block.mlp) is not Mlp:
-        return False
-    attention, mlp = block.attn, block.mlp
-    idle = [getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
-    idle += [getattr(mlp, "norm", None)]
-    scales = (block.ls1, block.ls2)
-    return (
-        all(one is None or isinstance(one, nn.Identity) for one in idle)
-        and all(isinstance(one, nn.Identity | LayerScale) for one in scales)
-        and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
-        and type(mlp.act) is nn.GELU
-        and mlp.act.approximate == "none"
-        and isinstance(mlp.fc1, nn.Linear)
-        and attention.head_dim * attention.num_heads == attention.qkv.in_features
-    )
 
 
 def exact(tensor: Tensor) -> Tensor:

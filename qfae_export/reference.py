@@ -28,16 +28,18 @@ from qfae_runtime.arrays import UInt8
 from qfae_runtime.coverage import spread
 from qfae_runtime.engines.base import Scores
 from qfae_runtime.yardstick import Float64, Yardstick, errors_of, steps_of
+from qfae_train import conditioning
+from qfae_train.aggregate import factors
 from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.float32 import whole_float32
 
 _BATCH = 8
 
-LARGE_PARAMETERS = 50_000_000
+LARGE_PARAMETERS = conditioning.LARGE_PARAMETERS
 """A model with more parameters than this is scored in FP64 on EXACT_IMAGES images alone: at full size FP64 takes twice
 as long as FP32, and all images would double the time of an export."""
 
-EXACT_IMAGES = 12
+EXACT_IMAGES = conditioning.FEW_IMAGES
 """Half of them stress images; each kind spread over its scores, the lowest and the highest among them."""
 
 _GRAPH_IMAGES = 3
@@ -156,8 +158,7 @@ def scale_of(images: ParityImages, reference: Scores, threshold: float | None = 
 
 def factors_of(scorer: AnomalyScorer) -> int:
     """Return how many cosine distances a score multiplies."""
-    options = scorer.config.score
-    return len(options.patch_sizes) if options.fusion == "product" else 1
+    return factors(scorer.config.score)
 
 
 def _exact(scorer: AnomalyScorer, images: ParityImages, scores: Scores) -> list[int]:

@@ -30,10 +30,10 @@ from qfae_export.layers import (
     exact,
     exactly,
     inference_block,
-    is_plain,
     patch_kernel,
     patches,
 )
+from qfae_train.backbone import is_plain
 from qfae_train.decoder import Decoder
 from qfae_train.encoder import Encoder
 from qfae_train.perceptual import Features, PerceptualNetwork

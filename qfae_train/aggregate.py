@@ -60,3 +60,8 @@ def anomaly(maps: Maps, options: config.Score, image_size: int) -> Anomaly:
     score = per_map.mean(dim=1) if options.across == "mean" else per_map.amax(dim=1)
     pixel_map = fused.mean(dim=1) if options.pixel_map == "mean" else fused.amax(dim=1)
     return Anomaly(score, pixel_map)
+
+
+def factors(options: config.Score) -> int:
+    """Return how many cosine distances a score multiplies."""
+    return len(options.patch_sizes) if options.fusion == "product" else 1

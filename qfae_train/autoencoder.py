@@ -117,12 +117,14 @@ class AnomalyScorer(nn.Module):
         options = self.config.score
         both = self.perceptual(torch.cat([images, reconstruction]), options.patch_sizes, options.blocks)
         halves = {key: tokens.chunk(2) for key, tokens in both.items()}
-        maps = distance_maps(
-            {key: half[0] for key, half in halves.items()},
-            {key: half[1] for key, half in halves.items()},
-            self.config.model.image_size,
+        return self.compare(
+            {key: half[0] for key, half in halves.items()}, {key: half[1] for key, half in halves.items()}
         )
-        return anomaly(maps, options, self.config.model.image_size)
+
+    def compare(self, of_image: Features, of_reconstruction: Features) -> Anomaly:
+        """Return score and anomaly map from the perceptual network's features of images and reconstructions."""
+        size = self.config.model.image_size
+        return anomaly(distance_maps(of_image, of_reconstruction, size), self.config.score, size)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Result:

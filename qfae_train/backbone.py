@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
 from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -96,6 +98,25 @@ def unlike_mae(vit: Any) -> list[str]:
             found.append("a norm or gate within the attention")
             break
     return found
+
+
+def is_plain(block: Any) -> TypeGuard[Block]:
+    """Say whether a block is timm's plain pre-norm block: GELU, LayerNorm, attention without norms or gates."""
+    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+        return False
+    attention, mlp = block.attn, block.mlp
+    idle = [getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
+    idle += [getattr(mlp, "norm", None)]
+    scales = (block.ls1, block.ls2)
+    return (
+        all(one is None or isinstance(one, nn.Identity) for one in idle)
+        and all(isinstance(one, nn.Identity | LayerScale) for one in scales)
+        and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
+        and type(mlp.act) is nn.GELU
+        and mlp.act.approximate == "none"
+        and isinstance(mlp.fc1, nn.Linear)
+        and attention.head_dim * attention.num_heads == attention.qkv.in_features
+    )
 
 
 def read_frozen(backbone: Backbone, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,6 +11,7 @@ One zip of plain tensors, numbers and strings (`torch.save`), read by `torch_fil
     preprocess {spec, sha256}       what the images went through
     parity_images  uint8 (N, S, S, 3)    held-out images, so that export can measure on real ones
     record     dict                 how the training went
+    conditioning  dict or None      how far rounding moves its scores; files of earlier versions have none
     resume     dict                 optimiser state; only in the last checkpoint of a run
 """
 
@@ -30,8 +31,10 @@ from qfae_runtime.hashing import sha256_of
 from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries, frozen_model, trained_shapes
 from qfae_train.backbone import read_frozen
 from qfae_train.checkpoint_check import (
+    CONDITIONING,
     EMBEDDED_SHA256,
     PARTS,
+    conditioning_of,
     damage,
     embedded_faults,
     fit_faults,
@@ -40,6 +43,7 @@ from qfae_train.checkpoint_check import (
     read_error,
     some,
 )
+from qfae_train.conditioning import Conditioning
 from qfae_train.config import Backbone, Config, ConfigError, from_dict
 from qfae_train.output import whole_file
 from qfae_train.torch_archive import TorchFileError
@@ -65,6 +69,8 @@ class Checkpoint:
     parity_images: Tensor
     record: dict[str, Any]
     resume: dict[str, Any] = field(default_factory=dict)
+    conditioning: Conditioning | None = None
+    """None: nobody measured it."""
     sha256: str = ""
     """Of the file it was read from; '' before it is saved."""
 
@@ -88,6 +94,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "parity_images": checkpoint.parity_images,
         "record": checkpoint.record,
         "resume": checkpoint.resume,
+        CONDITIONING: checkpoint.conditioning.to_dict() if checkpoint.conditioning is not None else None,
     }
     with whole_file(path) as unfinished:
         try:
@@ -146,6 +153,7 @@ def from_parts(path: Path, content: dict[str, Any], files: WeightFiles = FROM_HU
         parity_images=content["parity_images"],
         record=content["record"],
         resume=content["resume"],
+        conditioning=conditioning_of(content),
         sha256=sha256_of(path),
     )
 

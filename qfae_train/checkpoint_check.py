@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qfae_runtime.errors import QfaeError
 from qfae_runtime.preprocess import PreprocessSpec
+from qfae_train.conditioning import Conditioning
 from qfae_train.config import Config, shown
 from qfae_train.weight_files import WeightFiles
 from qfae_train.weights import plain_type, tensors_sha256
@@ -33,6 +34,9 @@ PARTS: dict[str, type] = {
 
 EMBEDDED_SHA256 = "embedded_sha256"
 """The part that holds the digests of the embedded tables; checkpoints of the first versions have none."""
+
+CONDITIONING = "conditioning"
+"""The part that says how far rounding moves the scores; None, or not there, where nobody measured it."""
 
 
 def some(faults: list[str]) -> str:
@@ -72,7 +76,24 @@ def damage(content: Mapping[str, Any]) -> list[str]:
     digests = content.get(EMBEDDED_SHA256, {})
     if not isinstance(digests, dict) or not all(isinstance(one, str) for one in digests.values()):
         faults.append(f"{EMBEDDED_SHA256}: expected a table of texts, got {shown(digests)}")
+    try:
+        conditioning_of(content)
+    except QfaeError as error:
+        faults.append(str(error))
     return faults
+
+
+def conditioning_of(content: Mapping[str, Any]) -> Conditioning | None:
+    """Return what was measured of the model's rounding, None where nobody did.
+
+    Raises:
+        ManifestError: the part is not what `Conditioning.to_dict` returns.
+
+    """
+    stored = content.get(CONDITIONING)
+    if stored is None:
+        return None
+    return Conditioning.from_dict(stored, CONDITIONING, "qfae-train measures it")
 
 
 def image_faults(images: Tensor, size: int) -> list[str]:

@@ -127,6 +127,7 @@ def _train(options: dict[str, Any]) -> None:
         "" if result.best_auroc is None else f", validation AUROC {result.best_auroc:.4f} at epoch {result.best_epoch}"
     )
     click.echo(f"best checkpoint {result.best}{auroc}; newest {result.last}")
+    click.echo(result.conditioning.text())
     click.echo(f"next: qfae-export --ckpt {quote(str(result.best))}")
 
 

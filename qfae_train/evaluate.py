@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from qfae_runtime.contract import MIN_IMAGES
+from qfae_runtime.coverage import spread
 from qfae_runtime.metrics import Bootstrap, Metrics, PixelMetrics, measure
 from qfae_train.autoencoder import AnomalyScorer
 from qfae_train.bmad import held_against
-from qfae_train.checkpoint import build_scorer, load
+from qfae_train.checkpoint import Checkpoint, build_scorer, load
+from qfae_train.conditioning import Conditioning
+from qfae_train.conditioning import measure as measure_conditioning
 from qfae_train.config import Config
 from qfae_train.data import Split, load_split
 from qfae_train.float32 import whole_float32
@@ -18,7 +23,14 @@ from qfae_train.internals import IMAGES, Internals, internals
 from qfae_train.official import open_checkpoint
 from qfae_train.weight_files import FROM_HUB, WeightFiles
 
-__all__ = ["Metrics", "evaluate", "evaluate_checkpoint", "internals_of"]
+__all__ = ["Judged", "Metrics", "evaluate", "evaluate_checkpoint", "internals_of", "judge_checkpoint"]
+
+
+class Judged(NamedTuple):
+    """What a checkpoint is worth: how well its scores separate, and how far rounding moves them."""
+
+    metrics: Metrics
+    conditioning: Conditioning
 
 
 @whole_float32()
@@ -66,6 +78,54 @@ def evaluate_checkpoint(
         DataError, InputError: see `data.load_split`.
 
     """
+    opened = _open(path, data, split, config, files, device, say, verbose)
+    return _evaluate(opened, batch_size)
+
+
+def judge_checkpoint(
+    path: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    config: Config | None = None,
+    files: WeightFiles = FROM_HUB,
+    batch_size: int | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
+    verbose: bool = False,
+) -> Judged:
+    """Do what `evaluate_checkpoint` does, and measure how far rounding moves the scores; the same arguments and errors.
+
+    That is measured on the images that the checkpoint brings for an export, or on MIN_IMAGES of the split's where it
+    brings none.
+    """
+    opened = _open(path, data, split, config, files, device, say, verbose)
+    metrics = _evaluate(opened, batch_size)
+    images, earlier = opened.checkpoint.parity_images, opened.checkpoint.conditioning
+    if len(images):
+        threshold = earlier.threshold if earlier is not None else None  # the trainer knew which images are normal
+        return Judged(metrics, measure_conditioning(opened.scorer, images, threshold=threshold))
+    numbers = spread(len(opened.images), MIN_IMAGES)
+    labels = [bool(opened.images.anomalous[number]) for number in numbers]
+    return Judged(metrics, measure_conditioning(opened.scorer, opened.images.rgb(torch.tensor(numbers)), labels))
+
+
+class _Opened(NamedTuple):
+    checkpoint: Checkpoint
+    scorer: AnomalyScorer
+    images: Split
+
+
+def _open(
+    path: Path,
+    data: Path,
+    split: str,
+    config: Config | None,
+    files: WeightFiles,
+    device: str,
+    say: Callable[[str], None],
+    verbose: bool,
+) -> _Opened:
     checkpoint = open_checkpoint(path, config, files)
     images = load_split(data, split, checkpoint.config.preprocess_spec())
     say(held_against(checkpoint.config.data.benchmark, split, len(images)))
@@ -74,7 +134,12 @@ def evaluate_checkpoint(
         at = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).round().long()
         for line in internals(scorer, images.rgb(at)).lines():
             say(line)
-    return evaluate(scorer, images, batch_size or checkpoint.config.train.batch_size, bootstrap=Bootstrap())
+    return _Opened(checkpoint, scorer, images)
+
+
+def _evaluate(opened: _Opened, batch_size: int | None) -> Metrics:
+    size = batch_size or opened.checkpoint.config.train.batch_size
+    return evaluate(opened.scorer, opened.images, size, bootstrap=Bootstrap())
 
 
 def internals_of(path: Path, device: str = "auto") -> Internals:

@@ -27,6 +27,7 @@ from qfae_train.augment import augmentation, paste
 from qfae_train.autoencoder import AnomalyScorer, build, normalise
 from qfae_train.bmad import held_against
 from qfae_train.checkpoint import Checkpoint
+from qfae_train.conditioning import Conditioning, measure
 from qfae_train.config import Config, Train
 from qfae_train.data import DataError, Split, TrainingImages, load_split
 from qfae_train.evaluate import Metrics, evaluate
@@ -112,6 +113,8 @@ class Result:
     last: Path
     best_auroc: float | None
     best_epoch: int
+    conditioning: Conditioning
+    """Of the best checkpoint: how far rounding moves its scores."""
 
 
 @dataclass
@@ -163,7 +166,7 @@ def fit(
     """
     run = _start(config, data, out, resume, overwrite, device)
     if run.epoch >= config.train.epochs:  # resumed after its end
-        return Result(run.out, run.last_path, run.best_auroc, run.best_epoch)
+        return _finished(run)
     cache = _cache(run)
     with run.reporter.running(config.train.epochs * run.steps_per_epoch, run.epoch * run.steps_per_epoch):
         while run.epoch < config.train.epochs:
@@ -175,7 +178,22 @@ def fit(
             run.seconds += time.monotonic() - began
             if metrics is not None:
                 _keep(run, metrics, loss)
-    return Result(run.out, run.last_path, run.best_auroc, run.best_epoch)
+    return _finished(run)
+
+
+def _finished(run: Run) -> Result:
+    """Say how the run ended; measure what rounding does to the best checkpoint, unless its file says so already."""
+    best = files.load(run.out)
+    conditioning = best.conditioning
+    if conditioning is None:
+        run.reporter.say("measuring how far rounding moves the scores")
+        files.load_trained(run.step.scorer, best)
+        # Validation images may have been exchanged since, and labels with them.
+        known = torch.equal(_parity_images(run.valid), best.parity_images)
+        labels = run.valid.anomalous[_parity_numbers(run.valid)].tolist() if known else []
+        conditioning = measure(run.step.scorer, best.parity_images, labels)
+        files.save(run.out, replace(best, conditioning=conditioning))
+    return Result(run.out, run.last_path, run.best_auroc, run.best_epoch, conditioning)
 
 
 def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool, device: str) -> Run:
@@ -387,5 +405,8 @@ def _keep(run: Run, metrics: Metrics, loss: float) -> None:
 
 def _parity_images(valid: Split) -> Tensor:
     """Return up to PARITY_IMAGES validation images, uint8 (N, S, S, 3), spread over the split and its classes."""
-    at = torch.linspace(0, len(valid) - 1, min(PARITY_IMAGES, len(valid))).round().long()
-    return valid.rgb(at).contiguous()
+    return valid.rgb(_parity_numbers(valid)).contiguous()
+
+
+def _parity_numbers(valid: Split) -> Tensor:
+    return torch.linspace(0, len(valid) - 1, min(PARITY_IMAGES, len(valid))).round().long()

@@ -11,6 +11,7 @@ from typing import Any
 
 from qfae_runtime.errors import OutputError
 from qfae_runtime.metrics import TITLES
+from qfae_train.conditioning import Conditioning
 from qfae_train.config import Config
 from qfae_train.evaluate import evaluate_checkpoint
 from qfae_train.fit import fit
@@ -22,7 +23,8 @@ class Summary:
     """What came of several seeds."""
 
     runs: list[dict[str, Any]]
-    """One a seed: `seed`, `checkpoint`, `valid_image_auroc`, `epoch`, `test` (the results on the test split)."""
+    """One a seed: `seed`, `checkpoint`, `valid_image_auroc`, `epoch`, `conditioning`, and `test`, the results on the
+    test split."""
     file: Path
     best: Path
     """The checkpoint with the best validation AUROC: choosing by test results would flatter them."""
@@ -38,7 +40,7 @@ class Summary:
         return found
 
     def text(self) -> str:
-        """Return a line per seed, and one per metric with mean and standard deviation, in percent."""
+        """Return a line per seed, one per metric with mean and standard deviation, in percent, and what FP16 does."""
         lines = []
         for run in self.runs:
             test = run["test"]
@@ -47,6 +49,8 @@ class Summary:
         for name, one in self.statistics().items():
             spread = f"{100 * one['mean']:.2f} ± {100 * one['std']:.2f}"
             lines.append(f"{TITLES[name]}: {spread} over {len(self.runs)} seeds")
+        for run in self.runs:
+            lines.append(f"seed {run['seed']}: {Conditioning.from_dict(run['conditioning']).sentence()}")
         return "\n".join(lines)
 
 
@@ -78,6 +82,7 @@ def fit_seeds(
                 "checkpoint": result.best.name,
                 "valid_image_auroc": result.best_auroc,
                 "epoch": result.best_epoch,
+                "conditioning": result.conditioning.to_dict(),
                 "test": test.to_dict(),
             }
         )

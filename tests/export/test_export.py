@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -16,17 +17,19 @@ import pytest
 from onnx import numpy_helper
 
 import qfae_export.export
+from qfae_export.describe import provenance_of
 from qfae_export.export import Exported, Options, ParityError, export
 from qfae_export.layers import Linear
 from qfae_export.onnx_file import write_onnx
 from qfae_export.options import is_plain_name
-from qfae_export.stress import stress_images
 from qfae_runtime.engines import open_engine
 from qfae_runtime.errors import EngineError, ManifestError, OutputError, UsageError
 from qfae_runtime.manifest import Manifest
 from qfae_runtime.selftest import self_test
 from qfae_train.checkpoint import build_scorer, load
+from qfae_train.stress import stress_images
 from tests.export.tiny import SIZE, checkpoint_file, picture_folder, pictures
+from tests.train import conditionings
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -84,6 +87,9 @@ def test_manifest_says_where_the_engine_comes_from(exported: Exported, checkpoin
     assert manifest.provenance["config"]["score"] == stored.config.to_dict()["score"]
     assert [one["sha256"] for one in manifest.provenance["frozen"]] == list(stored.embedded)
     assert manifest.provenance["training"] == {"epoch": 3, "loss": "nan"}  # JSON knows no NaN
+    assert manifest.provenance["conditioning"] is None  # nobody measured it
+    measured = dataclasses.replace(stored, conditioning=conditionings.made())
+    assert provenance_of(measured, "tiny.pt")["conditioning"] == conditionings.made().to_dict()
     assert {"torch", "onnx", "onnxruntime", "opsets"} <= manifest.provenance["exported_by"].keys()
     assert {path.name for path in exported.files} == {"tiny.onnx", "tiny.golden.npz", "tiny.json"}
 

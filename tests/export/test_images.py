@@ -9,10 +9,10 @@ import pytest
 
 from qfae_export.errors import ExportError
 from qfae_export.images import calibration, choose, from_checkpoint, from_folder, from_slices, largest_batch
-from qfae_export.stress import stress_images
 from qfae_runtime.coverage import spread
 from qfae_runtime.preprocess import PreprocessSpec, preprocess
 from qfae_runtime.readers.image import read_image
+from qfae_train.stress import stress_images
 from tests.export.tiny import picture_folder, pictures
 
 SPEC = PreprocessSpec(image_size=32)

@@ -15,7 +15,7 @@ from qfae_train.checkpoint import Checkpoint, CheckpointError, build_scorer, loa
 from qfae_train.config import from_dict
 from qfae_train.weights import WeightsError
 
-from . import tiny
+from . import conditionings, tiny
 from .checkpoint_files import images, make, refusal, spoil
 
 
@@ -28,6 +28,15 @@ def test_outputs_are_identical_after_a_round_trip(checkpoint: Checkpoint, saved:
     assert len(set(before.score.tolist())) == 3
     assert torch.equal(loaded.parity_images, checkpoint.parity_images)
     assert (loaded.record, loaded.resume, loaded.frozen) == (checkpoint.record, {}, checkpoint.frozen)
+
+
+def test_what_was_measured_comes_out_and_checkpoints_without_it_load(checkpoint: Checkpoint, saved: Path) -> None:
+    assert load(saved).conditioning is None
+    spoil(saved, lambda content: content.pop("conditioning"))  # as earlier versions wrote it
+    assert load(saved).conditioning is None
+    measured = dataclasses.replace(checkpoint, conditioning=conditionings.made())
+    save(saved, measured)
+    assert load(saved).conditioning == conditionings.made()
 
 
 def test_two_saves_give_the_same_bytes(checkpoint: Checkpoint, saved: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from qfae_train.checkpoint import load
 from qfae_train.cli import command
 from qfae_train.config import Config, Train
 
-from . import tiny
+from . import conditionings, tiny
 
 
 def invoke(*arguments: object) -> Result:
@@ -213,7 +213,7 @@ def test_options_reach_the_run(toml: Path, tmp_path: Path, monkeypatch: pytest.M
 
     def record(config: Config, data: Path, out: Path, **options: Any) -> fit_module.Result:
         seen.update(config=config, data=data, out=out, **options)
-        return fit_module.Result(out, out.with_name("last.pt"), 0.91234, 40)
+        return fit_module.Result(out, out.with_name("last.pt"), 0.91234, 40, conditionings.made())
 
     monkeypatch.setattr(fit_module, "fit", record)
     given = ["--epochs", "3", "--lr", "1e-2", "--precision", "bf16-mixed", "--pixel-warmup", "0", "--seed", "7"]
@@ -224,6 +224,7 @@ def test_options_reach_the_run(toml: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (seen["resume"], seen["overwrite"], seen["device"]) == (True, False, "cpu")
     assert result.stdout.splitlines() == [
         "best checkpoint my runs/m.pt, validation AUROC 0.9123 at epoch 40; newest my runs/last.pt",
+        *conditionings.made().text().splitlines(),
         "next: qfae-export --ckpt 'my runs/m.pt'",
     ]
 

@@ -17,7 +17,7 @@ from qfae_train import seeds as seeds_module
 from qfae_train.checkpoint import build_scorer, load
 from qfae_train.cli import command
 from qfae_train.data import load_split
-from qfae_train.evaluate import evaluate_checkpoint
+from qfae_train.evaluate import evaluate_checkpoint, judge_checkpoint
 from qfae_train.evaluate_cli import evaluate_command
 from qfae_train.fit import fit
 
@@ -59,6 +59,11 @@ def test_results_are_those_of_scikit_learn_and_every_image_counts(trained: Path,
     assert values["image_ap"] == pytest.approx(average_precision_score(split.anomalous, scores), abs=1e-9)
     assert (values["counts"]["images_with_pixel_truth"], values["counts"]["images_without_pixel_truth"]) == (10, 1)
     assert set(values["intervals_95"]) == set(TITLES)
+    assert values["conditioning"]["tolerances"]["fp16"]["passes"] is True
+    stored = load(trained).conditioning
+    assert stored is not None
+    assert values["conditioning"]["threshold"] == stored.threshold
+    assert len(values["conditioning"]["rows"]) == 11
     assert result.stderr == "test: 11 images\n"
 
 
@@ -71,6 +76,14 @@ def test_text_gives_each_metric_with_its_interval(trained: Path, labelled: Path)
         assert " 95 % interval 0." in line or " 95 % interval 1." in line
     assert lines[5] == "5 good and 6 Ungood images, every one counted"
     assert "note: 1 images without a usable mask are left out of the pixel metrics" in lines
+    stored = load(trained).conditioning
+    assert stored is not None
+    start = lines.index("rounding, against PyTorch FP64 on 12 images and 14 stress images:")
+    assert lines[start - 1] == ""
+    assert [line.split("  ")[0] for line in lines[start:]] == [
+        line.split("  ")[0] for line in stored.text().splitlines()
+    ]
+    assert lines[-2:] == stored.text().splitlines()[-2:]
 
 
 def test_one_class_is_said_and_no_number_is_made_up(trained: Path, labelled: Path, tmp_path: Path) -> None:
@@ -93,6 +106,11 @@ def test_the_authors_checkpoint(labelled: Path, tmp_path: Path) -> None:
     split = load_split(labelled, "test", made.config.preprocess_spec())
     expected, _ = made.reference().score(split.rgb(slice(None)))
     assert result.scores == pytest.approx(expected.numpy(), abs=2e-5)
+    judged = judge_checkpoint(
+        made.checkpoint, labelled, config=made.config, files=made.files, batch_size=4, device="cpu"
+    )
+    assert judged.conditioning.images == 11  # it brings none: those of the split
+    assert judged.metrics.image_auroc == result.image_auroc
     refused = invoke("--ckpt", made.checkpoint, "--data", labelled)
     assert refused.exit_code == 2
     assert "does not say its architecture; name it with --preset or --config" in refused.stderr
@@ -137,6 +155,11 @@ def test_seeds_train_and_evaluate_each(weights: Path, labelled: Path, tmp_path: 
     assert text[2] == (
         f"image AUROC: {50 * (first + second):.2f} ± {100 * statistics.stdev([first, second]):.2f} over 2 seeds"
     )
+    assert [line.split(": ")[:2] for line in text[-2:]] == [["seed 42", "FP16"], ["seed 7", "FP16"]]
+    for run in stored["runs"]:
+        kept = load(out.with_name(run["checkpoint"])).conditioning
+        assert kept is not None
+        assert run["conditioning"] == kept.to_dict()
     best = max(stored["runs"], key=lambda run: run["valid_image_auroc"])
     assert summary.best == out.with_name(best["checkpoint"])
 

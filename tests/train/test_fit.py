@@ -86,8 +86,10 @@ def test_best_and_last_checkpoint(
     monkeypatch.setattr(fit_module, "evaluate", scripted)
     config = tiny.config(weights, train={"epochs": 6, "validate_every": 2})
     result = run(config, data, tmp_path / "tiny.pt")
-    assert result == Result(tmp_path / "tiny.pt", tmp_path / "tiny.last.pt", 0.9, 4)
     best, last = load(result.best), load(result.last)
+    assert best.conditioning is not None
+    assert result == Result(tmp_path / "tiny.pt", tmp_path / "tiny.last.pt", 0.9, 4, best.conditioning)
+    assert last.conditioning is None
     assert best.record["epoch"] == 4
     assert best.record["valid_image_auroc"] == 0.9
     assert not best.resume
@@ -97,7 +99,8 @@ def test_best_and_last_checkpoint(
     assert best.parity_images.shape == (12, tiny.SIZE, tiny.SIZE, 3)
     said = capsys.readouterr().err.splitlines()
     assert said[:3] == ["train: 20 images", "valid: 12 images", "training on cpu"]
-    assert [line.split(":")[0] for line in said[3:]] == ["epoch 2", "epoch 4", "epoch 6"]
+    assert [line.split(":")[0] for line in said[3:-1]] == ["epoch 2", "epoch 4", "epoch 6"]
+    assert said[-1] == "measuring how far rounding moves the scores"
 
 
 def test_the_record_is_what_evaluation_says(weights: Path, data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qfae_train.autoencoder import build
 from qfae_train.checkpoint import build_scorer, load
+from qfae_train.conditioning import measure
 from qfae_train.config import Config, from_dict
 from qfae_train.data import load_split
 from qfae_train.fit import fit
@@ -37,6 +39,22 @@ def losses_of(config: Config, data: Path, out: Path, device: str) -> list[float]
         patch.setattr(Reporter, "advance", noting)
         fit(config, data, out, device=device)
     return losses
+
+
+def test_rounding_moves_the_scores_as_far_as_on_the_processor(weights: Path) -> None:
+    """FP64 and the rounding are there, too; digits differ, for sums are taken in another order."""
+    torch.manual_seed(3)
+    scorer = build(tiny.config(weights))[0].eval()
+    size = (12, tiny.SIZE, tiny.SIZE, 3)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    want, got = measure(scorer, images), measure(scorer.to("cuda"), images)
+    assert got.threshold == pytest.approx(want.threshold, rel=1e-9)
+    for one, other in zip(got.rows, want.rows, strict=True):
+        assert one.fault is other.fault is None
+        ours, theirs = (row.values["map_angle"] for row in (one, other))
+        assert ours is not None
+        assert theirs is not None
+        assert 0.3 < ours / theirs < 3, (one.precision, one.stage)
 
 
 @pytest.mark.parametrize("augmented", [False, True])

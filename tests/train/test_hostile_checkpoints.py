@@ -26,7 +26,7 @@ from qfae_train.weight_files import WeightFiles
 from qfae_train.weights import WeightsError, read_tensors
 from tests.commands import run
 
-from . import tiny
+from . import conditionings, tiny
 from .checkpoint_files import entries_of, refusal, rewrite, spoil, with_pickle
 from .made_up import ARCHITECTURES, made_up
 
@@ -113,6 +113,30 @@ def test_one_storage_of_two_types(tmp_path: Path) -> None:
     with_pickle(path, pickled.replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000"))
     with pytest.raises(TorchFileError, match=r"^storage '0' is said to be of two types$"):
         read_torch_file(path)
+
+
+# ---------- what rounding does
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (3, "expected a table, got int; qfae-train measures it"),
+        ([], "expected a table, got list; qfae-train measures it"),
+        ({}, "key 'rows' is missing; qfae-train measures it"),
+        (
+            {**conditionings.made().to_dict(), "images": 2**60},
+            f"key 'images': expected a whole number in 1..{2**50}, got {2**60}",
+        ),
+        (
+            {**conditionings.made().to_dict(), "threshold": float("inf")},
+            "key 'threshold': expected a finite number, got inf",
+        ),
+    ],
+)
+def test_a_conditioning_that_nobody_measured(stored: Any, expected: str, saved: Path) -> None:
+    spoil(saved, lambda content: content.update(conditioning=stored))
+    assert refusal(saved) == f"damaged inside: conditioning: {expected}; train or download it again"
 
 
 # ---------- configuration, preprocessing, records

@@ -27,6 +27,21 @@ def test_resuming_with_another_configuration(weights: Path, data: Path, tmp_path
     )
 
 
+def test_a_finished_run_says_again_what_rounding_does(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = tiny.config(weights, train={"epochs": 1}), tmp_path / "tiny.pt"
+    measured = run(config, data, out).conditioning
+    assert load(out).conditioning == measured
+    with monkeypatch.context() as patch:
+        patch.setattr("qfae_train.fit.measure", None)  # it is read, not measured again
+        assert run(config, data, out, resume=True).conditioning == measured
+    # What earlier versions wrote, or a run that was ended while it measured, is measured now.
+    save(out, replace(load(out), conditioning=None))
+    assert run(config, data, out, resume=True).conditioning == measured
+    assert load(out).conditioning == measured
+
+
 def test_resuming_with_other_frozen_weights(data: Path, tmp_path: Path) -> None:
     weights = tiny.write_weights(tmp_path / "w.safetensors", seed=0)
     out = tmp_path / "tiny.pt"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qfae_export.stress import stress_images
 from qfae_runtime.arrays import UInt8
+from qfae_train.stress import stress_images
 from tests.export.tiny import pictures
 
 SIZES = (32, 112, 224)
