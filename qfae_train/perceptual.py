@@ -123,4 +123,5 @@ def distance_maps(of_image: Features, of_reconstruction: Features, image_size: i
 
 def _unit_length(features: Tensor) -> Tensor:
     """Return features (N, T, D), each at unit length."""
-    return features / features.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    unit: Tensor = features / features.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    return unit

@@ -103,7 +103,7 @@ def test_the_shipped_backbone_is_rescaled_and_says_how_it_was_made(name: str) ->
 
     assert 0.4 < float(torch.stack(hidden).square().mean()) < 2
     assert record["source"] == f"demo_{name}.safetensors"
-    with safe_open(PRESETS / f"demo_{name}.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(PRESETS / f"demo_{name}.safetensors", "pt") as file:
         made = json.loads(file.metadata()["recipe"])
     stated = json.loads(json.dumps(asdict(RECIPES[name])))
     assert {key: made[key] for key in stated} == stated
