@@ -101,7 +101,8 @@ def test_the_shipped_backbone_is_rescaled_and_says_how_it_was_made(name: str) ->
     images = batch_of(slices(4), torch.arange(4))
     hidden = vit.forward_intermediates(images, output_fmt="NLC", intermediates_only=True, norm=False)  # type: ignore[operator]
 
-    assert 0.4 < float(torch.stack(hidden).square().mean()) < 2
+    # The perceptual network holds the first two blocks of six, whose stream is smaller than that of all.
+    assert 0.1 < float(torch.stack(hidden).square().mean()) < 2
     assert record["source"] == f"demo_{name}.safetensors"
     with safe_open(PRESETS / f"demo_{name}.safetensors", "pt") as file:
         made = json.loads(file.metadata()["recipe"])

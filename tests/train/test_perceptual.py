@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -109,3 +110,36 @@ def test_distance_is_one_minus_cosine_in_float32() -> None:
     maps = distance_maps({(1, 16): one.half()}, {(1, 16): other.half()}, image_size=32)
     assert maps[1, 16].dtype == torch.float32
     torch.testing.assert_close(maps[1, 16], torch.tensor([[[0.0, 0.5], [1.0, 2.0]]]), rtol=0, atol=1e-3)
+
+
+def test_distances_are_one_minus_the_cosine() -> None:
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 3, 16, 8, dtype=torch.float64)
+    expected = 1 - F.cosine_similarity(ours, theirs, dim=-1)
+
+    maps = distance_maps({(1, 4): ours}, {(1, 4): theirs}, 16)
+
+    torch.testing.assert_close(maps[1, 4], expected.unflatten(1, (4, 4)), rtol=1e-12, atol=1e-15)
+
+
+def test_small_distances_keep_their_digits_in_float32() -> None:
+    """1 - cosine has an error of 6e-8 in float32: 1e-2 of a distance of 6e-6, and of what is multiplied with it."""
+    torch.manual_seed(0)
+    ours = torch.randn(1, 16, 128)
+    theirs = ours + 3e-3 * torch.randn(1, 16, 128)
+    expected = 1 - F.cosine_similarity(ours.double(), theirs.double(), dim=-1)
+    assert 1e-6 < float(expected.min()) < float(expected.max()) < 1e-5
+
+    maps = distance_maps({(1, 4): ours}, {(1, 4): theirs}, 16)
+
+    torch.testing.assert_close(maps[1, 4].flatten(1).double(), expected, rtol=1e-4, atol=0)
+    cancelled = 1 - F.cosine_similarity(ours, theirs, dim=-1)
+    assert float(((cancelled - expected).abs() / expected).max()) > 1e-3
+
+
+def test_features_without_length_are_at_no_distance_of_one_another_and_finite() -> None:
+    nothing, something = torch.zeros(1, 16, 8), torch.ones(1, 16, 8)
+    same = distance_maps({(1, 4): nothing}, {(1, 4): nothing}, 16)[1, 4]
+    apart = distance_maps({(1, 4): nothing}, {(1, 4): something}, 16)[1, 4]
+    torch.testing.assert_close(same, torch.zeros_like(same))
+    torch.testing.assert_close(apart, torch.full_like(apart, 0.5))
