@@ -28,6 +28,7 @@ SHIPPED = Path(__file__).parents[2] / "demo" / "weights" / "demo.pt"
 
 # What the shipped model must keep to, so that FP16 reads it without loss.
 LEAST_EFFECTIVE_RANK = 100  # of 128, at every tap
+LARGEST_GAIN = 10
 LARGEST_CROSS_LOGIT = 200
 
 
@@ -36,6 +37,7 @@ def test_the_shipped_model_is_well_conditioned() -> None:
     print("\n".join(found.lines()))
     assert [one.name for one in found.states] == ["encoder 1, block 5", "encoder 1, block 3"]
     assert min(one.effective_rank for one in found.states) > LEAST_EFFECTIVE_RANK
+    assert max(one.largest for one in found.gains) < LARGEST_GAIN
     cross = found.logits["Q-Former cross-attention"]
     assert cross is not None
     assert cross < LARGEST_CROSS_LOGIT
