@@ -60,11 +60,14 @@ class File:
 
     @property
     def wide(self) -> int:
-        """Of the weights that FP16 leaves in FP32: those of LayerNorms, and what a residual stream begins with."""
+        """Of the weights that FP16 leaves in FP32: those of LayerNorms, and what a residual stream begins with.
+
+        Equal ones count once: the perceptual network's first token is the same for all patch sizes.
+        """
         parts: list[torch.nn.Module] = []
         for one in self.graph.modules():
             parts += [one] if isinstance(one, Norm) else [one.table, one.prefix] if isinstance(one, Embed) else []
-        return sum(tensor.numel() for part in parts for tensor in part.buffers())
+        return sum({one.numpy().tobytes(): one.numel() for part in parts for one in part.buffers()}.values())
 
     @property
     def blocks(self) -> int:
