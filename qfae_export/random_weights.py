@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from qfae_export.trained_like import fill
-
 from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries
 from qfae_train.backbone import blank
 from qfae_train.checkpoint import Checkpoint, without_files
@@ -57,13 +56,13 @@ def _backbones(config: Config, seed: int) -> list[nn.Module]:
 def _scorer(config: Config, seed: int, backbones: list[nn.Module]) -> AnomalyScorer:
     with torch.random.fork_rng(devices=[]):  # what the modules draw for themselves is overwritten
         scorer = assemble(config, backbones[:-1], backbones[-1])
-    fill(scorer.autoencoder.trained_state(), scorer.autoencoder, f"{seed}/autoencoder")
+    fill(scorer.autoencoder, scorer.autoencoder.trained_state(), f"{seed}/autoencoder")
     return scorer.eval().requires_grad_(False)
 
 
 def _backbone(entry: Backbone, image_size: int, seed: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # where it is not blank, timm has drawn weights
         model = blank(entry, image_size)
-    fill(dict(model.state_dict()), model, seed)
+    fill(model, model.state_dict(), seed)
     backbone: nn.Module = model.eval().requires_grad_(False)
     return backbone

@@ -1,194 +1,210 @@
 """Weights drawn so that a network of random numbers is conditioned as a trained one is.
 
-A plain draw (every matrix N(0, 1 / inputs), nothing more) has two faults that trained networks lack. Its attention is
-nearly uniform, so that tokens become alike with depth (Dong et al., ICML 2021): hidden states span a handful of
-directions. And what is left of the image is small beside what is the same for all images, so that scores of different
-images differ by little, and rounding moves them by much of that. The facts that this draw is made from:
+A plain draw (every matrix N(0, 1 / inputs) and nothing more) has faults that trained networks lack. Its attention is
+nearly uniform, so that tokens become alike with depth (Dong et al., ICML 2021) and hidden states span a handful of
+directions; little of them depends on the image, so that scores differ little, and rounding moves them by much of that.
+The facts that this draw is made from:
 
 published initialisations
-    Gains: N(0, 0.02) for a width of 1024 (timm, DINOv2, BEiT) is a gain of 0.64, Glorot's (MAE) 0.7 to 1.3: about 1.
-    torch's own for a linear layer is 1 / sqrt(3); the projections, which nothing normalises before, have it.
-    LayerScale (Touvron et al., ICCV 2021) starts at 1e-5 in DINOv2 and is learned per channel: at its start the blocks
-    would do nothing, so this draw has it where residual branches end up. Sub-layers scaled by 1 / sqrt(2 depth)
-    (GPT-2, Radford et al. 2019; by a block's own number in BEiT, Bao et al., ICLR 2022) keep a residual stream's
-    growth independent of the depth.
-    MAE's table of positions is sine-cosine: 0.71 in the root mean square, beside about 1 of an image's own.
+    Gains: N(0, 0.02), of timm, DINOv2 and BEiT, is a gain of 0.64 at a width of 1024, Glorot's, of MAE, 0.7 to 1.3;
+    here it is 1. torch's own of a linear layer is 1 / sqrt(3): of the encoders' projections, which no norm precedes.
+    Sub-layers scaled by 1 / sqrt(2 depth) (GPT-2: Radford et al. 2019; BEiT, by a block's own number: Bao et al., ICLR
+    2022) make the residual stream's growth independent of the depth. LayerScale (Touvron et al., ICCV 2021), 1e-5 at
+    DINOv2's start, when a block does nothing, is learned by channel: here it has what others have as such a scale.
+    MAE's positions are a sine-cosine table: 0.71 in the root mean square, of the size of an image's own part.
 trained transformers
-    Keys resemble queries, W_q^T W_k having a positive diagonal, and what is read from a token is in part subtracted
-    from it, W_proj W_v having a negative one (Trockman and Kolter, ICML 2023): tokens attend to similar ones and are
-    kept apart, which is what keeps their rank.
-    Attention is neither uniform nor on one token (entropy collapse: Zhai et al., ICML 2023): logits of order 1.
-    The skip connection carries several times what a branch adds (Raghu et al., NeurIPS 2021), and the stream grows
-    moderately.
-    Tables of positions are smooth, filters of the patch embedding look like low cosine waves (Dosovitskiy et al.,
-    ICLR 2021, figure 7).
+    Keys resemble queries (W_q^T W_k has a positive diagonal), and attention takes away a part of what it reads (that of
+    W_proj W_v is negative): Trockman and Kolter, ICML 2023. So tokens attend to similar ones and stay apart.
+    Attention is neither uniform nor on single tokens (entropy collapse: Zhai et al., ICML 2023): logits of order 1.
+    The stream carries several times what a branch adds (Raghu et al., NeurIPS 2021).
+    Features have a mean that they share (anisotropy: Ethayarajh, EMNLP 2019; in images too: Godey et al., EACL 2024).
+    Positions are smooth, filters of the patch embedding are low cosine waves (Dosovitskiy et al., ICLR 2021, figure 7).
 images
-    Their amplitudes fall with the spatial frequency as 1 / f (Field, JOSA A 1987). Filters that grow with it up to a
-    limit see every frequency alike (Atick and Redlich, Neural Computation 1992); a reconstruction has the 1 / f.
+    Amplitudes fall with the spatial frequency, as 1 / f (Field, JOSA A 1987). Filters that grow as f, up to a limit,
+    see all frequencies alike (Atick and Redlich, Neural Computation 1992). Patches that are drawn fall as 1 / f.
 
-Every tensor has a generator of its own, named after it: order and threads do not matter, and no more memory is needed
-than for the largest tensor.
+Where the sources say of which sign or order something is, the constants below say how much: they were chosen by what
+tests/export/test_trained_like.py asks. Left out are massive activations (Sun et al., COLM 2024), which DINOv2 has in
+few channels of its register tokens: INT8 meets larger ranges in a trained encoder.
 
-Letters: D width, H heads, K width of a head, T tokens, p pixels per side of a patch.
+Letters: D width, H heads, K width of a head, T tokens, P pixels per side of a patch.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from timm.layers.attention import Attention
 from timm.layers.layer_scale import LayerScale
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from qfae_train.qformer import QueryAttention
+from qfae_train.qformer import CrossAttention, QueryAttention
 
-QUERY_GAIN = 1.25
-"""Of queries and keys: their logits' standard deviation between unlike tokens is its square."""
+READING = 1.5
+"""Gain of the queries that read the encoders' tokens, which are not normalised; the keys' is 1."""
 
 ALIKE = 0.3
-"""Correlation of a head's keys with its queries."""
+"""Correlation of the keys' weights with the queries'."""
 
-SUBTRACTED = 0.5
-"""Share of what an attention gives back that is the negative of what it read."""
+TAKEN_AWAY = 0.1
+"""Correlation of the weights behind an attention with the values', negative."""
 
-BRANCHES = 2.5
-"""Root of the sum of squares that all residual branches have for gains."""
+BRANCHES = 2.0
+"""Root of the sum of squares of all residual branches' gains."""
 
-SPREAD = 0.2
-"""Standard deviation of the norms' gains."""
+SCALES = 0.5
+"""Standard deviation of LayerScale's logarithm over channels."""
+
+NORMS = 0.2
+"""Standard deviation of the norms' gains, which are 1 in the mean."""
 
 BIAS = 0.05
+"""Standard deviation of biases; what they are added to has about 1."""
 
-POSITIONS = 0.5**0.5
-"""Root mean square of tables of positions, MAE's."""
+COMMON = 1.5
+"""Root mean square of what all patches of all images share: the bias of a patch embedding."""
 
-WAVES = 4.0
-"""Positions: cycles over the side of an image, at most. Filters: the frequency, in half cycles of a patch, from which they fall."""
+IMAGES = 1.5
+"""Root mean square of what a patch embedding makes of grey images of variance 1 that fall as 1 / f."""
 
+TOKENS = 0.7
+"""Standard deviation of tokens that stand for no patch."""
 
-def draw(model: nn.Module, seed: str) -> None:
-    """Fill every tensor of a vision transformer or autoencoder's trained parts in place."""
+OWN = 0.3
+"""Standard deviation of what tables of positions have besides smooth waves; those have 0.71."""
+
+CYCLES = 2.0
+"""Standard deviation of these waves' frequencies, in cycles over the image's side."""
+
+LIMIT = 4.0
+"""Frequency, in half cycles of a patch, of which filters have the most."""
+
+GELU = 0.65
+"""Root mean square of GELU(x), x of a standard normal distribution."""
+
+GREY = 0.9
+"""Correlation of the colours of a drawn patch."""
 
 
 @torch.no_grad()
-def fill(tensors: dict[str, Tensor], model: nn.Module, seed: str) -> None:
-    """Fill tensors of `model` in place, by name; those of frozen parts may be left out."""
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], seed: str) -> None:
+    """Fill tensors of a model in place, float32; `tensors` are those to be filled, by the names they have in it.
+
+    The model is a timm vision transformer or a QFormerAutoencoder. Each tensor has a generator of its own, named after
+    it, so that neither their order nor threads matter; besides them, no more is held than twice the largest.
+    """
     for name, tensor in tensors.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        tensor.normal_(generator=generator)
-        _rule(name, tensor)(tensor)
+        _shape(name, tensor.normal_(generator=generator))
     for name, module in model.named_modules():
         if isinstance(module, Attention) and f"{name}.qkv.weight" in tensors:
-            _like_trained_attention(module.qkv.weight, module.proj.weight, module.num_heads, module.num_heads)
+            _relate(module.qkv.weight, module.proj.weight)
         elif isinstance(module, QueryAttention):
-            _like_trained_attention(module.qkv.weight, module.out.weight, module.heads, 1)
-    for name, module in model.named_modules():
-        blocks: Any = module
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and hasattr(module[0], "mlp") and f"{name}.0.mlp.fc2.weight" in tensors:
-            for block in blocks:
-                _scale_branches(block, BRANCHES / (2 * len(blocks)) ** 0.5)
+            _relate_shared(module.qkv.weight, module.heads)
+        elif isinstance(module, CrossAttention):
+            module.to_q.weight.mul_(READING)
+        elif isinstance(module, nn.Sequential | nn.ModuleList) and f"{name}.0.mlp.fc2.weight" in tensors:
+            for block in module:
+                if isinstance(block, Block):
+                    _weaken(block, BRANCHES / math.sqrt(2 * len(module)))
 
 
-def _rule(name: str, tensor: Tensor) -> Callable[[Tensor], object]:
-    if name.endswith("bias"):
-        return lambda x: x.mul_(BIAS)
-    if tensor.ndim == 1:
-        return lambda x: x.mul_(SPREAD).add_(1)
-    if name.endswith("patch_embed.proj.weight"):
-        return _filters
-    if name.endswith("predict.weight"):
-        return _patches
-    if name.endswith(("pos_embed", "queries")):
-        return _positions
-    if not name.endswith("weight"):
-        return lambda x: x.mul_(POSITIONS)
-    gain = 1.0
-    if name.endswith("projection.weight"):
-        gain = 3**-0.5
-    elif name.endswith("to_q.weight"):
-        gain = 1.5
-    elif name.endswith("fc2.weight"):
-        gain = 1.5
-    return lambda x: x.mul_(gain * x[0].numel() ** -0.5)
+def _shape(name: str, x: Tensor) -> None:
+    """Give standard normal numbers the scale and form of the tensor of that name, in place."""
+    if name.endswith("patch_embed.proj.bias"):
+        x.mul_(COMMON)
+    elif name.endswith("bias"):
+        x.mul_(BIAS)
+    elif x.ndim == 1:
+        x.mul_(NORMS).add_(1)
+    elif name.endswith("patch_embed.proj.weight"):
+        _filters(x)
+    elif name.endswith("decoder.predict.weight"):
+        _patches(x)
+    elif name.endswith(("pos_embed", "queries")):
+        _positions(x)
+    elif not name.endswith("weight"):
+        x.mul_(TOKENS)
+    else:
+        gain = 3**-0.5 if name.endswith("projection.weight") else 1 / GELU if name.endswith("fc2.weight") else 1.0
+        x.mul_(gain * x[0].numel() ** -0.5)
 
 
-def _filters(x):
-    d, c, p, _ = x.shape
-    f = _freq(p)
-    amp = f * torch.exp(-f / WAVES)
-    amp[0, 0] = 0.25
-    wave = _cosines(p)
-    x.copy_(torch.einsum("dcuv,ui,vj->dcij", x.double() * amp, wave, wave))
-    x.mul_(PATCH_GAIN / p)
+def _filters(x: Tensor) -> None:
+    """Make filters [D, colours, P, P] for grey images that fall as 1 / f; see IMAGES."""
+    waves, frequency, falling = _waves(x.shape[-1])
+    amplitude = frequency * torch.exp(-frequency / LIMIT)
+    amplitude *= IMAGES / (x.shape[1] * (amplitude * falling).square().sum()).sqrt()
+    x.copy_(torch.einsum("dcuv,ui,vj->dcij", x.double() * amplitude, waves, waves))
 
 
-PATCH_GAIN = 1.0
-
-
-def _patches(x):
-    p = math.isqrt(x.shape[0] // 3)
-    f = _freq(p)
-    amp = 1 / f.clamp(min=0.7)
-    amp = amp / (amp**2).mean().sqrt()
-    z = x.double().unflatten(0, (p, p, 3))
-    z = z.mean(-2, keepdim=True) * 0 + z  # colour
-    z = 0.95 * z[:, :, :1] + 0.3 * z
-    wave = _cosines(p)
-    x.copy_(torch.einsum("uvcd,ui,vj->ijcd", z * amp[:, :, None, None], wave, wave).flatten(0, 2))
+def _patches(x: Tensor) -> None:
+    """Make a last layer [P * P * 3, D] that gives patches of variance 1, nearly grey, which fall as 1 / f."""
+    side = math.isqrt(x.shape[0] // 3)
+    waves, _, falling = _waves(side)
+    drawn = x.double().unflatten(0, (side, side, 3))
+    grey = GREY**0.5 * drawn[:, :, :1] + (1 - GREY) ** 0.5 * drawn.roll(1, dims=-1)
+    x.copy_(torch.einsum("uvcd,uv,ui,vj->ijcd", grey, falling, waves, waves).flatten(0, 2))
     x.mul_(x.shape[1] ** -0.5)
 
 
-def _freq(p):
-    at = torch.arange(p, dtype=torch.float64)
-    return torch.hypot(at[:, None].expand(p, p), at[None].expand(p, p))
+def _waves(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cosine waves [wave, pixel], orthonormal, the frequency of their products, and 1 / f with mean square 1.
+
+    Frequencies are in half cycles of a patch; the constant counts as a quarter of one.
+    """
+    at = torch.arange(side, dtype=torch.float64)
+    waves = torch.cos(math.pi * at[:, None] * (at + 0.5) / side) * (2 / side) ** 0.5
+    waves[0] *= 0.5**0.5
+    frequency = torch.hypot(*torch.meshgrid(at, at, indexing="ij")).clamp(min=0.25)
+    falling = 1 / frequency
+    return waves, frequency, falling / falling.square().mean().sqrt()
 
 
-def _cosines(p):
-    at = torch.arange(p, dtype=torch.float64)
-    w = torch.cos(math.pi * at[:, None] * (at + 0.5) / p) * (2 / p) ** 0.5
-    w[0] /= 2**0.5
-    return w
-
-
-def _positions(x):
-    t, d = x.shape[-2:]
-    side = math.isqrt(t)
-    first = t - side * side
-    if first > 1:
-        x.mul_(POSITIONS)
+def _positions(x: Tensor) -> None:
+    """Make a table [1, T, D] smooth over its grid, if it has one, with a class token before it or without."""
+    side = math.isqrt(x.shape[1])
+    before = x.shape[1] - side**2
+    if side < 2 or before > 1:
+        x.mul_(TOKENS)
         return
-    # uses the first rows of the draw for frequencies and phases
-    rest = x[0, first:]
-    fx, fy, ph = rest[0].double(), rest[1].double(), rest[2].double() * math.pi
+    grid = x[0, before:]
+    along, down, phase = grid[:3].double()  # drawn numbers, of which more is not needed
     at = (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    ang = 2 * math.pi * WAVES / 2 * (at[:, None, None] * fy + at[None, :, None] * fx) + 2 * math.pi * ph
-    smooth = torch.cos(ang).flatten(0, 1)
-    rest.mul_(0.3).add_(smooth)
-    rest.mul_(1.0)
-    x[0, :first].mul_(POSITIONS)
+    turns = CYCLES * (at[None, :, None] * along + at[:, None, None] * down) + phase
+    grid.mul_(OWN).add_(torch.cos(2 * math.pi * turns).flatten(0, 1))
+    x[0, :before].mul_(TOKENS)
 
 
-def _like_trained_attention(qkv, out, heads, kv):
-    d = out.shape[0]
-    k = d // heads
-    q, key, v = qkv.split([d, kv * k, kv * k])
-    q.mul_(QUERY_GAIN)
-    key.mul_(QUERY_GAIN)
-    if kv == 1:
-        q.unflatten(0, (heads, k)).mul_((1 - ALIKE**2) ** 0.5).add_(key, alpha=ALIKE)
-    else:
-        key.mul_((1 - ALIKE**2) ** 0.5).add_(q, alpha=ALIKE)
-        out.mul_((1 - SUBTRACTED**2) ** 0.5).add_(v.T, alpha=-SUBTRACTED)
+def _relate(qkv: Tensor, proj: Tensor) -> None:
+    """Make keys resemble queries, and what an attention gives the negative of its values, in part."""
+    q, k, v = qkv.chunk(3)
+    k.mul_(_rest(ALIKE)).add_(q, alpha=ALIKE)
+    proj.mul_(_rest(TAKEN_AWAY)).add_(v.t(), alpha=-TAKEN_AWAY)
 
 
-def _scale_branches(block, gain):
+def _relate_shared(qkv: Tensor, heads: int) -> None:
+    """Make every head's queries resemble the one key head, in the weight [(H + 2) * K, D]."""
+    width = qkv.shape[0] // (heads + 2)
+    k = qkv[heads * width : (heads + 1) * width]
+    qkv[: heads * width].unflatten(0, (heads, width)).mul_(_rest(ALIKE)).add_(k, alpha=ALIKE)
+
+
+def _rest(share: float) -> float:
+    return math.sqrt(1 - share**2)
+
+
+def _weaken(block: Block, gain: float) -> None:
+    """Give both residual branches of a block that gain: in its LayerScale, if it has one, or in their last weights."""
     for scale, last in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
         if isinstance(scale, LayerScale):
-            scale.gamma.sub_(1).mul_(0.5 / SPREAD).exp_().mul_(gain)
+            drawn = (scale.gamma - 1) / NORMS
+            scale.gamma.copy_(gain * torch.exp(SCALES * drawn - SCALES**2))  # its mean square is the gain's
         else:
             last.weight.mul_(gain)
-            last.bias.mul_(gain)
+            if last.bias is not None:
+                last.bias.mul_(gain)
