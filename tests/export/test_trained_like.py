@@ -200,10 +200,10 @@ def test_a_backbone_by_place(scaled: bool) -> None:
 @pytest.mark.parametrize("prefix", [1, 0], ids=["class token in the table", "table of patches alone"])
 def test_positions_are_smooth(prefix: int) -> None:
     vit: Any = backbone("vit_tiny_patch16_224" if prefix else "vit_small_patch14_reg4_dinov2")
-    table = vit.pos_embed[0, prefix:].unflatten(0, (7, 7))
+    table = vit.pos_embed[0, prefix:].unflatten(0, (14, 14))
     assert table.square().mean().sqrt() == pytest.approx((0.5 + 0.3**2) ** 0.5, rel=0.05)
-    assert correlation(table[:, 1:], table[:, :-1]) > 0.2
-    assert abs(correlation(table[:, 3:], table[:, :-3])) < 0.15
+    assert correlation(table[:, 1:], table[:, :-1]) > 0.4
+    assert abs(correlation(table[:, 7:], table[:, :-7])) < 0.15
     assert table.flatten(0, 1).mean(0).square().mean() < 0.2 * table.square().mean()
 
 
@@ -212,7 +212,7 @@ def test_filters_see_all_frequencies_of_an_image_and_patches_have_those_of_one()
     of_filters = spectrum(vit.patch_embed.proj.weight)
     at = torch.arange(16.0)
     frequency = torch.hypot(at[:, None], at[None, :])
-    assert float(frequency.flatten()[of_filters.argmax()]) == pytest.approx(4, abs=0.5)
+    assert 3 <= float(frequency.flatten()[of_filters.argmax()]) <= 5
     seen = (of_filters / frequency)[(frequency > 0) & (frequency < 3)]
     assert seen.max() / seen.min() < 2.5  # of amplitudes that fall as 1 / f
     head = random_scorer(deep(), 0).autoencoder.decoder.predict.weight.unflatten(0, (8, 8, 3)).permute(3, 2, 0, 1)
@@ -238,9 +238,9 @@ def test_trained_parts_by_place() -> None:
 
 def backbone(timm: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     entry = Backbone(timm, 16, {"embed_dim": 128, "depth": 3, "num_heads": 2, **args})
-    vit = create(entry, 112)
+    vit = create(entry, 224)
     fill(vit, vit.state_dict(), "0")
-    return vit
+    return vit.requires_grad_(False)
 
 
 def gain_of(weight: Tensor) -> float:
