@@ -1,7 +1,7 @@
 """Models of any configuration at full size on random weights: for benchmarks and tests, where no weights are at hand.
 
-The weights are on the scale of trained ones, so that every stage works on numbers like those of a real model: nothing
-overflows in FP16, attention is neither uniform nor one-hot, and scores differ from image to image.
+`trained_like` draws them, so that every stage is conditioned as a trained one is: hidden states of healthy rank, attention
+neither uniform nor on one token, scores that differ from image to image by far more than rounding moves them.
 """
 
 from __future__ import annotations
