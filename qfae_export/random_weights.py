@@ -1,16 +1,15 @@
 """Models of any configuration at full size on random weights: for benchmarks and tests, where no weights are at hand.
 
-The weights are on the scale of trained ones, so that every stage works on numbers like those of a real model: nothing
-overflows in FP16, attention is neither uniform nor one-hot, and scores differ from image to image.
+`trained_like` draws them, so that every stage is conditioned as a trained one is: hidden states of healthy rank, attention
+neither uniform nor on one token, scores that differ from image to image by far more than rounding moves them.
 """
 
 from __future__ import annotations
 
-import zlib
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qfae_export.trained_like import fill
 from qfae_train.autoencoder import AnomalyScorer, assemble, frozen_entries
 from qfae_train.backbone import blank
 from qfae_train.checkpoint import Checkpoint, without_files
@@ -57,30 +56,13 @@ def _backbones(config: Config, seed: int) -> list[nn.Module]:
 def _scorer(config: Config, seed: int, backbones: list[nn.Module]) -> AnomalyScorer:
     with torch.random.fork_rng(devices=[]):  # what the modules draw for themselves is overwritten
         scorer = assemble(config, backbones[:-1], backbones[-1])
-    for name, tensor in scorer.autoencoder.trained_state().items():
-        _fill(tensor, name, f"{seed}/autoencoder")
+    fill(scorer.autoencoder, scorer.autoencoder.trained_state(), f"{seed}/autoencoder")
     return scorer.eval().requires_grad_(False)
 
 
 def _backbone(entry: Backbone, image_size: int, seed: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # where it is not blank, timm has drawn weights
         model = blank(entry, image_size)
-    for name, tensor in model.state_dict().items():
-        _fill(tensor, name, seed)
+    fill(model, model.state_dict(), seed)
     backbone: nn.Module = model.eval().requires_grad_(False)
     return backbone
-
-
-@torch.no_grad()
-def _fill(tensor: Tensor, name: str, seed: str) -> None:
-    """Fill a weight in place; each has a generator of its own, named after it, so that their order does not matter."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-    tensor.normal_(generator=generator)
-    if tensor.ndim >= 2 and name.endswith("weight"):
-        tensor.mul_(tensor[0].numel() ** -0.5)  # a product's outputs have the variance of its inputs
-    elif name.endswith(("weight", "gamma")):
-        tensor.mul_(0.1).add_(1)
-    elif name.endswith("bias"):
-        tensor.mul_(0.1)
-    else:
-        tensor.mul_(0.5)  # tokens, queries, tables of positions
