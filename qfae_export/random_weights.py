@@ -1,7 +1,7 @@
 """Models of any configuration at full size on random weights: for benchmarks and tests, where no weights are at hand.
 
-`trained_like` draws them, so that every stage is conditioned as a trained one is: hidden states of healthy rank, attention
-neither uniform nor on one token, scores that differ from image to image by far more than rounding moves them.
+`trained_like` draws them, so that every stage is conditioned as a trained one is: hidden states keep their rank,
+attention is neither uniform nor on one token, and scores differ by far more than rounding moves them.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.layers.attention import Attention
@@ -198,7 +199,7 @@ def _rest(share: float) -> float:
     return math.sqrt(1 - share**2)
 
 
-def _weaken(block: Block, gain: float) -> None:
+def _weaken(block: Any, gain: float) -> None:
     """Give both residual branches of a block that gain: in its LayerScale, if it has one, or in their last weights."""
     for scale, last in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
         if isinstance(scale, LayerScale):

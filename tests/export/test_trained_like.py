@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,7 +175,7 @@ def test_a_plain_draw_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "no LayerScale"])
 def test_a_backbone_by_place(scaled: bool) -> None:
     """Standard deviations times the root of the inputs are gains; correlations are between weights."""
-    vit: Any = backbone(**({"init_values": 1e-5} if scaled else {}))
+    vit: Any = backbone(args={"init_values": 1e-5} if scaled else {})
     gain = 2.0 / (2 * len(vit.blocks)) ** 0.5  # of both branches of all blocks, the root of the sum of squares is 2
     for block in vit.blocks:
         q, k, v = block.attn.qkv.weight.chunk(3)
@@ -225,9 +226,9 @@ def test_filters_see_all_frequencies_of_an_image_and_patches_have_those_of_one()
 
 
 def test_trained_parts_by_place() -> None:
-    model = random_scorer(deep(), 0).autoencoder
+    model: Any = random_scorer(deep(), 0).autoencoder
     block: Any = model.qformer.blocks[0]
-    assert gain_of(model.encoders[0].get_submodule("projection").weight) == pytest.approx(3**-0.5, rel=0.03)
+    assert gain_of(model.encoders[0].projection.weight) == pytest.approx(3**-0.5, rel=0.03)
     assert gain_of(block.cross.to_q.weight) == pytest.approx(1.5, rel=0.03)
     assert gain_of(block.cross.to_kv.weight) == pytest.approx(1, rel=0.03)
     heads = block.attention.qkv.weight[:WIDTH].chunk(2)
@@ -236,7 +237,7 @@ def test_trained_parts_by_place() -> None:
     assert gain_of(torch.cat(heads)) == pytest.approx(1, rel=0.03)
 
 
-def backbone(timm: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
+def backbone(timm: str = "vit_tiny_patch16_224", args: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
     entry = Backbone(timm, 16, {"embed_dim": 128, "depth": 3, "num_heads": 2, **args})
     vit = create(entry, 224)
     fill(vit, vit.state_dict(), "0")
@@ -244,7 +245,7 @@ def backbone(timm: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
 
 
 def gain_of(weight: Tensor) -> float:
-    return float(weight.std()) * weight[0].numel() ** 0.5
+    return weight.std().item() * math.sqrt(weight[0].numel())
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
