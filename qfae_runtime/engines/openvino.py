@@ -174,7 +174,7 @@ class OpenVinoEngine:
         return run_split(self.batches, images, lambda part: self._run(part, maps))
 
     def _run(self, images: UInt8, maps: bool) -> Scores:
-        tensors = {INPUT_NAME: np.ascontiguousarray(images)}
+        tensors: dict[str, Any] = {INPUT_NAME: np.ascontiguousarray(images)}
         try:
             for request, takes, gives in self._steps:
                 # Not copied on the way in: it is read only until this returns. What a step gives lies in its request,
