@@ -1,7 +1,7 @@
 """One traced FP16 graph, written again and again in other precision policies: what a bisection's trials are made of.
 
 Tracing takes torch.export ten seconds for the smallest model, and trials differ in nothing but types. So the graph is
-traced once, with everything in FP16 that can be; a policy then turns the nodes of what is FP32 in it, fetches their
+traced once, with everything in FP16 that can be; a policy then sets the nodes of its FP32 units to FP32, fetches their
 weights and inserts casts where types meet. The same operations come out as if the policy had been traced, and the same
 outputs, bit by bit (`tests/export/test_retype.py`). What is handed over is traced and measured all the same.
 """

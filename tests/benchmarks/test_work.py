@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.speed.work import least_flop, products_of, stored_products, stored_types
 from qfae_export.graph import InferenceGraph
 from qfae_export.int8 import int8_graph
-from qfae_export.layers import Embed, Linear, Norm
+from qfae_export.layers import Constant, Embed, Linear, Norm
 from qfae_export.onnx_file import write_onnx
 from qfae_export.precision import FP16, FP32, INT8, Precision
 from qfae_export.random_weights import random_scorer
@@ -64,16 +64,17 @@ class File:
 
         Equal ones count once: the perceptual network's first token is the same for all patch sizes.
         """
-        parts: list[torch.nn.Module] = []
+        parts: list[Norm | Constant] = []
         for one in self.graph.modules():
             parts += [one] if isinstance(one, Norm) else [one.table, one.prefix] if isinstance(one, Embed) else []
-        return sum({one.numpy().tobytes(): one.numel() for part in parts for one in part.buffers()}.values())
+        sizes = {one.numpy().tobytes(): one.numel() for part in parts for one in part.buffers()}
+        return sum(sizes.values())
 
     @property
     def blocks(self) -> int:
         """How many transformer blocks a score needs, each with two additions to a stream and two LayerNorms."""
         model = self.config.model
-        lasts = [one.args["depth"] + max(one.hidden_states or model.hidden_states) + 1 for one in model.encoders]
+        lasts = [int(one.args["depth"]) + max(one.hidden_states or model.hidden_states) + 1 for one in model.encoders]
         return sum(lasts) + model.decoder.depth + max(self.config.score.blocks)
 
     @property
