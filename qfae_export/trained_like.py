@@ -66,7 +66,7 @@ NORMS = 0.2
 BIAS = 0.05
 """Standard deviation of biases; what they are added to has about 1."""
 
-COMMON = 1.5
+COMMON = 2.5
 """Root mean square of what all patches of all images share: the bias of a patch embedding."""
 
 IMAGES = 1.5
