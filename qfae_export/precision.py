@@ -32,7 +32,7 @@ FP16_RULES: dict[str, dict[str, str]] = {
     },
     "features to score": {
         "type": "float32",
-        "why": "1 - cosine cancels most digits, and three such maps are multiplied",
+        "why": "differences of features that are nearly alike, several of which are multiplied",
     },
     "outputs": {"type": "float32", "why": "scores and maps are compared with thresholds found elsewhere"},
 }
@@ -64,7 +64,7 @@ INT8_RULES: dict[str, dict[str, str]] = {
     },
     "embeddings and Q-Former": {"type": "float32", "why": "little work, and everything later depends on it"},
     "attentions, softmax, LayerNorm, GELU, residual streams": {"type": "float32", "why": "little work, large ranges"},
-    "features to score": {"type": "float32", "why": "1 - cosine cancels most digits, and such maps are multiplied"},
+    "features to score": {"type": "float32", "why": "differences of features that are nearly alike, several of which are multiplied"},
 }
 """What an INT8 engine computes in which type. The manifest repeats it."""
 
