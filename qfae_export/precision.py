@@ -64,7 +64,10 @@ INT8_RULES: dict[str, dict[str, str]] = {
     },
     "embeddings and Q-Former": {"type": "float32", "why": "little work, and everything later depends on it"},
     "attentions, softmax, LayerNorm, GELU, residual streams": {"type": "float32", "why": "little work, large ranges"},
-    "features to score": {"type": "float32", "why": "differences of features that are nearly alike, several of which are multiplied"},
+    "features to score": {
+        "type": "float32",
+        "why": "differences of features that are nearly alike, several of which are multiplied",
+    },
 }
 """What an INT8 engine computes in which type. The manifest repeats it."""
 

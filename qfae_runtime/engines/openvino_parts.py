@@ -1,6 +1,6 @@
 """A model cut into parts that OpenVINO computes in different types: transformer blocks in BF16, all else in FP32.
 
-OpenVINO computes all that stands before the last product or resizing in BF16, and so rounds the distances and every sum of
+OpenVINO computes all that stands before the last product or resizing in BF16, and so rounds distances and every sum of
 a residual stream to eight bits. A model whose outputs are such sums keeps them in FP32: what lies between an output and
 the products before it is left alone. So the blocks of each residual stream are a model of their own, which returns the
 stream, and what stands between the streams is compiled in FP32:
