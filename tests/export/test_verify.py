@@ -20,7 +20,7 @@ from qfae_export.export import Exported, Options, export
 from qfae_export.graph import InferenceGraph
 from qfae_export.parity import measure
 from qfae_export.parity_report import ParityReport
-from qfae_export.precision import FP16, Precision
+from qfae_export.precision import FP16, FP16_STREAMS, Precision
 from qfae_export.reference import Measured64
 from qfae_export.rounded import RoundedEngine
 from qfae_export.verify import _decided_too
@@ -231,7 +231,7 @@ def test_rounding_is_measured_again(capsys: pytest.CaptureFixture[str], checkpoi
     assert "qfae-export verify: rounding the graph as FP16 rounds" in ran.err
 
 
-@pytest.mark.parametrize("kept", [["encoder"], ["perceptual.1.residual1"], ["decoder.1.attention", "decoder.1.norm1"]])
+@pytest.mark.parametrize("kept", [["encoder"], ["perceptual.1.proj"], ["decoder.1.attention", "decoder.1.norm1"]])
 def test_a_policy_that_is_not_the_files_is_refused(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, half: Exported, tmp_path: Path, kept: list[str]
 ) -> None:
@@ -245,6 +245,17 @@ def test_a_policy_that_is_not_the_files_is_refused(
     assert f"{kept[0]}" in ran.err
     assert "(fp16, expected fp32)" in ran.err
     assert "scoring" not in ran.err, "said before minutes of work"
+
+
+def test_streams_that_are_not_the_files_are_refused(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, half: Exported, tmp_path: Path
+) -> None:
+    for file in half.files:
+        shutil.copy(file, tmp_path)
+    call_it(tmp_path, "tiny.fp16.onnx", "fp16", FP16_STREAMS.describe())
+    ran = verify(capsys, "--engine", tmp_path / "tiny.fp16.onnx", "--ckpt", checkpoint, "--record")
+    assert ran.code == 1
+    assert "encoder.1.norm1 (fp32, expected fp16), encoder.1.residual1 (fp32, expected fp16)" in ran.err
 
 
 def test_rounding_that_a_processor_leaves_out_is_found(
