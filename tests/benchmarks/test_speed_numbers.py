@@ -21,6 +21,7 @@ from benchmarks.speed.torch_engine import compiled, eager, for_torch, package, p
 from benchmarks.speed.workers import WorkerError, Workers
 from qfae_export.graph import InferenceGraph
 from qfae_export.layers import Unit
+from qfae_export.precision import FP16
 from qfae_runtime.agreement import Agreement
 from qfae_runtime.contract import CONTRACTS, owed
 from qfae_runtime.quantities import QUANTITIES
@@ -305,8 +306,10 @@ def test_a_graph_in_half_precision(precision: str) -> None:
     with eager(InferenceGraph(scorer), SIZE, "cpu") as engine:
         want = engine.run(images)
     graph = for_torch(InferenceGraph(scorer), precision)
-    types = {module.dtype for module in graph.modules() if isinstance(module, Unit)}
-    assert types == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    types = {name: module.dtype for name, module in graph.named_modules() if isinstance(module, Unit)}
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    assert [name for name, dtype in types.items() if dtype == half] == InferenceGraph(scorer).halved(FP16)
+    assert set(types.values()) == {half, torch.float32}, "streams and LayerNorms"
     with eager(graph, SIZE, "cpu") as engine:
         got = engine.run(images)
     assert got.score.dtype == np.float32

@@ -169,7 +169,7 @@ def test_stages_and_scores_are_like_those_of_trained_networks() -> None:
 def test_a_plain_draw_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qfae_export.random_weights, "fill", plain)
     found = condition(random_scorer(deep(), 0))
-    assert unlike_trained(found) == ["branch", "logits", "rank", "reconstruction", "spread", "error"], found
+    assert unlike_trained(found) == ["branch", "logits", "rank", "reconstruction", "spread"], found
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "no LayerScale"])
