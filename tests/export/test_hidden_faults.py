@@ -162,8 +162,8 @@ WITHIN_ROUNDING = {
     # A stress image's score by 0.034 as distance at most (INT8: 0.017), and 0.0015.
     "saturated pixels clipped": ("int8",),
     "the null token dropped": ("int8",),
-    # The demonstration's model was trained on grey images and hardly sees strong colours: scores of stress images move by
-    # 0.021 and 0.014 as distance, of which INT8 is allowed 0.04, for models that rounding moves more than this one.
+    # The demonstration's model was trained on grey images and hardly sees strong colours: scores of stress images move
+    # by 0.021 and 0.014 as distance, of which INT8 is allowed 0.04, for models that rounding moves more than this one.
     "strong colours grey": ("int8",),
     "strong colours as BGR": ("int8",),
 }
