@@ -13,8 +13,7 @@ Letters: N images, S pixels per side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +92,7 @@ def reference_of(
     with graph.in_float64():
         graph64 = pytorch_scores(graph, pixels[[exact[place] for place in few]], device)
     graph.to("cpu")
-    with _in_float64(scorer):
+    with scorer.in_float64():
         truth = pytorch_scores(scorer.to(device), pixels[exact], device)
         scorer.to("cpu")
     scores = modules.of(numbers)  # a copy
@@ -175,15 +174,6 @@ def _exact(scorer: AnomalyScorer, images: ParityImages, scores: Scores) -> list[
         by_score = sorted(group, key=lambda number: float(scores.score[number]))
         chosen += [by_score[place] for place in spread(len(by_score), count)]
     return sorted(chosen)
-
-
-@contextmanager
-def _in_float64(scorer: AnomalyScorer) -> Iterator[None]:
-    scorer.double()
-    try:
-        yield
-    finally:
-        scorer.float()  # exactly what it was
 
 
 def _refuse_other_graph(truth: Scores, graph: Scores, own: Float64) -> None:

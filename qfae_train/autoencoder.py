@@ -8,6 +8,8 @@ Letters: B images, S pixels per side, L context tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -98,6 +100,15 @@ class AnomalyScorer(nn.Module):
         self.config = config
         self.autoencoder = autoencoder
         self.perceptual = perceptual
+
+    @contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Compute in float64 for a while; the float32 weights are afterwards exactly what they were."""
+        self.double()
+        try:
+            yield
+        finally:
+            self.float()
 
     @torch.no_grad()
     def loss_target(self, images: Tensor) -> Features:

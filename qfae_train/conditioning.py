@@ -9,8 +9,8 @@ Letters: N images, B of them in a batch, S pixels per side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -245,7 +245,7 @@ def measure(
     training = scorer.training
     scorer.eval()
     try:
-        with _in_float64(scorer):
+        with scorer.in_float64():
             truth = Scores.joined(Pass(scorer, part).outputs("fp32", ()) for part in pixels.split(_BATCH))
         got: dict[tuple[str, str], list[Scores]] = {row: [] for row in _expected_rows()}
         for part in pixels.split(_BATCH):
@@ -336,15 +336,6 @@ def _chosen(scorer: AnomalyScorer, images: Tensor) -> tuple[Tensor, list[int], i
         numbers = spread(len(images), FEW_IMAGES // 2)
         stress = stress[spread(len(stress), FEW_IMAGES // 2)]
     return torch.cat([images[numbers].cpu(), stress]), numbers, len(numbers)
-
-
-@contextmanager
-def _in_float64(scorer: AnomalyScorer) -> Iterator[None]:
-    scorer.double()
-    try:
-        yield
-    finally:
-        scorer.float()  # exactly what it was
 
 
 def _expected_rows() -> list[tuple[str, str]]:
