@@ -240,7 +240,8 @@ def measure(
     `labels` (True: anomalous) stand in the images' order; `threshold` is taken in place of the one that they give. Of a
     large model FEW_IMAGES are measured. The scorer is left as it was.
     """
-    pixels, numbers, real = _chosen(scorer, images)
+    pixels, numbers = _chosen(scorer, images)
+    real = len(numbers)
     known = [labels[number] for number in numbers] if len(labels) else []
     training = scorer.training
     scorer.eval()
@@ -327,15 +328,15 @@ def _joined(scorer: AnomalyScorer) -> list[tuple[nn.Linear, nn.Linear]]:
     return [*product(projections, readers), (blocks[-1].fc2, autoencoder.decoder.embed)]
 
 
-def _chosen(scorer: AnomalyScorer, images: Tensor) -> tuple[Tensor, list[int], int]:
-    """Return the images to be measured, the numbers of the real ones among those given, and how many these are."""
+def _chosen(scorer: AnomalyScorer, images: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the images to be measured, real ones first, and these ones' numbers among those given."""
     pixels, _ = stress_images(images.shape[1], images.cpu().numpy())
     stress = torch.from_numpy(pixels)
     numbers = list(range(len(images)))
     if sum(parameter.numel() for parameter in scorer.parameters()) > LARGE_PARAMETERS:
         numbers = spread(len(images), FEW_IMAGES // 2)
         stress = stress[spread(len(stress), FEW_IMAGES // 2)]
-    return torch.cat([images[numbers].cpu(), stress]), numbers, len(numbers)
+    return torch.cat([images[numbers].cpu(), stress]), numbers
 
 
 def _expected_rows() -> list[tuple[str, str]]:
