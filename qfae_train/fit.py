@@ -45,29 +45,31 @@ ALIGNMENT_IMAGES = 256
 """Training images that the aligned initialisation is fitted on."""
 
 CACHE_LIMIT_GIB = 4.0
-"""Frozen features of un-augmented images are kept in memory up to this size."""
+"""Frozen features of un-augmented images are kept in memory up to this size: the encoders', and with them the
+perceptual network's if there is room for both."""
 
 
 class Frozen(NamedTuple):
     """What the frozen networks say of a batch: it depends on the images alone, so it can be cached."""
 
     hidden: list[Tensor]
-    target: Features
+    target: Features | None
+    """None where it is not cached."""
 
 
 class Cache(NamedTuple):
     """Frozen features of all training images; the encoders' of several variants of them, one variant an epoch."""
 
     hidden: list[list[Tensor]]
-    target: Features
+    target: Features | None
+    """None where there is no room for it; it is then computed as it is needed."""
 
     def pick(self, epoch: int, numbers: Tensor, device: torch.device) -> Frozen:
         """Return the rows of the given images."""
-        variant = self.hidden[epoch % len(self.hidden)]
-        return Frozen(
-            [states[numbers].to(device) for states in variant],
-            {key: tokens[numbers].to(device) for key, tokens in self.target.items()},
-        )
+        hidden = [states[numbers].to(device) for states in self.hidden[epoch % len(self.hidden)]]
+        if self.target is None:
+            return Frozen(hidden, None)
+        return Frozen(hidden, {key: tokens[numbers].to(device) for key, tokens in self.target.items()})
 
 
 class TrainingStep(nn.Module):
@@ -97,7 +99,9 @@ class TrainingStep(nn.Module):
         if pixel_loss:
             # Not L1: its minimum over many images is their median, a brain without folds, and it is slow to leave.
             return F.smooth_l1_loss(reconstruction.float(), normalise(images))
-        target = frozen.target if frozen else self.target(images)
+        target = frozen.target if frozen else None
+        if target is None:
+            target = self.target(images)
         return self.scorer.loss(target, reconstruction)
 
 
@@ -337,25 +341,26 @@ def _cache(run: Run) -> Cache | None:
     torch.manual_seed(run.config.train.seed)  # of what is pasted, the same in a resumed run
     hidden: list[list[Tensor]] = []
     targets: list[Features] = []
+    room = True  # for the targets
     for number in run.reporter.track(range(variants), "frozen features"):
         parts: list[list[Tensor]] = []
         for start in range(0, len(run.train), size):
             images = run.train.rgb(slice(start, start + size))
             states = run.wrapped.hidden(paste(images, options.paste).to(run.fabric.device))
             parts.append([_stored(one, run) for one in states])
-            if number == 0:
-                target = run.wrapped.target(images.to(run.fabric.device))
-                targets.append({key: tokens.cpu() for key, tokens in target.items()})
-            if number == start == 0 and _too_large(parts[0], targets[0], variants, len(run.train) / len(images)):
-                return None
+            if number == 0 and room:
+                features = run.wrapped.target(images.to(run.fabric.device))
+                targets.append({key: tokens.cpu() for key, tokens in features.items()})
+            if number == start == 0:
+                batches = len(run.train) / len(images)
+                of_states = variants * batches * sum(states.nbytes for states in parts[0])
+                of_targets = batches * sum(tokens.nbytes for tokens in targets[0].values())
+                if of_states > CACHE_LIMIT_GIB * 2**30:
+                    return None
+                room = of_states + of_targets <= CACHE_LIMIT_GIB * 2**30
         hidden.append([torch.cat(states) for states in zip(*parts, strict=True)])
-    return Cache(hidden, {key: torch.cat([part[key] for part in targets]) for key in targets[0]})
-
-
-def _too_large(hidden: list[Tensor], target: Features, variants: int, batches: float) -> bool:
-    """Tell whether the cache would pass its limit, from its first batch."""
-    bytes_a_batch = variants * sum(states.nbytes for states in hidden) + sum(t.nbytes for t in target.values())
-    return bytes_a_batch * batches > CACHE_LIMIT_GIB * 2**30
+    target = {key: torch.cat([part[key] for part in targets]) for key in targets[0]} if room else None
+    return Cache(hidden, target)
 
 
 def _stored(states: Tensor, run: Run) -> Tensor:

@@ -243,6 +243,8 @@ def test_cached_variants_take_turns_and_are_made_again_alike(weights: Path, data
         assert torch.equal(picks[even].hidden[0], picks[odd].hidden[0])
     assert not torch.allclose(picks[0].hidden[0], picks[1].hidden[0], atol=1e-2)
     assert not torch.allclose(picks[0].hidden[0], whole.hidden[0], atol=1e-2)
+    assert whole.target is not None
+    assert picks[1].target is not None
     for key, tokens in whole.target.items():  # what the loss compares with is never pasted into
         torch.testing.assert_close(picks[1].target[key], tokens, rtol=1e-4, atol=1e-4)
 
@@ -294,6 +296,26 @@ def test_cached_features_change_nothing(
     for name, tensor in cached.trained.items():
         # Batches of other images round otherwise; Adam's first steps amplify that where gradients are near zero.
         torch.testing.assert_close(tensor, uncached.trained[name], rtol=0, atol=2e-3)
+
+
+def test_targets_are_not_cached_where_only_hidden_states_have_room(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(weights, train={"epochs": 2})
+    whole = load(run(config, data, tmp_path / "whole.pt").last)
+    started = fit_module._start(config, data, tmp_path / "tiny.pt", False, False, "cpu")
+    cache = fit_module._cache(started)
+    assert cache is not None
+    assert cache.target is not None
+    of_states = sum(states.nbytes for states in cache.hidden[0])
+    of_targets = sum(tokens.nbytes for tokens in cache.target.values())
+    for limit, kept in ((of_states + of_targets, "both"), (of_states + of_targets - 1, "states"), (of_states - 1, "")):
+        monkeypatch.setattr(fit_module, "CACHE_LIMIT_GIB", limit / 2**30)
+        cache = fit_module._cache(started)
+        assert ("" if cache is None else "states" if cache.target is None else "both") == kept
+    monkeypatch.setattr(fit_module, "CACHE_LIMIT_GIB", of_states / 2**30)
+    part = load(run(config, data, tmp_path / "part.pt").last)
+    assert part.record["loss"] == pytest.approx(whole.record["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("pct_start", [0.0, 0.25, 0.5, 1.0])
