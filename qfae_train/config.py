@@ -177,7 +177,9 @@ class Augment:
     vertical_flip: float = option("probability of a vertical flip", 0.5)
     jitter: float = option("largest relative change of brightness and of contrast", 0.1)
     paste: float = option("probability that the encoder sees a region of another image, which it must leave out", 0.0)
-    paste_variants: int = option("versions of each image with regions pasted in, made once; 0 means always new", 0)
+    paste_variants: int = option(
+        "pasted versions of each image, made once (fewer for want of memory); 0 means always new", 0
+    )
 
 
 @dataclass(frozen=True)

@@ -332,35 +332,51 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _cache(run: Run) -> Cache | None:
-    """Return the frozen features of all training images where they are finite in number and fit into memory."""
-    options, size = run.config.augment, run.config.train.batch_size
-    variants = options.paste_variants if options.paste else 1
-    if options.enabled or not variants:
+    """Return the frozen features of all training images where they are finite in number and have room."""
+    options = run.config.augment
+    wanted = options.paste_variants if options.paste else 1
+    if options.enabled or not wanted:
         return None
     run.step.eval()
+    variants, room_for_target = _room(run, wanted)
+    if not variants:
+        return None
+    if variants < wanted:
+        run.reporter.say(
+            f"keeping {variants} of {wanted} versions of each image (augment.paste_variants): "
+            f"the features of more pass {CACHE_LIMIT_GIB:g} GiB"
+        )
     torch.manual_seed(run.config.train.seed)  # of what is pasted, the same in a resumed run
     hidden: list[list[Tensor]] = []
-    targets: list[Features] = []
-    room = True  # for the targets
-    for number in run.reporter.track(range(variants), "frozen features"):
-        parts: list[list[Tensor]] = []
-        for start in range(0, len(run.train), size):
-            images = run.train.rgb(slice(start, start + size))
-            states = run.wrapped.hidden(paste(images, options.paste).to(run.fabric.device))
-            parts.append([_stored(one, run) for one in states])
-            if number == 0 and room:
-                features = run.wrapped.target(images.to(run.fabric.device))
-                targets.append({key: tokens.cpu() for key, tokens in features.items()})
-            if number == start == 0:
-                batches = len(run.train) / len(images)
-                of_states = variants * batches * sum(states.nbytes for states in parts[0])
-                of_targets = batches * sum(tokens.nbytes for tokens in targets[0].values())
-                if of_states > CACHE_LIMIT_GIB * 2**30:
-                    return None
-                room = of_states + of_targets <= CACHE_LIMIT_GIB * 2**30
+    for _ in run.reporter.track(range(variants), "frozen features"):
+        pasted = (paste(images, options.paste) for images in _in_order(run))
+        parts = [[_stored(one, run) for one in run.wrapped.hidden(seen.to(run.fabric.device))] for seen in pasted]
         hidden.append([torch.cat(states) for states in zip(*parts, strict=True)])
-    target = {key: torch.cat([part[key] for part in targets]) for key in targets[0]} if room else None
-    return Cache(hidden, target)
+    if not room_for_target:
+        return Cache(hidden, None)
+    targets = [
+        {key: tokens.cpu() for key, tokens in run.wrapped.target(images.to(run.fabric.device)).items()}
+        for images in _in_order(run)
+    ]
+    return Cache(hidden, {key: torch.cat([part[key] for part in targets]) for key in targets[0]})
+
+
+def _room(run: Run, variants: int) -> tuple[int, bool]:
+    """Return how many variants' hidden states the cache has room for, and whether it has for the targets too."""
+    images = next(_in_order(run))
+    batches = len(run.train) / len(images)
+    device_images = images.to(run.fabric.device)
+    of_states = batches * sum(_stored(states, run).nbytes for states in run.wrapped.hidden(device_images))
+    of_targets = batches * sum(tokens.nbytes for tokens in run.wrapped.target(device_images).values())
+    limit = CACHE_LIMIT_GIB * 2**30
+    variants = min(variants, int(limit / of_states))
+    return variants, variants * of_states + of_targets <= limit
+
+
+def _in_order(run: Run) -> Iterator[Tensor]:
+    """Yield all training images in batches, uint8 (B, S, S, 3)."""
+    for numbers in torch.arange(len(run.train)).split(run.config.train.batch_size):
+        yield run.train.rgb(numbers)
 
 
 def _stored(states: Tensor, run: Run) -> Tensor:

@@ -298,22 +298,41 @@ def test_cached_features_change_nothing(
         torch.testing.assert_close(tensor, uncached.trained[name], rtol=0, atol=2e-3)
 
 
-def test_targets_are_not_cached_where_only_hidden_states_have_room(
+@pytest.mark.parametrize(
+    ("states", "targets", "kept"), [(2, 1, (2, True)), (2, 0, (2, False)), (1.9, 0, (1, False)), (0.9, 0, None)]
+)
+def test_what_has_no_room_is_not_cached(
+    states: float,
+    targets: float,
+    kept: tuple[int, bool] | None,
+    weights: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    augment = {"enabled": False, "paste": 1.0, "paste_variants": 2}
+    started = fit_module._start(tiny.config(weights, augment=augment), data, tmp_path / "tiny.pt", False, False, "cpu")
+    whole = fit_module._cache(started)
+    assert whole is not None
+    assert whole.target is not None
+    of_states = sum(one.nbytes for one in whole.hidden[0])
+    of_targets = sum(tokens.nbytes for tokens in whole.target.values())
+    monkeypatch.setattr(fit_module, "CACHE_LIMIT_GIB", (states * of_states + targets * of_targets) / 2**30)
+    capsys.readouterr()
+    cache = fit_module._cache(started)
+
+    assert kept == (None if cache is None else (len(cache.hidden), cache.target is not None))
+    said = "keeping 1 of 2 versions of each image (augment.paste_variants)"
+    assert (said in capsys.readouterr().err) == (kept == (1, False))
+
+
+def test_a_target_that_is_not_cached_changes_nothing(
     weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny.config(weights, train={"epochs": 2})
     whole = load(run(config, data, tmp_path / "whole.pt").last)
-    started = fit_module._start(config, data, tmp_path / "tiny.pt", False, False, "cpu")
-    cache = fit_module._cache(started)
-    assert cache is not None
-    assert cache.target is not None
-    of_states = sum(states.nbytes for states in cache.hidden[0])
-    of_targets = sum(tokens.nbytes for tokens in cache.target.values())
-    for limit, kept in ((of_states + of_targets, "both"), (of_states + of_targets - 1, "states"), (of_states - 1, "")):
-        monkeypatch.setattr(fit_module, "CACHE_LIMIT_GIB", limit / 2**30)
-        cache = fit_module._cache(started)
-        assert ("" if cache is None else "states" if cache.target is None else "both") == kept
-    monkeypatch.setattr(fit_module, "CACHE_LIMIT_GIB", of_states / 2**30)
+    monkeypatch.setattr(fit_module, "_room", lambda run, variants: (variants, False))
     part = load(run(config, data, tmp_path / "part.pt").last)
     assert part.record["loss"] == pytest.approx(whole.record["loss"], rel=1e-4)
 
