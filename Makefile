@@ -50,7 +50,7 @@ demo-train: $(INSTALLED)
 	$(BIN)/python -m demo.dataset --out $(DEMO_DATA)
 	$(KEEP_MEMORY) $(BIN)/python -m demo.pretrain encoder --data $(DEMO_DATA) --out qfae_train/presets/demo_encoder.safetensors
 	$(KEEP_MEMORY) $(BIN)/python -m demo.pretrain perceptual --data $(DEMO_DATA) --out qfae_train/presets/demo_perceptual.safetensors
-	$(KEEP_MEMORY) $(BIN)/qfae-train --preset demo --epochs 50 --validate-every 2 --data $(DEMO_DATA) \
+	$(KEEP_MEMORY) $(BIN)/qfae-train --preset demo --epochs 32 --validate-every 1 --data $(DEMO_DATA) \
 		--out build/demo/train/demo.pt --overwrite
 	cp build/demo/train/demo.pt demo/weights/demo.pt
 	$(MAKE) demo-spread

@@ -30,7 +30,7 @@ SPLITS = {"train": 1, "valid": 2, "test": 3}
 """Numbers that keep the random streams of the splits apart."""
 
 COUNTS = {
-    ("train", "good"): 12000,
+    ("train", "good"): 24000,
     ("valid", "good"): 60,
     ("valid", "Ungood"): 60,
     ("test", "good"): 100,

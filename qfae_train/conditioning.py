@@ -48,8 +48,8 @@ TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ALL = "all"
 """In place of a stage: everything that an engine rounds."""
 
-ROUNDED = {"fp16": STAGES, "bf16": ("encoder", "decoder", "perceptual")}
-"""What an engine rounds, by its precision: in BF16, with eight bits, not the Q-Former."""
+ROUNDED = {"fp16": STAGES, "bf16": ("perceptual",)}
+"""What an engine rounds, by its precision: in BF16, with eight bits, nothing that the reconstruction depends on."""
 
 _BATCH = 8
 
@@ -143,12 +143,15 @@ class Conditioning:
 
     def _cause(self, precision: str, quantity: str | None) -> str:
         """Name the stage that is worst alone: in a quantity, or one whose outputs cannot be compared."""
-        faulty = [stage for stage in ROUNDED[precision] if self.row(precision, stage).fault is not None]
+        stages = ROUNDED[precision]
+        if len(stages) == 1:
+            return f"; all of it comes from {_title(stages[0])}"
+        faulty = [stage for stage in stages if self.row(precision, stage).fault is not None]
         if faulty:
             return f"; it comes from {_title(faulty[0])}"
         if quantity is None:
             return "; no stage alone does that"
-        alone = {stage: self.shares(precision, stage)[quantity] for stage in ROUNDED[precision]}
+        alone = {stage: self.shares(precision, stage)[quantity] for stage in stages}
         worst = max(alone, key=lambda stage: alone[stage])
         return f"; most of it comes from {_title(worst)}, alone {alone[worst]:.2f} of the bound"
 

@@ -1,7 +1,7 @@
 """The OpenVINO backends on a CPU: an FP32 ONNX file in FP32 or, where the CPU can, in BF16, and an INT8 one in INT8.
 
     openvino        FP32, or the INT8 that an INT8 file says; owes the contract of the file
-    openvino-bf16   the blocks of its transformers in BF16, all else in FP32 (openvino_parts.py); owes the BF16 contract
+    openvino-bf16   blocks of the perceptual network in BF16, all else in FP32 (openvino_parts.py); owes BF16's contract
 
 The file is compiled once, for every batch size: measured on two cores, a model compiled for one size is no faster, and
 each would hold a copy of the weights.

@@ -1,15 +1,16 @@
-"""A model cut into parts that OpenVINO computes in different types: transformer blocks in BF16, all else in FP32.
+"""A model cut into parts that OpenVINO computes in different types: half of the work in BF16, all else in FP32.
+
+The score compares an image with its reconstruction. What rounds both alike, as the perceptual network does, takes
+little of their difference; what rounds the reconstruction alone, as encoder and decoder do, takes much of it, and the
+more, the better the reconstruction is. So only the transformer blocks that the reconstruction does not depend on are
+computed in BF16 (docs/engines.md has the measurements).
 
 OpenVINO computes all that stands before the last product or resizing in BF16, and so rounds distances and every sum of
 a residual stream to eight bits. A model whose outputs are such sums keeps them in FP32: what lies between an output and
-the products before it is left alone. So the blocks of each residual stream are a model of their own, which returns the
-stream, and what stands between the streams is compiled in FP32:
+the products before it is left alone. So the blocks of a residual stream are a model of their own, which returns the
+stream, and what stands before and behind it is compiled in FP32:
 
-    f32     images -> pixels, patches of the encoder
-    bf16    blocks of the encoder (of each encoder)
-    f32     Q-Former, embedding of the decoder
-    bf16    blocks of the decoder
-    f32     head of the decoder, reconstruction, patches of the perceptual network
+    f32     images -> encoders, Q-Former, decoder -> reconstruction; patches of the perceptual network
     bf16    blocks of the perceptual network
     f32     distances, maps, score
 
@@ -26,6 +27,7 @@ Key = tuple[str, int]
 """An output of an operation: the operation's name, which no other has, and the output's number."""
 
 _PRODUCTS = ("MatMul", "Convolution")
+_RECONSTRUCTION = "reconstruction"
 
 
 class Part(NamedTuple):
@@ -65,6 +67,7 @@ def parts_of(library: Any, model: Any) -> list[Part]:
     streams = graph.streams()
     if not streams:
         return [whole(model, "bf16")]
+    streams = [stream for stream in streams if not graph.rebuilds(stream)]
     parts: list[Part] = []
     known: list[Key] = []
     waiting = list(graph.results)
@@ -114,6 +117,10 @@ class _Graph:
                 starts[name] = start = starts.get(stream[0], stream)
                 found.setdefault(start, []).append(name)
         return [_Stream(start, sums, list(self._ends(sums))) for start, sums in found.items()]
+
+    def rebuilds(self, stream: _Stream) -> bool:
+        """Say whether the reconstruction depends on a stream."""
+        return any(self.depends(key, stream.sums) for key, name in self.results.items() if name == _RECONSTRUCTION)
 
     def _continued(self, op: Any) -> Key | None:
         """Return x where an operation is x + f(x) and f holds a matrix product; else None."""
