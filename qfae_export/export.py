@@ -34,7 +34,7 @@ from qfae_export.output_folder import made_in, possible_files, refuse_existing, 
 from qfae_export.parity import golden_of
 from qfae_export.parity_report import ParityError, ParityReport
 from qfae_export.plans import Planned, add_plan, rebuild, wanted
-from qfae_export.precision import FP16, INT8, Precision
+from qfae_export.precision import FP16, INT8, INT8_PERCEPTUAL, Precision
 from qfae_export.random_weights import random_scorer
 from qfae_export.resize_check import check_resize
 from qfae_runtime.engines.base import Engine
@@ -173,7 +173,14 @@ def _engines(source: _Source, options: Options, folder: Path, say: Say) -> Expor
     if chain is not None:
         open_onnx = partial(_opened, source=source, part=options.part, other=written.other)
         measured = measure_engines(
-            written.engines, chain, options, source.max_batch, open_onnx, lambda: _graph(source, options.part)[1], say
+            written.engines,
+            chain,
+            options,
+            source.max_batch,
+            open_onnx,
+            lambda: _graph(source, options.part)[1],
+            None if options.int8_keep is not None else partial(_less_in_int8, source, say),
+            say,
         )
     golden = None
     if chain is not None and options.part == "full":
@@ -264,6 +271,14 @@ def _written(source: _Source, options: Options, folder: Path, say: Say) -> _Writ
 def _write(graph: InferenceGraph, path: Path, say: Say) -> tuple[list[Path], Precision]:
     say(f"writing {path.name}")
     return write_onnx(graph, path), graph.precision
+
+
+def _less_in_int8(source: _Source, say: Say, path: Path) -> tuple[list[Path], Precision]:
+    """Write an INT8 engine anew whose reconstruction is FP32's."""
+    assert source.calibration is not None
+    say("INT8 breaks its contract; keeping all in FP32 that the reconstruction depends on")
+    graph = _graph(source, "full")[1].forget()
+    return _write(int8_graph(graph, source.calibration.pixels, INT8_PERCEPTUAL), path, say)
 
 
 def _with_plan(exported: Exported, kind: str, say: Say) -> Exported:

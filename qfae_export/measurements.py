@@ -19,6 +19,9 @@ from qfae_runtime.engines.base import Engine
 Engines = dict[str, tuple[list[Path], Precision]]
 """Files and policy by engine."""
 
+Rewrite = Callable[[Path], tuple[list[Path], Precision]]
+"""Writes an engine anew, to the same path; returns its files and policy."""
+
 
 @dataclass
 class Measurements:
@@ -38,11 +41,13 @@ def measure_engines(
     max_batch: int,
     open_onnx: Callable[[Path], Engine],
     fresh_graph: Callable[[], InferenceGraph],
+    less_in_int8: Rewrite | None,
     say: Callable[[str], None],
 ) -> Measurements:
-    """Measure each engine; with --bisect, write FP16 anew where it breaks its contract, and change `engines` so.
+    """Measure each engine; where FP16 (with --bisect) or INT8 breaks its contract, write it anew, and change `engines`.
 
-    `fresh_graph` makes the FP32 graph once more, for FP16 has rounded the other's weights.
+    `fresh_graph` makes the FP32 graph once more, for FP16 has rounded the other's weights. `less_in_int8` writes INT8
+    with more in FP32; None where the user said what stays.
 
     Raises:
         ParityError: an engine does not compute what PyTorch computes.
@@ -56,6 +61,13 @@ def measure_engines(
             # INT8 is a way of its own to go on from FP32: FP16 does not come from there.
             aside = precision.name == "int8"
             report = chain.branch(opened, step, "int8") if aside else chain.measure(opened, precision.name)
+        if aside and not report and less_in_int8 is not None:
+            measured.notes.append(
+                f"{engine}: encoder and decoder stay FP32; the decoder alone was not enough: {_first(report)}"
+            )
+            files, precision = engines[engine] = less_in_int8(files[0])
+            with open_onnx(files[0]) as opened:
+                report = chain.branch(opened, step, "int8")
         if options.bisect and precision.name == "fp16" and not report:
             graph = fresh_graph()
             bisected = bisect(graph, report, chain.reference, open_onnx, files[0], say)
@@ -75,3 +87,9 @@ def measure_engines(
             measured.notes += [one.failed for one in others if one.failed is not None]
             measured.certificates += [one.entry for one in others if one.entry is not None]
     return measured
+
+
+def _first(report: ParityReport) -> str:
+    failures = report.failures()
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return failures[0].partition(", worst at")[0] + more

@@ -125,6 +125,9 @@ FP16_STREAMS = Precision("fp16", streams="float16")
 """FP16 with residual streams and LayerNorms in FP16 as well: what benchmarks compare FP16 with."""
 INT8 = Precision("int8", kept=("decoder",))
 """What INT8 is without a wish: the decoder's products stay FP32, for they cost more ranks and maps than all others."""
+INT8_PERCEPTUAL = Precision("int8", kept=("decoder", "encoder"))
+"""What it is where that breaks the contract: all that the reconstruction depends on stays FP32. What rounds image and
+reconstruction alike takes little of their difference."""
 
 
 def covers(selector: str, unit: str) -> bool:

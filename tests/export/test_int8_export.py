@@ -24,8 +24,10 @@ from qfae_export.export import Exported, Options, ParityError, export
 from qfae_export.graph import InferenceGraph
 from qfae_export.int8 import int8_graph
 from qfae_export.parity_report import ROUNDED
+from qfae_export.precision import Precision
 from qfae_export.verify import verify
 from qfae_runtime import open_engine
+from qfae_runtime.arrays import UInt8
 from qfae_runtime.engines import openvino
 from qfae_runtime.engines.base import Engine
 from qfae_runtime.errors import EngineError, OutputError
@@ -97,6 +99,38 @@ def test_scales_that_cut_off_are_caught(checkpoint: Path, tmp_path: Path, monkey
         "INT8 rounds more than this model bears, or its scales come from images of another kind:"
     )
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+@pytest.mark.parametrize("asked", [None, ("decoder",)])
+def test_the_encoder_stays_fp32_where_the_decoder_alone_is_not_enough(
+    asked: tuple[str, ...] | None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted fault: ranges that cut off, unless the encoder stays FP32. Who says what is kept gets just that."""
+
+    def narrow(fp32: InferenceGraph, images: UInt8, policy: Precision) -> InferenceGraph:
+        graph = int8_graph(fp32, images, policy)
+        for product in products(graph).values():
+            if product.input_range is not None and "encoder" not in policy.kept:
+                product.input_range = (product.input_range[0] / 10, product.input_range[1] / 10)
+        return graph
+
+    monkeypatch.setattr("qfae_export.export.int8_graph", narrow)
+    options = Options(checkpoint, out=tmp_path / "out", int8=True, int8_keep=asked)
+    if asked is not None:
+        with pytest.raises(ParityError):
+            export(options)
+        return
+    exported = export(options)
+    stored = json.loads((tmp_path / "out/tiny.json").read_text(encoding="utf-8"))
+    assert stored["precision"]["tiny.int8.onnx"]["kept_fp32"] == ["decoder", "encoder"]
+    assert exported.reports["tiny.int8.onnx"]
+    [note] = [one for one in exported.notes if "stay FP32" in one]
+    assert note.startswith(
+        "tiny.int8.onnx: encoder and decoder stay FP32; the decoder alone was not enough: all images: "
+    )
+    assert note.endswith(" falls below 0.995")
+    with open_engine(tmp_path / "out/tiny.int8.onnx") as opened:
+        assert self_test(opened).status == "passed"
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, made: Exported, tmp_path: Path) -> None:
