@@ -26,7 +26,6 @@ SHOWN = (
 
 WAYS = {
     "as it is": None,
-    "`--int8-keep decoder,encoder`": ("decoder", "encoder"),
     "`--int8-keep none`": (),
 }
 _SLICES, _VALIDATION = "qfae's slices", "validation slices"
