@@ -34,6 +34,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from demo.dataset import COUNTS
 from qfae_runtime.layout import find_images
 from qfae_runtime.preprocess import preprocess
 from qfae_runtime.readers.image import read_image
@@ -68,7 +69,9 @@ class Recipe:
 
 
 RECIPES = {
-    "encoder": Recipe(depth=6, steps=6000, slices=24000, moment=0.02, moment_blocks=(1, 3, 5), all_blocks=True),
+    "encoder": Recipe(
+        depth=6, steps=6000, slices=COUNTS["train", "good"], moment=0.02, moment_blocks=(1, 3, 5), all_blocks=True
+    ),
     "perceptual": Recipe(depth=6, steps=4000, slices=3000),
 }
 

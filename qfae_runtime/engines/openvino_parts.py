@@ -60,8 +60,8 @@ def whole(model: Any, precision: str) -> Part:
 def parts_of(library: Any, model: Any) -> list[Part]:
     """Return the parts of a model, in the order in which they are computed; together they compute what it does.
 
-    `library` is the module `openvino`. A model without a residual stream is one part, in BF16. The operations of the
-    model are given other names.
+    `library` is the module `openvino`. A model without a residual stream is one part, in BF16; one whose
+    reconstruction depends on every stream is one part, in FP32. The operations of the model are given other names.
     """
     graph = _Graph(library, model)
     streams = graph.streams()
